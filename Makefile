@@ -1,0 +1,37 @@
+# make demo    a real street image segmented by the shipped small Segmenter, AiluRus off and on
+# make test    the whole test suite
+# make check   format, lint, types
+# Each makes .venv first, from nothing but python3 and a package index, and keeps it until its ingredients change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread a worker: two workers of two threads each on two cores are slower than one.
+TEST_FLAGS ?= -n auto --maxprocesses 4
+
+.PHONY: demo test check format clean
+.DEFAULT_GOAL := test
+
+# Written last, so an install that was cut off is done again.
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[vision,bench,test]"
+	@touch $@
+
+demo: $(VENV)/.complete
+	$(BIN)/python examples/segment_image.py
+
+test: $(VENV)/.complete
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
+
+check: $(VENV)/.complete
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.complete
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
