@@ -1,0 +1,86 @@
+"""SegmenterConfig: a ViT or DeiT encoder and the decoder that turns its patch tokens into class scores."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, ViTConfig
+
+# What differs from transformers' ViT defaults in every official Segmenter checkpoint.
+LAYER_NORM_EPS = 1e-5
+ENCODER_TYPES = ("vit", "deit")
+
+
+@strict
+class SegmenterConfig(PreTrainedConfig):
+    """Configuration of `SegmenterForSemanticSegmentation` (Strudel et al. 2021, arXiv:2105.05633).
+
+    encoder_config: a `ViTConfig`, a `DeiTConfig` (with distillation token), or a dict with "model_type" "vit" or
+        "deit"; default ViT-B/16 for 512 x 512 images. `image_size` is (height, width) of the position embeddings'
+        grid: they are resized bilinearly for any other image.
+    decoder_type: "mask_transformer" (default) or "linear".
+    decoder_config: a `ViTConfig` giving the mask transformer's hidden_size, num_hidden_layers, num_attention_heads
+        and intermediate_size; default 2 layers as wide as the encoder. The linear decoder does not read it.
+    semantic_loss_ignore_index: label that counts in no loss; default 255.
+    num_labels / id2label: as in every transformers config.
+
+    Raises ValueError for an encoder that is neither ViT nor DeiT, an unknown decoder, or a width that its number of
+    heads does not divide.
+    """
+
+    model_type = "segmenter"
+    sub_configs = {"encoder_config": AutoConfig, "decoder_config": ViTConfig}
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    decoder_type: Literal["mask_transformer", "linear"] = "mask_transformer"
+    decoder_config: dict | PreTrainedConfig | None = None
+    semantic_loss_ignore_index: int = 255
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.encoder_config = _encoder_config(self.encoder_config)
+        self.decoder_config = _decoder_config(self.decoder_config, self.encoder_config)
+        for part, config in (("encoder", self.encoder_config), ("decoder", self.decoder_config)):
+            if config.hidden_size % config.num_attention_heads:
+                raise ValueError(
+                    f"the {part}'s hidden_size {config.hidden_size} is not a multiple of its num_attention_heads "
+                    f"{config.num_attention_heads}"
+                )
+        super().__post_init__(**kwargs)
+
+    @property
+    def patch_size(self) -> int:
+        return self.encoder_config.patch_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.encoder_config.hidden_size
+
+
+def _encoder_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if given is None:
+        return ViTConfig(image_size=512, layer_norm_eps=LAYER_NORM_EPS)
+    model_type = given.get("model_type", "vit") if isinstance(given, dict) else given.model_type
+    if model_type not in ENCODER_TYPES:
+        raise ValueError(f"a Segmenter encoder is one of {', '.join(ENCODER_TYPES)}, not {model_type!r}")
+    if isinstance(given, dict):
+        fields = {"layer_norm_eps": LAYER_NORM_EPS} | {k: v for k, v in given.items() if k != "model_type"}
+        given = AutoConfig.for_model(model_type, **fields)
+    if not isinstance(given.patch_size, int):
+        raise ValueError(f"Segmenter's patches are square: patch_size must be one integer, not {given.patch_size}")
+    return given
+
+
+def _decoder_config(given: dict | PreTrainedConfig | None, encoder: PreTrainedConfig) -> ViTConfig:
+    if isinstance(given, PreTrainedConfig):
+        return given
+    given = {k: v for k, v in (given or {}).items() if k != "model_type"}
+    width = given.get("hidden_size", encoder.hidden_size)
+    # The original decoder keeps the encoder's head width: as many heads of 64 as fit.
+    defaults = {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": max(1, width * encoder.num_attention_heads // encoder.hidden_size),
+        "intermediate_size": 4 * width,
+        "layer_norm_eps": LAYER_NORM_EPS,
+    }
+    return ViTConfig(**(defaults | given))

@@ -1,0 +1,187 @@
+"""Segmenter (Strudel et al. 2021, arXiv:2105.05633): transformers' ViT or DeiT, then a decoder on its patch tokens.
+
+The encoder is `ViTModel` / `DeiTModel` itself; only the resizing of its position embeddings differs (bilinear, and
+from and to grids that are not square). The decoder maps tokens to class scores one by one or among themselves and
+never asks where a token lies, so that a token reduction can hand it fewer tokens than the grid has.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DeiTModel, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
+from transformers import initialization as init
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.models.deit.modeling_deit import DeiTEmbeddings
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_segmenter import SegmenterConfig
+
+
+def resize_position_embeddings(
+    position_embeddings: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
+    """Position embeddings [1, P + h*w, C] of one grid, bilinearly resized to another: [1, P + H*W, C].
+
+    P prefix rows (class and distillation token) pass unchanged; equal grids return the input itself.
+    """
+    if old_grid == new_grid:
+        return position_embeddings
+    num_prefix = position_embeddings.shape[1] - old_grid[0] * old_grid[1]
+    prefix, patches = position_embeddings[:, :num_prefix], position_embeddings[:, num_prefix:]
+    patches = patches.transpose(1, 2).unflatten(2, old_grid)
+    patches = F.interpolate(patches, size=new_grid, mode="bilinear", align_corners=False)
+    return torch.cat((prefix, patches.flatten(2).transpose(1, 2)), dim=1)
+
+
+class _BilinearPositions:
+    """Mixed into an embeddings class: its position embeddings resize as the original Segmenter's do."""
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Position embeddings [1, P + N, C] for an image of height x width pixels."""
+        patch = self.patch_size
+        old_grid = (self.image_size[0] // patch, self.image_size[1] // patch)
+        return resize_position_embeddings(self.position_embeddings, old_grid, (height // patch, width // patch))
+
+
+class SegmenterViTEmbeddings(_BilinearPositions, ViTEmbeddings):
+    """ViT embeddings with bilinear position embeddings on grids of any shape."""
+
+
+class SegmenterDeiTEmbeddings(_BilinearPositions, DeiTEmbeddings):
+    """DeiT embeddings (class and distillation token) with bilinear position embeddings on grids of any shape."""
+
+
+def _build_encoder(config: PreTrainedConfig) -> ViTModel | DeiTModel:
+    model_class, embeddings_class = {
+        "vit": (ViTModel, SegmenterViTEmbeddings),
+        "deit": (DeiTModel, SegmenterDeiTEmbeddings),
+    }[config.model_type]
+    encoder = model_class(config, add_pooling_layer=False)
+    encoder.embeddings = embeddings_class(config)
+    return encoder
+
+
+class LinearDecoder(nn.Module):
+    """One linear layer: tokens Tensor[B, L, C] -> class scores Tensor[B, L, num_labels]."""
+
+    def __init__(self, config: SegmenterConfig):
+        super().__init__()
+        self.head = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(tokens)
+
+
+class MaskTransformerDecoder(nn.Module):
+    """Class tokens beside the patch tokens: tokens Tensor[B, L, C] -> class scores Tensor[B, L, num_labels].
+
+    A patch's score for a class is the cosine between the two tokens after the last layer, normalised over the
+    classes. In `layers` the class tokens are the last num_labels of the sequence.
+    """
+
+    def __init__(self, config: SegmenterConfig):
+        super().__init__()
+        decoder: ViTConfig = config.decoder_config
+        self.num_labels = config.num_labels
+        self.proj_dec = nn.Linear(config.hidden_size, decoder.hidden_size)
+        self.cls_emb = nn.Parameter(torch.zeros(1, config.num_labels, decoder.hidden_size))
+        self.layers = nn.ModuleList([ViTLayer(decoder) for _ in range(decoder.num_hidden_layers)])
+        self.decoder_norm = nn.LayerNorm(decoder.hidden_size, eps=decoder.layer_norm_eps)
+        # Applied from the right (x @ proj), as in the original: not Linear weights.
+        self.proj_patch = nn.Parameter(torch.zeros(decoder.hidden_size, decoder.hidden_size))
+        self.proj_classes = nn.Parameter(torch.zeros(decoder.hidden_size, decoder.hidden_size))
+        self.mask_norm = nn.LayerNorm(config.num_labels, eps=decoder.layer_norm_eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden_states = self.proj_dec(tokens)
+        class_tokens = self.cls_emb.expand(len(hidden_states), -1, -1)
+        hidden_states = torch.cat((hidden_states, class_tokens.to(hidden_states.dtype)), dim=1)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        hidden_states = self.decoder_norm(hidden_states)
+        patches = hidden_states[:, : -self.num_labels] @ self.proj_patch
+        classes = hidden_states[:, -self.num_labels :] @ self.proj_classes
+        scores = F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).transpose(1, 2)
+        return self.mask_norm(scores)
+
+
+class SegmenterPreTrainedModel(PreTrainedModel):
+    """Weights initialisation and what transformers may do with the model (attention kernels, checkpointing)."""
+
+    config_class = SegmenterConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SegmenterViTEmbeddings", "SegmenterDeiTEmbeddings", "ViTLayer", "DeiTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MaskTransformerDecoder):
+            width = module.proj_patch.shape[0]
+            init.trunc_normal_(module.cls_emb, std=self.config.initializer_range)
+            init.normal_(module.proj_patch, std=width**-0.5)
+            init.normal_(module.proj_classes, std=width**-0.5)
+
+
+class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
+    """Semantic segmentation with a plain ViT: `encoder` (ViTModel or DeiTModel) and `decoder`.
+
+    Built from a `SegmenterConfig`; the decoder is a `MaskTransformerDecoder` or a `LinearDecoder`.
+    """
+
+    def __init__(self, config: SegmenterConfig):
+        super().__init__(config)
+        self.encoder = _build_encoder(config.encoder_config)
+        decoder_class = LinearDecoder if config.decoder_type == "linear" else MaskTransformerDecoder
+        self.decoder = decoder_class(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embeddings.patch_embeddings
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> SemanticSegmenterOutput:
+        """Images Tensor[B, 3, H, W], any H and W -> logits Tensor[B, num_labels, H, W] at full resolution.
+
+        labels: LongTensor[B, H, W] of class ids; adds `loss`, the mean cross entropy over all pixels except those of
+        `config.semantic_loss_ignore_index`. Keyword arguments (output_hidden_states, output_attentions) go to the
+        encoder. Raises ValueError where the labels' shape is not the images'.
+        """
+        height, width = pixel_values.shape[-2:]
+        if labels is not None and labels.shape != (len(pixel_values), height, width):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not match images of shape {tuple(pixel_values.shape)}: "
+                f"expected {(len(pixel_values), height, width)}"
+            )
+
+        patch = self.config.patch_size
+        # Zero is the mean colour after normalising; the original pads right and bottom with it too.
+        pixel_values = F.pad(pixel_values, (0, -width % patch, 0, -height % patch))
+        padded_size = pixel_values.shape[-2:]
+        grid = (padded_size[0] // patch, padded_size[1] // patch)
+
+        encoded = self.encoder(pixel_values, interpolate_pos_encoding=True, **kwargs)
+        num_prefix = encoded.last_hidden_state.shape[1] - grid[0] * grid[1]
+        scores = self.decoder(encoded.last_hidden_state[:, num_prefix:])
+
+        logits = scores.transpose(1, 2).unflatten(2, grid)
+        logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=False)
+        logits = logits[..., :height, :width]
+
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float(), labels, ignore_index=self.config.semantic_loss_ignore_index)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+
+__all__ = ["SegmenterForSemanticSegmentation", "SegmenterPreTrainedModel"]
