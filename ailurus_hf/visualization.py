@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .errors import AiluRusError
+
 if TYPE_CHECKING:
     from .clusters import TokenClusters
 
@@ -85,7 +87,7 @@ def draw_assignment(
             whole tokens; None where the tokens span the image.
 
     Raises:
-        ValueError: a grid that does not match the tokens or the image, an index past the batch, an unknown fill.
+        AiluRusError: a grid that does not match the tokens or the image, an index past the batch, an unknown fill.
     """
     assignment = _assignment(clusters, grid, index)
     pixels, side, crop = _tile(image, grid, patch_size)
@@ -96,7 +98,7 @@ def draw_assignment(
     elif fill == "distinct":
         colors = distinct_colors(num_clusters)
     else:
-        raise ValueError(f'fill is "mean" or "distinct", not {fill!r}')
+        raise AiluRusError(f'fill is "mean" or "distinct", not {fill!r}')
     picture = colors.round().astype(np.uint8)[cluster_of_pixel]
     if border is not None:
         picture[_edges(cluster_of_pixel)] = border
@@ -119,7 +121,7 @@ def reconstruct_image(
         patch: "mean", the mean of the cluster's patches, or "center", the patch of its centre (the paper).
 
     Raises:
-        ValueError: as in `draw_assignment`; "center" for clusters whose centres are no tokens.
+        AiluRusError: as in `draw_assignment`; "center" for clusters whose centres are no tokens.
     """
     assignment = _assignment(clusters, grid, index).reshape(-1)
     pixels, side, crop = _tile(image, grid, patch_size)
@@ -130,10 +132,10 @@ def reconstruct_image(
     elif patch == "center":
         centers = getattr(clusters, "centers", None)
         if centers is None:
-            raise ValueError('patch="center" needs centres that are tokens, and these clusters have none: use "mean"')
+            raise AiluRusError('patch="center" needs centres that are tokens, and these clusters have none: use "mean"')
         patches = patches[centers[index].cpu().numpy()[assignment]]
     else:
-        raise ValueError(f'patch is "mean" or "center", not {patch!r}')
+        raise AiluRusError(f'patch is "mean" or "center", not {patch!r}')
     picture = patches.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4)
     return _untile(picture.reshape(pixels.shape).round().astype(np.uint8), crop)
 
@@ -206,7 +208,7 @@ def compare_predictions(
         panel_width: pixels a panel; the height follows the image.
 
     Raises:
-        ValueError: a label map that is not of the image's size.
+        AiluRusError: a label map that is not of the image's size.
     """
     palette = class_palette(class_names) if palette is None else palette
     photo = Image.fromarray(_pixels(image))
@@ -272,20 +274,20 @@ def _pixels(image: ImageLike) -> np.ndarray:
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"an image is PIL or a uint8 array [H, W, 3], not {image.dtype} {list(image.shape)}")
+        raise AiluRusError(f"an image is PIL or a uint8 array [H, W, 3], not {image.dtype} {list(image.shape)}")
     return image
 
 
 def _labels(label_map: LabelMap) -> np.ndarray:
     labels = label_map.cpu().numpy() if isinstance(label_map, torch.Tensor) else np.asarray(label_map)
     if labels.ndim != 2:
-        raise ValueError(f"a label map is [H, W], not {list(labels.shape)}")
+        raise AiluRusError(f"a label map is [H, W], not {list(labels.shape)}")
     return labels.astype(np.int64)
 
 
 def _same_size(photo: Image.Image, labels: np.ndarray, what: str) -> None:
     if labels.shape != (photo.height, photo.width):
-        raise ValueError(f"the {what} is {list(labels.shape)}, the image {[photo.height, photo.width]}")
+        raise AiluRusError(f"the {what} is {list(labels.shape)}, the image {[photo.height, photo.width]}")
 
 
 def _assignment(clusters: TokenClusters | torch.Tensor, grid: Sequence[int], index: int) -> np.ndarray:
@@ -293,9 +295,11 @@ def _assignment(clusters: TokenClusters | torch.Tensor, grid: Sequence[int], ind
     assignment = clusters if isinstance(clusters, torch.Tensor) else clusters.assignment
     batch, tokens = assignment.shape
     if len(grid) != 2 or grid[0] * grid[1] != tokens:
-        raise ValueError(f"a picture of {tokens} tokens needs a grid of two sides with that product, not {tuple(grid)}")
+        raise AiluRusError(
+            f"a picture of {tokens} tokens needs a grid of two sides with that product, not {tuple(grid)}"
+        )
     if not 0 <= index < batch:
-        raise ValueError(f"index {index} is outside the batch of {batch}")
+        raise AiluRusError(f"index {index} is outside the batch of {batch}")
     return assignment[index].cpu().numpy().reshape(grid[0], grid[1])
 
 
@@ -312,7 +316,7 @@ def _tile(
         return np.asarray(resized), side, (height, width, True)
     below, right = rows * patch_size - height, columns * patch_size - width
     if below < 0 or right < 0:
-        raise ValueError(
+        raise AiluRusError(
             f"{rows}×{columns} tokens of {patch_size} pixels cover {rows * patch_size}×{columns * patch_size}, "
             f"less than the image's {height}×{width}"
         )

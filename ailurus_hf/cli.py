@@ -1,0 +1,273 @@
+"""The `ailurus-hf` command: see what token reduction does to your model on your images, without writing code.
+
+Bad input gives one line on stderr and exit code 2. torch and transformers are imported by the commands that need
+them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import AiluRusError
+
+if TYPE_CHECKING:
+    from .cli_support import LoadedModel
+
+AILURUS_FIELDS = (
+    "cluster_location",
+    "keep_ratio",
+    "num_clusters",
+    "clustering",
+    "restore",
+    "restore_at",
+    "restore_location",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0 done, 1 the self-check of `doctor` failed, 2 bad input."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except AiluRusError as error:
+        print(f"ailurus-hf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")  # one line, no usage before it
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ailurus-hf", description="AiluRus token reduction for Hugging Face vision transformers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    segment = commands.add_parser("segment", help="semantic segmentation of images, reduced or compared with plain")
+    _add_images(segment)
+    _add_model(segment)
+    _add_ailurus(segment)
+    segment.add_argument("--output", default="ailurus_output", help="folder for the pictures (default: %(default)s)")
+    segment.add_argument(
+        "--compare",
+        action="store_true",
+        help="run plain beside reduced: times, agreement, one picture; mIoU with --labels",
+    )
+    segment.add_argument(
+        "--labels", help="ground truth as class ids: a PNG, or a folder of PNGs named as the images (with --compare)"
+    )
+    segment.add_argument("--repeats", type=_positive, default=5, help="timed runs of each (default: %(default)s)")
+    segment.set_defaults(run=_segment)
+
+    classify = commands.add_parser("classify", help="classify images")
+    _add_images(classify)
+    _add_model(classify)
+    _add_ailurus(classify)
+    classify.add_argument("--top", type=_positive, default=3, help="classes to show (default: %(default)s)")
+    classify.set_defaults(run=_classify)
+
+    visualize = commands.add_parser("visualize", help="draw which tokens were merged and what is left of the image")
+    _add_images(visualize)
+    _add_model(visualize)
+    _add_ailurus(visualize, can_be_off=False)
+    visualize.add_argument("--output", default="ailurus_output", help="folder for the pictures (default: %(default)s)")
+    visualize.add_argument("--fill", choices=("mean", "distinct"), default="mean", help="colour of a cluster")
+    visualize.set_defaults(run=_visualize)
+
+    status = commands.add_parser("status", help="what is reduced where in a model, and what it saves")
+    status.add_argument("image", nargs="?", help="image to run; default: noise of the model's size")
+    _add_model(status)
+    _add_ailurus(status)
+    status.set_defaults(run=_status)
+
+    doctor = commands.add_parser("doctor", help="versions, extras, devices, attention kernels, and a self-check")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+    convert = commands.add_parser(
+        "convert-segmenter", help="convert an official Segmenter checkpoint (variant.yml beside it) to a model folder"
+    )
+    convert.add_argument("checkpoint", help="checkpoint.pth")
+    convert.add_argument("output_dir", help="folder to write")
+    convert.set_defaults(run=_convert_segmenter)
+    return parser
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="model folder or Hub name")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the first there is)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> None:
+    group = parser.add_argument_group("AiluRus", "default: what the model's config.json says, else keep half")
+    group.add_argument("--cluster-location", type=int, metavar="L", help="merge at the output of this layer")
+    size = group.add_mutually_exclusive_group()
+    size.add_argument("--keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
+    size.add_argument("--num-clusters", type=int, metavar="M", help="number of tokens to keep")
+    group.add_argument("--clustering", choices=("density_peaks", "local_kmeans"))
+    group.add_argument("--restore", choices=("copy", "residual"), help="what a token gets back")
+    group.add_argument("--restore-at", choices=("backbone", "decoder"), help="where a segmenter unfolds")
+    group.add_argument("--restore-location", type=int, metavar="R", help="layer from which all tokens run again")
+    if can_be_off:
+        group.add_argument("--no-ailurus", action="store_true", help="run the model as it is")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _load(args: argparse.Namespace, task: str | None) -> LoadedModel:
+    from .cli_support import BadInputError, load_model
+
+    given = {name: getattr(args, name) for name in AILURUS_FIELDS if getattr(args, name) is not None}
+    if not getattr(args, "no_ailurus", False):
+        return load_model(args.model, task, args.device, args.dtype, given)
+    if given:
+        raise BadInputError(f"--no-ailurus and --{next(iter(given)).replace('_', '-')} do not go together")
+    return load_model(args.model, task, args.device, args.dtype, None)
+
+
+def _segment(args: argparse.Namespace) -> int:
+    from . import cli_support as support
+    from . import comparison
+
+    if args.labels and not args.compare:
+        raise support.BadInputError("--labels is for --compare: without it nothing is scored")
+    if args.compare and args.no_ailurus:
+        raise support.BadInputError("--compare and --no-ailurus do not go together: nothing to compare")
+    images = support.find_images(args.images)
+    loaded = _load(args, "segment")
+    output = support.make_folder(args.output)
+    if not args.compare:
+        loaded.switch_on()
+        results = [
+            comparison.segment_image(loaded, path, support.read_image(path), output)
+            for path in support.progress(images)
+        ]
+        if args.json:
+            _print_json(loaded, images=results)
+            return 0
+        for result in results:
+            covered = ", ".join(f"{name} {share:.0%}" for name, share in list(result["classes"].items())[:4])
+            print(f"{result['image']}: {covered}")
+        print(f"label maps and overlays in {output}")
+        return 0
+
+    compared = []
+    for path in support.progress(images):
+        image = support.read_image(path)
+        truth = support.read_labels(path, args.labels, image.size) if args.labels else None
+        compared.append(comparison.compare_image(loaded, path, image, truth, args.repeats, output))
+    if args.json:
+        _print_json(loaded, images=[c.to_dict() for c in compared], all=comparison.summarize(compared))
+        return 0
+    print(comparison.format_comparison(compared))
+    print(f"pictures in {output}")
+    return 0
+
+
+def _classify(args: argparse.Namespace) -> int:
+    from . import cli_support as support
+
+    images = support.find_images(args.images)
+    loaded = _load(args, "classify")
+    loaded.switch_on()
+    names, results = loaded.class_names(), []
+    for path in support.progress(images):
+        logits = loaded(loaded.prepare(support.read_image(path))).logits[0].float()
+        best = logits.softmax(0).topk(min(args.top, len(names)))
+        scores = {names[int(i)]: round(float(score), 4) for score, i in zip(*best, strict=True)}
+        results.append({"image": str(path), "scores": scores})
+    if args.json:
+        _print_json(loaded, images=results)
+    else:
+        for result in results:
+            print(f"{result['image']}: " + ", ".join(f"{name} {score:.1%}" for name, score in result["scores"].items()))
+    return 0
+
+
+def _visualize(args: argparse.Namespace) -> int:
+    from . import cli_support as support
+
+    images = support.find_images(args.images)
+    loaded = _load(args, None)
+    output = support.make_folder(args.output)
+    loaded.switch_on()
+    results = []
+    for path in support.progress(images):
+        inputs = loaded.prepare(support.read_image(path))
+        loaded(inputs)
+        pictures = loaded.draw_clusters(inputs, args.fill)
+        files = [output / f"{path.stem}_assignment.png", output / f"{path.stem}_rebuilt.png"]
+        pictures.assignment.save(files[0])
+        pictures.rebuilt.save(files[1])
+        tokens = [pictures.num_tokens, pictures.num_clusters]
+        results.append({"image": str(path), "tokens": tokens, "files": [str(file) for file in files]})
+    if args.json:
+        _print_json(loaded, images=results)
+    else:
+        for result in results:
+            print(f"{result['image']}: {' to '.join(map(str, result['tokens']))} tokens, {', '.join(result['files'])}")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from . import ailurus_status
+    from . import cli_support as support
+
+    loaded = _load(args, None)
+    loaded.switch_on()
+    loaded(loaded.prepare(support.read_image(Path(args.image)) if args.image else support.noise_image(loaded)))
+    if args.json:
+        _print_json(loaded)
+    else:
+        print(ailurus_status(loaded.model))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    found = doctor.report()
+    print(json.dumps(found, indent=2) if args.json else doctor.format_report(found))
+    return 1 if found["self_check"]["ok"] is False else 0
+
+
+def _convert_segmenter(args: argparse.Namespace) -> int:
+    from .cli_support import BadInputError, require_transformers
+
+    require_transformers()
+    from .segmenter.convert import convert_segmenter_checkpoint
+
+    if not Path(args.checkpoint).is_file():
+        raise BadInputError(f"no such file: {args.checkpoint}")
+    convert_segmenter_checkpoint(args.checkpoint, args.output_dir)
+    print(f"model folder {args.output_dir}")
+    return 0
+
+
+def _print_json(loaded: LoadedModel, **fields: Any) -> None:
+    from . import ailurus_status
+
+    found = {"model": loaded.name, "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    found["ailurus"] = ailurus_status(loaded.model).to_dict() if loaded.ailurus else None
+    print(json.dumps(found | fields, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What users install: the wheel's content, imports from it and from an editable install, and what an import costs."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ailurus_hf
+from ailurus_hf.doctor import EXTRAS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def python(code: str, folder: Path, **environment: str) -> str:
+    """Runs code in a fresh interpreter that does not see this checkout; returns what it printed."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def build(target: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_holds_the_package_with_its_pipelines_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"ailurus_hf/__init__.py", "ailurus_hf/py.typed", "ailurus_hf/pipelines/__init__.py"} <= names
+    sources = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("ailurus_hf/**/*.py")}
+    sources |= {f"ailurus_hf/{p.relative_to(ROOT).as_posix()}" for p in ROOT.glob("pipelines/**/*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
+    assert {name.split("/")[0] for name in names} == {"ailurus_hf", f"ailurus_hf-{PROJECT['version']}.dist-info"}
+    assert wheel.stat().st_size < 2**20  # no weights, no pictures
+
+
+def test_an_installed_wheel_imports_with_its_pipelines_and_command(wheel: Path, tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target"]
+    subprocess.run([*install, str(tmp_path / "site"), str(wheel)], check=True, capture_output=True)
+    code = "import ailurus_hf, ailurus_hf.pipelines as p; print(ailurus_hf.__file__, p.__file__, p.__name__, sep='|')"
+    package, pipelines, name = python(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).split("|")
+    assert Path(package) == tmp_path / "site/ailurus_hf/__init__.py"
+    assert Path(pipelines) == tmp_path / "site/ailurus_hf/pipelines/__init__.py"
+    assert name == "ailurus_hf.pipelines"
+    command = (tmp_path / "site/bin/ailurus-hf").read_text()
+    assert "from ailurus_hf.cli import main" in command
+
+
+def test_an_editable_install_imports_the_pipelines_of_the_checkout(tmp_path: Path) -> None:
+    built = build("wheel:editable", tmp_path / "wheel")
+    zipfile.ZipFile(built).extractall(tmp_path / "site")
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import ailurus_hf.pipelines as p; print(p.__file__)"
+    )
+    file = Path(python(code, tmp_path))
+    assert file.resolve() == ROOT / "pipelines/__init__.py"
+
+
+def test_the_source_distribution_holds_the_pipelines(tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tmp_path)) as archive:
+        names = archive.getnames()
+    assert any(name.endswith("/ailurus_hf/pipelines/__init__.py") for name in names)
+
+
+def test_importing_the_package_loads_no_optional_library(tmp_path: Path) -> None:
+    code = """
+import sys, time
+import torch
+start = time.perf_counter()
+import ailurus_hf
+print(time.perf_counter() - start)
+print(*{"transformers", "diffusers", "PIL", "matplotlib", "accelerate"} & set(sys.modules))
+"""
+    seconds, loaded = (python(code, tmp_path, PYTHONPATH=str(ROOT)) + "\n").split("\n")[:2]
+    assert loaded == ""
+    assert float(seconds) < 1
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert ailurus_hf.__version__ == PROJECT["version"]
+    assert f"version: {PROJECT['version']}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=]", name)[0].lower() for name in requirements} - {"ailurus-hf"}
+
+
+def test_doctor_knows_the_extras() -> None:
+    extras = {extra: names_of(needed) for extra, needed in PROJECT["optional-dependencies"].items()}
+    del extras["all"], extras["test"]
+    extras["video"].add("imageio-ffmpeg")  # what imageio[ffmpeg] stands for
+    assert {extra: set(names) for extra, names in EXTRAS.items()} == extras
+
+
+def test_constraints_pin_what_make_installs() -> None:
+    pinned = {re.split(r"[=;]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    extras = PROJECT["optional-dependencies"]
+    needed = names_of(PROJECT["dependencies"] + extras["vision"] + extras["bench"] + extras["test"])
+    assert needed - pinned == set()
