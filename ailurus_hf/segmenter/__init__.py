@@ -1,15 +1,19 @@
 """Segmenter for transformers. Importing this package registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from .configuration_segmenter import SegmenterConfig
+from .image_processing_segmenter import SegmenterImageProcessor, sliding_window_logits
 from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterPreTrainedModel
 
 AutoConfig.register("segmenter", SegmenterConfig, exist_ok=True)
 AutoModelForSemanticSegmentation.register(SegmenterConfig, SegmenterForSemanticSegmentation, exist_ok=True)
+AutoImageProcessor.register(SegmenterConfig, image_processor_classes={"pil": SegmenterImageProcessor}, exist_ok=True)
 
 __all__ = [
     "SegmenterConfig",
     "SegmenterForSemanticSegmentation",
+    "SegmenterImageProcessor",
     "SegmenterPreTrainedModel",
+    "sliding_window_logits",
 ]

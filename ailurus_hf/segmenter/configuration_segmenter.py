@@ -19,12 +19,12 @@ class SegmenterConfig(PreTrainedConfig):
         grid: they are resized bilinearly for any other image.
     decoder_type: "mask_transformer" (default) or "linear".
     decoder_config: a `ViTConfig` giving the mask transformer's hidden_size, num_hidden_layers, num_attention_heads
-        and intermediate_size; default 2 layers as wide as the encoder. The linear decoder does not read it.
+        and intermediate_size; default 2 layers as wide as the encoder. None with the linear decoder.
     semantic_loss_ignore_index: label that counts in no loss; default 255.
     num_labels / id2label: as in every transformers config.
 
-    Raises ValueError for an encoder that is neither ViT nor DeiT, an unknown decoder, or a width that its number of
-    heads does not divide.
+    Raises ValueError for an encoder that is neither ViT nor DeiT, an unknown decoder, a decoder_config with the linear
+    decoder, or a width that its number of heads does not divide.
     """
 
     model_type = "segmenter"
@@ -38,9 +38,12 @@ class SegmenterConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.encoder_config = _encoder_config(self.encoder_config)
-        self.decoder_config = _decoder_config(self.decoder_config, self.encoder_config)
+        if self.decoder_type == "linear" and self.decoder_config is not None:
+            raise ValueError('decoder_type="linear" has no layers: leave decoder_config out')
+        if self.decoder_type == "mask_transformer":
+            self.decoder_config = _decoder_config(self.decoder_config, self.encoder_config)
         for part, config in (("encoder", self.encoder_config), ("decoder", self.decoder_config)):
-            if config.hidden_size % config.num_attention_heads:
+            if config is not None and config.hidden_size % config.num_attention_heads:
                 raise ValueError(
                     f"the {part}'s hidden_size {config.hidden_size} is not a multiple of its num_attention_heads "
                     f"{config.num_attention_heads}"

@@ -12,7 +12,7 @@ from transformers import DeiTModel, PreTrainedConfig, PreTrainedModel, ViTConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.models.deit.modeling_deit import DeiTEmbeddings
-from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer, ViTPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_segmenter import SegmenterConfig
@@ -73,16 +73,17 @@ class LinearDecoder(nn.Module):
         return self.head(tokens)
 
 
-class MaskTransformerDecoder(nn.Module):
+class MaskTransformerDecoder(ViTPreTrainedModel):
     """Class tokens beside the patch tokens: tokens Tensor[B, L, C] -> class scores Tensor[B, L, num_labels].
 
     A patch's score for a class is the cosine between the two tokens after the last layer, normalised over the
-    classes. In `layers` the class tokens are the last num_labels of the sequence.
+    classes. In `layers` the class tokens are the last num_labels of the sequence. A PreTrainedModel so that
+    transformers chooses the attention function of its layers as it does the encoder's.
     """
 
     def __init__(self, config: SegmenterConfig):
-        super().__init__()
         decoder: ViTConfig = config.decoder_config
+        super().__init__(decoder)
         self.num_labels = config.num_labels
         self.proj_dec = nn.Linear(config.hidden_size, decoder.hidden_size)
         self.cls_emb = nn.Parameter(torch.zeros(1, config.num_labels, decoder.hidden_size))
@@ -92,6 +93,15 @@ class MaskTransformerDecoder(nn.Module):
         self.proj_patch = nn.Parameter(torch.zeros(decoder.hidden_size, decoder.hidden_size))
         self.proj_classes = nn.Parameter(torch.zeros(decoder.hidden_size, decoder.hidden_size))
         self.mask_norm = nn.LayerNorm(config.num_labels, eps=decoder.layer_norm_eps)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.trunc_normal_(self.cls_emb, std=self.config.initializer_range)
+            init.normal_(self.proj_patch, std=self.config.hidden_size**-0.5)
+            init.normal_(self.proj_classes, std=self.config.hidden_size**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden_states = self.proj_dec(tokens)
@@ -107,7 +117,7 @@ class MaskTransformerDecoder(nn.Module):
 
 
 class SegmenterPreTrainedModel(PreTrainedModel):
-    """Weights initialisation and what transformers may do with the model (attention kernels, checkpointing)."""
+    """What transformers may do with the model: attention functions, checkpointing, compilation."""
 
     config_class = SegmenterConfig
     base_model_prefix = "encoder"
@@ -121,15 +131,6 @@ class SegmenterPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MaskTransformerDecoder):
-            width = module.proj_patch.shape[0]
-            init.trunc_normal_(module.cls_emb, std=self.config.initializer_range)
-            init.normal_(module.proj_patch, std=width**-0.5)
-            init.normal_(module.proj_classes, std=width**-0.5)
-
 
 class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
     """Semantic segmentation with a plain ViT: `encoder` (ViTModel or DeiTModel) and `decoder`.
@@ -140,6 +141,7 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
     def __init__(self, config: SegmenterConfig):
         super().__init__(config)
         self.encoder = _build_encoder(config.encoder_config)
+        self.num_prefix_tokens = 2 if config.encoder_config.model_type == "deit" else 1
         decoder_class = LinearDecoder if config.decoder_type == "linear" else MaskTransformerDecoder
         self.decoder = decoder_class(config)
         self.post_init()
@@ -169,8 +171,8 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
         grid = (padded_size[0] // patch, padded_size[1] // patch)
 
         encoded = self.encoder(pixel_values, interpolate_pos_encoding=True, **kwargs)
-        num_prefix = encoded.last_hidden_state.shape[1] - grid[0] * grid[1]
-        scores = self.decoder(encoded.last_hidden_state[:, num_prefix:])
+        # By the prefix's length and not the grid's: a token reduction may hand the decoder fewer tokens.
+        scores = self.decoder(encoded.last_hidden_state[:, self.num_prefix_tokens :])
 
         logits = scores.transpose(1, 2).unflatten(2, grid)
         logits = F.interpolate(logits, size=padded_size, mode="bilinear", align_corners=False)

@@ -1,0 +1,183 @@
+"""Masked-image pretraining of a small Segmenter's encoder, on the training photographs alone (no labels, no other data).
+
+    python examples/pretrain_masked.py --data CAMVID --output pretrained --minutes 15
+
+The encoder sees a quarter of a window's patches; a light decoder predicts the pixels of the others (MAE, He et al.
+2021). Writes a Segmenter folder for `train_segmenter.py --init`.
+"""
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from camvid_data import CLASSES, GRID, HEIGHT, PATCH, CamVid, data_folder, training_batch, window_positions
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ViTConfig
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from ailurus_hf.segmenter import SegmenterConfig, SegmenterForSemanticSegmentation
+
+log = logging.getLogger("pretrain")
+
+
+def small_segmenter(width: int, layers: int, decoder_layers: int) -> SegmenterForSemanticSegmentation:
+    """A Segmenter for CamVid whose position embeddings lie on the 23 x 30 patches of a whole image."""
+    encoder = {
+        "model_type": "vit",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+        "image_size": [GRID[0] * PATCH, GRID[1] * PATCH],
+        "patch_size": PATCH,
+    }
+    config = SegmenterConfig(
+        encoder_config=encoder,
+        decoder_config={"num_hidden_layers": decoder_layers},
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: i for i, name in enumerate(CLASSES)},
+        semantic_loss_ignore_index=len(CLASSES),
+    )
+    return SegmenterForSemanticSegmentation(config)
+
+
+@torch.no_grad()
+def start_well(model: SegmenterForSemanticSegmentation, data: CamVid) -> None:
+    """Starting values that spare a ViT without pretraining the learning of the obvious.
+
+    Patch embedding: the patches' principal components, partly whitened. Positions: sines and cosines. Attention: query
+    and key alike, value and output opposite to the identity (Trockman and Kolter 2023, "Mimetic initialization").
+    """
+    embeddings = model.encoder.embeddings
+    width = embeddings.position_embeddings.shape[-1]
+    pixels = torch.stack([data.image(i) for i in range(0, len(data), 4)])[:, :, : HEIGHT // PATCH * PATCH]
+    patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
+    variance, directions = torch.linalg.eigh(torch.cov(patches.T))
+    variance, directions = variance.flip(0)[:width], directions.flip(1)[:, :width]
+    filters = directions / (variance + variance[width // 8]).sqrt()
+    embeddings.patch_embeddings.projection.weight.copy_(filters.T.reshape(width, 3, PATCH, PATCH))
+    embeddings.patch_embeddings.projection.bias.copy_(-patches.mean(0) @ filters)
+    embeddings.position_embeddings[0, 1:] = 0.5 * sine_positions(width)
+
+    for layer in [*model.encoder.layers, *model.decoder.layers]:
+        attention = layer.attention
+        for head in range(attention.num_attention_heads):
+            rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+            u, s, v = torch.linalg.svd(0.7 * torch.randn(width, width) / width**0.5 + 0.7 * torch.eye(width))
+            root = s[: attention.head_dim].sqrt()[:, None]
+            attention.q_proj.weight[rows] = root * u.T[: attention.head_dim]
+            attention.k_proj.weight[rows] = root * v[: attention.head_dim]
+        u, s, v = torch.linalg.svd(0.4 * torch.randn(width, width) / width**0.5 - 0.4 * torch.eye(width))
+        attention.v_proj.weight.copy_(s.sqrt()[:, None] * v)
+        attention.o_proj.weight.copy_(u * s.sqrt())
+
+
+def sine_positions(width: int) -> Tensor:
+    """Sines and cosines of row and column, Tensor[23 * 30, width]."""
+    frequency = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in (rows, columns)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+
+
+class MaskedPretraining(nn.Module):
+    """The encoder on the visible patches, two narrow layers on all places, and the loss on the hidden patches."""
+
+    def __init__(self, segmenter: SegmenterForSemanticSegmentation, width: int = 128):
+        super().__init__()
+        self.encoder = segmenter.encoder
+        config = ViTConfig(
+            hidden_size=width, num_attention_heads=2, intermediate_size=4 * width, attn_implementation="eager"
+        )
+        self.narrow = nn.Linear(segmenter.config.hidden_size, width)
+        self.hidden_token = nn.Parameter(torch.zeros(width))
+        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(2)])
+        self.norm = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * PATCH * PATCH)
+        positions = torch.cat((torch.zeros(1, width), sine_positions(width)))
+        self.register_buffer("positions", positions[None])
+
+    def forward(self, images: Tensor, places: Tensor, grid: tuple[int, int], keep: float) -> Tensor:
+        """Mean squared error of the hidden patches' normalised pixels; images Tensor[B, 3, h, w]."""
+        tokens = self.encoder.embeddings.patch_embeddings(images)
+        batch, count, _ = tokens.shape
+        positions = window_positions(self.encoder.embeddings.position_embeddings, places, grid)
+        order = torch.rand(batch, count).argsort(1)
+        visible = order[:, : int(count * keep)]
+        pick = visible[..., None].expand(-1, -1, tokens.shape[-1])
+        tokens = (tokens + positions[:, 1:]).gather(1, pick)
+        first = (self.encoder.embeddings.cls_token + positions[:, :1]).to(tokens.dtype)
+        hidden = torch.cat((first, tokens), dim=1)
+        for layer in self.encoder.layers:
+            hidden = layer(hidden)
+        hidden = self.narrow(self.encoder.layernorm(hidden))[:, 1:]
+
+        everywhere = self.hidden_token.to(hidden.dtype).expand(batch, count, -1)
+        everywhere = everywhere.scatter(1, visible[..., None].expand(-1, -1, hidden.shape[-1]), hidden)
+        everywhere = everywhere + window_positions(self.positions, places, grid)[:, 1:]
+        for layer in self.layers:
+            everywhere = layer(everywhere)
+        masked = order[:, int(count * keep) :]
+        everywhere = everywhere.gather(1, masked[..., None].expand(-1, -1, everywhere.shape[-1]))
+        predicted = self.pixels(self.norm(everywhere)).float()
+
+        target = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
+        target = target.gather(1, masked[..., None].expand(-1, -1, target.shape[-1]))
+        target = F.layer_norm(target, target.shape[-1:], eps=1e-3)
+        return F.mse_loss(predicted, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="CamVid folder (default: $AILURUS_DATA/camvid)")
+    parser.add_argument("--output", required=True, help="folder to write the Segmenter to")
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--decoder-layers", type=int, default=2)
+    parser.add_argument("--grid", type=int, nargs=2, default=(12, 16), help="patches of a window")
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+    set_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    data = CamVid(data_folder(args.data), "train")
+    model = small_segmenter(args.width, args.layers, args.decoder_layers)
+    start_well(model, data)
+    model.set_attn_implementation("eager")  # on a CPU, in training, faster than SDPA at so few tokens
+    masked = MaskedPretraining(model)
+    optimizer = torch.optim.AdamW(masked.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    started, step, losses = time.time(), 0, []
+    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
+        # Warm up, hold, and fall to nothing over the last third: right whatever the number of steps turns out to be.
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100, 3 * (1 - progress))
+        indices = rng.integers(len(data), size=args.batch_size).tolist()
+        images, _, places = training_batch(data, indices, tuple(args.grid), 0.0, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = masked(images, places, tuple(args.grid), keep=0.25)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(masked.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        step += 1
+        if step % 50 == 0:
+            rate = step * args.batch_size / (time.time() - started)
+            log.info("step %d  loss %.4f  %.0f windows/s  %.0f %%", step, np.mean(losses[-50:]), rate, 100 * progress)
+    model.save_pretrained(args.output)
+    report = {"steps": step, "loss": float(np.mean(losses[-50:])), "minutes": args.minutes, "args": vars(args)}
+    (Path(args.output) / "pretraining.json").write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

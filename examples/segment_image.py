@@ -1,0 +1,102 @@
+"""Segments a street image with AiluRus off and on: how fast, how well, how equal, and one picture of it all.
+
+python examples/segment_image.py
+python examples/segment_image.py --image photo.jpg --model my-segmenter --keep-ratio 0.25 --output out/photo.png
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ailurus_hf import (
+    SegmenterForSemanticSegmentation,
+    SegmenterImageProcessor,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
+from ailurus_hf.comparison import confusion, format_table, mean_iou, median_times
+from ailurus_hf.visualization import compare_predictions, draw_assignment
+
+ASSETS = Path(__file__).parent / "assets"
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--image", type=Path, default=ASSETS / "street.jpg")
+parser.add_argument(
+    "--labels", type=Path, help="ground truth, a PNG of class ids (default: that of the default image)"
+)
+parser.add_argument("--model", default=str(ASSETS / "segmenter-camvid"), help="Segmenter folder or Hub name")
+parser.add_argument("--cluster-location", type=int, default=2, help="merge at the output of this layer")
+parser.add_argument("--keep-ratio", type=float, default=0.5, help="share of the tokens to keep")
+parser.add_argument("--clustering", default="density_peaks", help="density_peaks or local_kmeans")
+parser.add_argument("--repeats", type=int, default=11, help="timed runs of each")
+parser.add_argument("--output", type=Path, default=Path("demo/street_comparison.png"))
+args = parser.parse_args()
+if args.labels is None and args.image == ASSETS / "street.jpg":
+    args.labels = ASSETS / "street_label.png"
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+model = SegmenterForSemanticSegmentation.from_pretrained(args.model).to(device).eval()
+processor = SegmenterImageProcessor.from_pretrained(args.model)
+image = Image.open(args.image).convert("RGB")
+labels = np.asarray(Image.open(args.labels)).astype(int) if args.labels else None
+class_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+inputs = processor(images=image, return_tensors="pt").to(device)
+
+
+def off() -> None:
+    remove_ailurus(model)
+
+
+def on() -> None:
+    apply_ailurus(
+        model, cluster_location=args.cluster_location, keep_ratio=args.keep_ratio, clustering=args.clustering
+    )
+
+
+@torch.inference_mode()
+def run() -> np.ndarray:
+    outputs = model(**inputs)
+    return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].cpu().numpy()
+
+
+off_ms, on_ms = median_times([(off, run), (on, run)], args.repeats, device)
+off()
+plain = run()
+on()
+reduced = run()
+status = ailurus_status(model)
+clusters, grid = status.last_clusters, status.last_grid
+
+# The model pads the image on the right and at the bottom to whole patches, which `patch_size` undoes.
+assignment = draw_assignment(image, clusters, grid, patch_size=model.config.patch_size)
+agreement = (plain == reduced).mean()
+rows = [
+    ["milliseconds", f"{off_ms:.1f}", f"{on_ms:.1f}"],
+    ["speed-up", "", f"{off_ms / on_ms:.2f}x"],
+    ["tokens behind layer " + str(args.cluster_location), str(clusters.num_tokens), str(clusters.num_clusters)],
+    ["pixels that agree", "", f"{agreement:.2%}"],
+]
+titles = [f"AiluRus off: {off_ms:.0f} ms", f"AiluRus on: {on_ms:.0f} ms ({off_ms / on_ms:.2f}x)"]
+if labels is not None:
+    scores = [mean_iou(confusion(prediction, labels, len(class_names))) for prediction in (plain, reduced)]
+    rows.append(["mIoU on this image", *(f"{score:.2%}" for score in scores)])
+    titles = [f"{title}, mIoU {score:.1%}" for title, score in zip(titles, scores, strict=True)]
+
+args.output.parent.mkdir(parents=True, exist_ok=True)
+compare_predictions(
+    image,
+    plain,
+    reduced,
+    assignment,
+    labels,
+    class_names=class_names,
+    plain_title=titles[0],
+    reduced_title=titles[1],
+    assignment_title=f"{clusters.num_tokens} tokens in {clusters.num_clusters} clusters",
+).save(args.output)
+print(format_table([f"{args.image.name} on {device}", "off", "on"], rows))
+print(f"picture: {args.output}")

@@ -1,0 +1,263 @@
+"""Train a small Segmenter (plain patch-16 ViT) on CamVid, from masked pretraining or from nothing.
+
+    python examples/pretrain_masked.py --data CAMVID --output pretrained --minutes 15
+    python examples/train_segmenter.py --data CAMVID --init pretrained --output run --max-minutes 60
+    python examples/train_segmenter.py --data CAMVID --output run --max-minutes 90 --resume      # go on, or go on longer
+    python examples/train_segmenter.py --data CAMVID --output run --export segmenter-camvid      # half-precision folder
+
+run/best is the averaged model of the best val mIoU so far (load it with AutoModelForSemanticSegmentation), run/state
+what --resume reads, run/metrics.json every evaluation. Windows of photographs for most of the time, whole photographs
+for the rest; the learning rate is held and falls to nothing at the end of the budget, in minutes or epochs.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from camvid_data import (
+    CLASSES, GRID, UNLABELLED, CamVid, confusion_on_images, data_folder, scores, training_batch, window_positions,
+)  # fmt: skip
+from pretrain_masked import small_segmenter, start_well
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ailurus_hf.segmenter import SegmenterForSemanticSegmentation, SegmenterImageProcessor
+
+log = logging.getLogger("train")
+CELLS = 4  # the auxiliary head tells 4 x 4 cells of every patch apart
+
+
+class TrainedModel(nn.Module):
+    """The Segmenter and what only training needs: window positions, stochastic depth and an auxiliary head."""
+
+    def __init__(self, segmenter: SegmenterForSemanticSegmentation, class_weights: Tensor, drop_path: float):
+        super().__init__()
+        self.segmenter = segmenter
+        self.cells = nn.Linear(segmenter.config.hidden_size, len(CLASSES) * CELLS**2)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        layers = [*segmenter.encoder.layers, *segmenter.decoder.layers]
+        for depth, layer in enumerate(layers):
+            rate = drop_path * depth / (len(layers) - 1)
+            layer.attention.register_forward_hook(lambda _, args, out, r=rate: (drop_branch(out[0], r, self), out[1]))
+            layer.mlp.register_forward_hook(lambda _, args, out, r=rate: drop_branch(out, r, self))
+
+    def forward(self, images: Tensor, labels: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Loss of windows Tensor[B, 3, h, w] that begin at patch `places` of their canvas."""
+        embeddings, seen = self.segmenter.encoder.embeddings, []
+        embeddings.interpolate_pos_encoding = lambda *_: window_positions(embeddings.position_embeddings, places, grid)
+        keep_tokens = self.segmenter.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        logits = self.segmenter(images).logits.float()
+        keep_tokens.remove()
+        return segmentation_loss(logits, labels, self.class_weights) + 0.4 * self._cell_loss(seen[0], labels, grid)
+
+    def _cell_loss(self, tokens: Tensor, labels: Tensor, grid: tuple[int, int]) -> Tensor:
+        cell = images_per_cell = labels.shape[1] // (grid[0] * CELLS)
+        middle = labels[:, cell // 2 :: cell, images_per_cell // 2 :: cell]
+        logits = self.cells(tokens).float().transpose(1, 2).unflatten(2, grid)
+        return F.cross_entropy(
+            F.pixel_shuffle(logits, CELLS), middle, weight=self.class_weights, ignore_index=UNLABELLED
+        )
+
+
+def drop_branch(branch: Tensor, rate: float, model: nn.Module) -> Tensor:
+    """Stochastic depth: leave a residual branch out for a random part of the batch."""
+    if rate == 0 or not model.training:
+        return branch
+    kept = torch.rand(len(branch), 1, 1) >= rate
+    return branch * (kept / (1 - rate)).to(branch.dtype)
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
+    """Weighted cross entropy plus soft Dice over the classes in the batch; logits Tensor[B, 11, h, w]."""
+    entropy = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=UNLABELLED)
+    labelled = (labels != UNLABELLED)[:, None]
+    truth = F.one_hot(labels, len(CLASSES) + 1)[..., :-1].permute(0, 3, 1, 2)
+    probability = logits.softmax(1) * labelled
+    overlap = (probability * truth).sum((0, 2, 3))
+    size = (probability + truth).sum((0, 2, 3))
+    present = truth.sum((0, 2, 3)) > 0
+    dice = 1 - (2 * overlap + 1) / (size + 1)
+    return entropy + dice[present].mean()
+
+
+def class_weights(data: CamVid) -> Tensor:
+    """One over the root of each class's share of the pixels; a labelled pixel weighs 1 on average."""
+    counts = sum(torch.bincount(data.label(i).flatten(), minlength=UNLABELLED + 1)[:-1] for i in range(len(data)))
+    share = counts / counts.sum()
+    weights = share.rsqrt()
+    return (weights / (weights * share).sum()).float()
+
+
+def make_optimizers(model: TrainedModel, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer layers, AdamW for the rest; both at AdamW's learning rates."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    known = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in known]
+    decayed = [p for p in others if p.ndim in (2, 4)]
+    plain = [p for p in others if p.ndim not in (2, 4)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)]
+
+
+class Progress:
+    """Where training is; saved with the state."""
+
+    def __init__(self):
+        self.step, self.minutes, self.images, self.best, self.history = 0, 0.0, 0, 0.0, []
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def evaluate(model: SegmenterForSemanticSegmentation, data: CamVid) -> dict:
+    """mIoU of whole images at native resolution; bf16, as in training."""
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        return scores(confusion_on_images(model, data))
+
+
+def write_folder(model: SegmenterForSemanticSegmentation, folder: Path, extra: dict) -> None:
+    """A folder for from_pretrained, replaced in one move: whoever reads it sees the old or the new one, whole."""
+    fresh = folder.with_name(f"{folder.name}.new-{os.getpid()}")
+    model.save_pretrained(fresh)
+    SegmenterImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, do_resize=False).save_pretrained(fresh)
+    (fresh / "metrics.json").write_text(json.dumps(extra, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    folder, output = data_folder(args.data), Path(args.output)
+    val = CamVid(folder, "val")
+    if args.export:
+        return export(output / "best", Path(args.export), val)
+
+    set_seed(args.seed)
+    train = CamVid(folder, "train")
+    if args.init:
+        segmenter = SegmenterForSemanticSegmentation.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        segmenter = small_segmenter(args.width, args.layers, args.decoder_layers)
+        start_well(segmenter, train)
+    segmenter.set_attn_implementation("eager")  # on a CPU, in training, faster than SDPA at so few tokens
+    average = copy.deepcopy(segmenter).requires_grad_(False)
+    model = TrainedModel(segmenter, class_weights(train), args.drop_path)
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model, *optimizers = accelerator.prepare(model, *make_optimizers(model, args.weight_decay))
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress, average)
+    if args.resume:
+        accelerator.load_state(output / "state")
+        log.info("resumed at step %d, %.1f minutes, best %.2f", progress.step, progress.minutes, progress.best)
+
+    total_images = args.epochs * len(train)
+    typical, next_evaluation, recent = None, progress.minutes + args.eval_minutes, []
+    while (done := max(progress.minutes / args.max_minutes, progress.images / total_images)) < 1:
+        started = time.time()
+        whole = done >= 1 - args.whole_share
+        grid = GRID if whole else tuple(args.grid)
+        batch_size = max(2, round(args.batch_size * args.grid[0] * args.grid[1] / (grid[0] * grid[1])))
+        rng = np.random.default_rng((args.seed, progress.step))
+        torch.manual_seed(args.seed * 1_000_003 + progress.step)
+        indices = rng.integers(len(train), size=batch_size).tolist()
+        images, labels, places = training_batch(train, indices, grid, args.paste, rng)
+
+        lr = args.lr * min(1.0, (progress.step + 1) / args.warmup_steps, (1 - done) / args.decay_share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        model.train()
+        loss = model(images, labels, places, grid)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 2.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        progress.step += 1
+        progress.images += batch_size
+        decay = min(args.ema, (1 + progress.step) / (10 + progress.step))
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), segmenter.parameters()):
+                kept.lerp_(new, 1 - decay)
+
+        # A process that was paused has not trained: a step counts for no more than a few typical ones.
+        taken = time.time() - started
+        typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
+        progress.minutes += min(taken, 4 * typical) / 60
+        recent = [*recent[-99:], loss.item()]
+        if progress.step % 50 == 0:
+            log.info(
+                "step %d  %.1f min  epoch %.1f  loss %.4f  lr %.2e  %.1f images/s",
+                progress.step, progress.minutes, progress.images / len(train), np.mean(recent), lr, batch_size / typical,
+            )  # fmt: skip
+        last = max(progress.minutes / args.max_minutes, progress.images / total_images) >= 1
+        if progress.minutes >= next_evaluation or last:
+            next_evaluation = progress.minutes + args.eval_minutes
+            result = evaluate(average, val)
+            result |= {k: round(getattr(progress, k), 2) for k in ("step", "minutes", "images")}
+            progress.history.append(result | {"loss": round(float(np.mean(recent)), 4)})
+            log.info("val mIoU %.2f (best %.2f)  %s", result["miou"], progress.best, result["iou"])
+            if result["miou"] > progress.best:
+                progress.best = result["miou"]
+                write_folder(average, output / "best", result)
+            accelerator.save_state(output / "state")
+            report = {"args": vars(args), "best": progress.best, "history": progress.history}
+            (output / "metrics.json").write_text(json.dumps(report, indent=2))
+
+
+def export(best: Path, folder: Path, val: CamVid) -> None:
+    """Writes run/best in half precision and scores what was written, in float32."""
+    SegmenterForSemanticSegmentation.from_pretrained(best, dtype=torch.float16).save_pretrained(folder)
+    SegmenterImageProcessor.from_pretrained(best).save_pretrained(folder)
+    written = SegmenterForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32).eval()
+    result = scores(confusion_on_images(written, val))
+    (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
+    log.info("%s: %.1f MB, val mIoU %.2f, %s", folder, size, result["miou"], result["iou"])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="CamVid folder (default: $AILURUS_DATA/camvid)")
+    parser.add_argument("--output", required=True, help="folder of the run")
+    parser.add_argument("--init", help="Segmenter folder to start from (default: from nothing)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last saved state")
+    parser.add_argument("--export", metavar="FOLDER", help="write the run's best model in half precision and stop")
+    parser.add_argument("--max-minutes", type=float, default=60, help="of training, evaluations not counted")
+    parser.add_argument("--epochs", type=float, default=1e9, help="stop after so many, if that comes first")
+    parser.add_argument("--eval-minutes", type=float, default=5, help="of training between evaluations")
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--decoder-layers", type=int, default=2)
+    parser.add_argument("--grid", type=int, nargs=2, default=(12, 16), help="patches of a window")
+    parser.add_argument("--whole-share", type=float, default=0.2, help="share of the budget spent on whole images")
+    parser.add_argument("--batch-size", type=int, default=24, help="windows; as many tokens of whole images")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--warmup-steps", type=int, default=150)
+    parser.add_argument("--decay-share", type=float, default=0.4, help="share of the budget in which lr falls to 0")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--drop-path", type=float, default=0.1)
+    parser.add_argument("--paste", type=float, default=0.5, help="probability of pasting rare objects into a window")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
