@@ -210,9 +210,9 @@ def _visualize(args: argparse.Namespace) -> int:
     loaded.switch_on()
     results = []
     for path in support.progress(images):
-        inputs = loaded.prepare(support.read_image(path))
-        loaded(inputs)
-        pictures = loaded.draw_clusters(inputs, args.fill)
+        pictures = loaded.draw_clusters(loaded.prepare(support.read_image(path)), args.fill)
+        if pictures.assignment is None or pictures.rebuilt is None:
+            raise support.BadInputError(f"{path.name} has {pictures.num_tokens} tokens and none are to be merged")
         files = [output / f"{path.stem}_assignment.png", output / f"{path.stem}_rebuilt.png"]
         pictures.assignment.save(files[0])
         pictures.rebuilt.save(files[1])

@@ -145,19 +145,35 @@ class LoadedModel:
 
     @torch.inference_mode()
     def __call__(self, inputs: dict[str, torch.Tensor]) -> Any:
-        return self.model(**inputs)
+        """The model's output; of a Segmenter whose processor names a window, the windows' averaged logits."""
+        window = getattr(self.processor, "window_size", None)
+        if window is None:
+            return self.model(**inputs)
+        from transformers.modeling_outputs import SemanticSegmenterOutput
+
+        from .segmenter import sliding_window_logits
+
+        pixels = inputs["pixel_values"]
+        return SemanticSegmenterOutput(
+            logits=sliding_window_logits(self.model, pixels, window, self.processor.window_stride)
+        )
 
     def class_names(self) -> list[str]:
         labels = self.model.config.id2label
         return [str(labels[i]) for i in sorted(labels)]
 
+    @torch.inference_mode()
     def draw_clusters(self, inputs: dict[str, torch.Tensor], fill: str = "mean") -> ClusterPictures:
-        """Pictures of the last forward's clusters, on the pixels the model saw."""
+        """Runs the image, or of one seen in windows the first window, and draws its clusters on the pixels seen."""
+        window = getattr(self.processor, "window_size", None)
+        height, width = (None, None) if window is None else (window, window) if isinstance(window, int) else window
+        pixels = inputs["pixel_values"][..., :height, :width]
+        self.model(**inputs | {"pixel_values": pixels})
         status = ailurus_status(self.model)
-        clusters, grid = status.last_clusters, status.last_grid
-        if clusters is None:
-            raise BadInputError(f"nothing was reduced: the image has no more tokens than {self.ailurus} keeps")
-        seen = self._seen_image(inputs)
+        place, clusters, grid = status.places[0], status.last_clusters, status.last_grid
+        if clusters is None or grid is None:  # the image has no more tokens than are kept
+            return ClusterPictures(None, None, place.num_tokens, place.num_clusters)
+        seen = self._seen_image(pixels)
         patch = getattr(self.model.config, "patch_size", None)
         # A model that pads inside has the last tokens reach past the image; otherwise the tokens span it.
         padded = isinstance(patch, int) and tuple(grid) == (-(-seen.height // patch), -(-seen.width // patch))
@@ -169,9 +185,9 @@ class LoadedModel:
             clusters.num_clusters,
         )
 
-    def _seen_image(self, inputs: dict[str, torch.Tensor]) -> Image.Image:
+    def _seen_image(self, pixel_values: torch.Tensor) -> Image.Image:
         """The pixels the model sees, resized and cropped, brought back from their normalisation."""
-        pixels = inputs["pixel_values"][0].float().cpu()
+        pixels = pixel_values[0].float().cpu()
         if getattr(self.processor, "do_normalize", True):
             mean, std = torch.tensor(self.processor.image_mean), torch.tensor(self.processor.image_std)
             pixels = pixels * std[:, None, None] + mean[:, None, None]
@@ -181,8 +197,10 @@ class LoadedModel:
 
 
 class ClusterPictures(NamedTuple):
-    assignment: Image.Image
-    rebuilt: Image.Image
+    """`draw_assignment` and `reconstruct_image` of one image; None where it had too few tokens to be reduced."""
+
+    assignment: Image.Image | None
+    rebuilt: Image.Image | None
     num_tokens: int
     num_clusters: int
 

@@ -1,0 +1,275 @@
+"""The command line: what each command writes and prints, and one line with exit code 2 for whatever cannot work."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, doctor
+from ailurus_hf.cli import main
+from ailurus_hf.comparison import confusion, mean_iou, median_times
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
+CLASSES = {0: "sky", 1: "road", 2: "car"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of odd sizes, their labels, a text file called .jpg, a cut-off PNG, and two tiny models."""
+    folder = tmp_path_factory.mktemp("cli")
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    for name, (height, width) in {"a": (37, 53), "b": (64, 40)}.items():
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
+        labels = generator.integers(0, 4, (height, width), dtype=np.uint8)  # 3 is unlabelled
+        Image.fromarray(labels).save(folder / "labels" / f"{name}.png")
+    (folder / "text.jpg").write_text("no image")
+    whole = (folder / "images/b.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+
+    torch.manual_seed(0)
+    vit = ViTForImageClassification(ViTConfig(**TINY, image_size=64, id2label=CLASSES))
+    vit.save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "vit")
+    encoder = {"model_type": "vit", **TINY, "image_size": 64}
+    segmenter = SegmenterForSemanticSegmentation(SegmenterConfig(encoder_config=encoder, id2label=CLASSES))
+    segmenter.save_pretrained(folder / "segmenter")
+    SegmenterImageProcessor().save_pretrained(folder / "segmenter")
+    BertConfig().save_pretrained(folder / "bert")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_segment_writes_label_maps_and_overlays(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["segment", "images", "--model", "segmenter", "--keep-ratio", "0.5", "--output", str(tmp_path)]
+    found = run_json(capsys, *arguments)
+    assert [Path(image["image"]).name for image in found["images"]] == ["a.png", "b.png"]
+    assert sum(found["images"][0]["classes"].values()) == pytest.approx(1, abs=1e-3)
+    labels = np.asarray(Image.open(tmp_path / "a_labels.png"))
+    assert labels.shape == (37, 53) and labels.max() < 3
+    assert Image.open(tmp_path / "a_overlay.png").size == (53, 37)
+    assert main(arguments) == 0
+    assert "a.png: " in capsys.readouterr().out
+
+
+def test_segment_without_ailurus_is_the_model_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert (
+        run_json(capsys, "segment", "images/a.png", "--model", "segmenter", "--no-ailurus", "--output", str(tmp_path))[
+            "ailurus"
+        ]
+        is None
+    )
+    model = SegmenterForSemanticSegmentation.from_pretrained("segmenter").eval()
+    processor = SegmenterImageProcessor.from_pretrained("segmenter")
+    with torch.inference_mode():
+        outputs = model(**processor(images=Image.open("images/a.png"), return_tensors="pt"))
+    expected = processor.post_process_semantic_segmentation(outputs, target_sizes=[(37, 53)])[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a_labels.png")), expected.numpy())
+
+
+def test_compare_reports_times_agreement_and_miou(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["segment", "images", "--model", "segmenter", "--compare", "--labels", "labels", "--repeats", "1"]
+    found = run_json(capsys, *arguments, "--num-clusters", "9", "--output", str(tmp_path))
+    first = found["images"][0]
+    assert first["tokens"] == [35, 9]  # 37×53 in patches of 8, padded: 5×7
+    assert first["plain_ms"] > 0 and first["speedup"] == pytest.approx(
+        first["plain_ms"] / first["reduced_ms"], abs=2e-3
+    )
+    assert 0 <= first["agreement"] <= 1 and 0 <= first["plain_miou"] <= 1 and 0 <= first["reduced_miou"] <= 1
+    assert set(found["all"]) == {"plain_ms", "reduced_ms", "speedup", "agreement", "plain_miou", "reduced_miou"}
+    assert (tmp_path / "b_comparison.png").is_file()
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["image", "off", "ms", "on", "ms", "speed-up", "agreement", "off", "mIoU", "on", "mIoU"]
+    assert [line.split()[0] for line in table[1:4]] == ["a.png", "b.png", "all"]
+
+
+def test_comparing_a_model_that_keeps_all_tokens_agrees_everywhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["segment", "images/a.png", "--model", "segmenter", "--compare", "--output", str(tmp_path)]
+    found = run_json(capsys, *arguments, "--keep-ratio", "1", "--repeats", "1")
+    assert found["all"]["agreement"] == 1
+    assert found["images"][0]["plain_miou"] is None
+
+
+def test_classify_gives_the_best_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "classify", "images/a.png", "--model", "vit", "--num-clusters", "16", "--top", "2")
+    assert len(found["images"][0]["scores"]) == 2
+    assert found["ailurus"] is not None
+    assert main(["classify", "images", "--model", "vit"]) == 0
+    assert capsys.readouterr().out.count("%") == 6
+
+
+def test_visualize_draws_what_was_merged(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for model, tokens in (("vit", 64), ("segmenter", 35)):
+        arguments = ["visualize", "images/a.png", "--model", model, "--num-clusters", "9", "--fill", "distinct"]
+        found = run_json(capsys, *arguments, "--output", str(tmp_path / model))
+        assert found["images"][0]["tokens"] == [tokens, 9]
+        assert all(Path(file).is_file() for file in found["images"][0]["files"])
+    assert Image.open(tmp_path / "segmenter/a_assignment.png").size == (53, 37)
+
+
+def test_status_tells_what_is_reduced(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--model", "vit", "--num-clusters", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "64" in printed and "16" in printed
+    assert run_json(capsys, "status", "images/a.png", "--model", "vit", "--keep-ratio", "0.25")["ailurus"]
+
+
+def test_the_configuration_saved_with_a_model_is_the_default(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    saved = json.loads((folder / "segmenter/config.json").read_text())
+    saved["ailurus_config"] = {"cluster_location": 1, "num_clusters": 12}
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (folder / "segmenter").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / "config.json").write_text(json.dumps(saved))
+    arguments = ["visualize", "images/a.png", "--model", str(model), "--output", str(tmp_path)]
+    assert run_json(capsys, *arguments)["images"][0]["tokens"] == [35, 12]
+    assert run_json(capsys, *arguments, "--keep-ratio", "0.2")["images"][0]["tokens"] == [35, 7]
+
+
+def test_doctor_finds_a_working_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "doctor")
+    assert found["self_check"]["ok"] is True
+    assert found["versions"]["torch"] == torch.__version__
+    assert main(["doctor"]) == 0
+    assert "self-check passed" in capsys.readouterr().out
+
+
+def test_doctor_fails_where_reducing_does_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ailurus_hf.apply_ailurus", lambda model, config: model, raising=False)
+    assert main(["doctor"]) == 1
+    assert "self-check FAILED" in capsys.readouterr().out
+    assert not doctor.report()["self_check"]["ok"]
+
+
+SEGMENT = ["segment", "images/a.png", "--model", "segmenter"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["segment", "nowhere.jpg", "--model", "segmenter"], "nowhere.jpg"),
+        (["segment", "empty", "--model", "segmenter"], "no image in folder empty"),
+        (["segment", "text.jpg", "--model", "segmenter"], "text.jpg is not a readable image"),
+        (["classify", "text.jpg", "--model", "vit"], "text.jpg is not a readable image"),
+        (["segment", "cut.png", "--model", "segmenter"], "cut.png is not a readable image"),
+        (["segment", "images/a.png", "--model", "./nowhere"], "./nowhere"),
+        (["segment", "images/a.png", "--model", "empty"], "no config.json"),
+        (["segment", "images/a.png", "--model", "text.jpg"], "is a file"),
+        (["segment", "images/a.png", "--model", "vit"], "cannot segment"),
+        (["classify", "images/a.png", "--model", "segmenter"], "cannot classify"),
+        (["visualize", "images/a.png", "--model", "bert"], "bert"),
+        ([*SEGMENT, "--keep-ratio", "1.5"], "1.5"),
+        ([*SEGMENT, "--keep-ratio", "0"], "got 0.0"),
+        ([*SEGMENT, "--keep-ratio", "half"], "half"),
+        ([*SEGMENT, "--num-clusters", "0"], "got 0"),
+        ([*SEGMENT, "--num-clusters", "9", "--keep-ratio", "0.5"], "not allowed with"),
+        ([*SEGMENT, "--cluster-location", "9"], "cluster_location 9"),
+        ([*SEGMENT, "--restore-location", "1"], "restore_location"),
+        ([*SEGMENT, "--clustering", "magic"], "magic"),
+        ([*SEGMENT, "--labels", "labels"], "--compare"),
+        ([*SEGMENT, "--compare", "--labels", "empty"], "empty/a.png"),
+        ([*SEGMENT, "--compare", "--labels", "labels/b.png"], "[64, 40]"),
+        ([*SEGMENT, "--compare", "--no-ailurus"], "nothing to compare"),
+        ([*SEGMENT, "--no-ailurus", "--keep-ratio", "0.5"], "--keep-ratio"),
+        ([*SEGMENT, "--output", "text.jpg"], "text.jpg"),
+        ([*SEGMENT, "--device", "abacus"], "abacus"),
+        ([*SEGMENT, "--repeats", "0"], "'0'"),
+        (["convert-segmenter", "nowhere.pth", "out"], "nowhere.pth"),
+        (["teleport"], "teleport"),
+        ([], "COMMAND"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as exit:  # argparse's own refusals
+        code = exit.code
+    streams = capsys.readouterr()
+    assert code == 2
+    assert told in streams.err
+    assert streams.err.count("\n") == 1, streams.err
+    assert streams.out == ""
+
+
+def test_a_model_that_cannot_be_reached_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    start = time.perf_counter()
+    assert main(["classify", "images/a.png", "--model", "some/model"]) == 2
+    assert time.perf_counter() - start < 2
+    assert "no model folder some/model" in capsys.readouterr().err
+
+
+def test_no_traceback_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "ailurus_hf.cli", "classify", "text.jpg", "--model", "vit"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "ailurus-hf classify: error: text.jpg is not a readable image: cannot identify image file 'text.jpg'"
+    ]
+
+
+def test_help_needs_no_transformers() -> None:
+    code = "import sys; from ailurus_hf.cli import build_parser; build_parser(); print('transformers' in sys.modules)"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_mean_iou_counts_the_classes_that_occur() -> None:
+    truth = np.array([[0, 0, 1, 1, 255]])
+    prediction = np.array([[0, 1, 1, 1, 2]])
+    matrix = confusion(prediction, truth, 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+    assert mean_iou(matrix) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert np.isnan(mean_iou(np.zeros((3, 3), dtype=int)))
+
+
+def test_timing_alternates_and_leaves_the_first_round_out() -> None:
+    events: list[str] = []
+
+    def slow_at_first() -> None:
+        events.append("run a")
+        time.sleep(0.2 if events.count("run a") == 1 else 0.01)
+
+    runs = [(lambda: events.append("a"), slow_at_first), (lambda: events.append("b"), lambda: events.append("run b"))]
+    first, second = median_times(runs, 3, torch.device("cpu"))
+    assert events == ["a", "run a", "b", "run b"] * 4
+    assert 10 <= first < 100 and second < 10
