@@ -7,6 +7,7 @@ Used by pretrain_masked.py and train_segmenter.py.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,17 @@ def normalise(image: Tensor) -> Tensor:
 
 
 def random_window(
-    data: CamVid, index: int, top: int, left: int, grid: tuple[int, int], rng: np.random.Generator
+    data: CamVid,
+    index: int,
+    top: int,
+    left: int,
+    grid: tuple[int, int],
+    scales: tuple[float, float],
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Patches (top, left) .. + grid of a random canvas of image `index`: Tensor[3, h, w] 0..255, LongTensor[h, w]."""
     height, width = grid[0] * PATCH, grid[1] * PATCH
-    scale = float(np.exp(rng.uniform(np.log(0.6), np.log(1.8))))
+    scale = float(np.exp(rng.uniform(*np.log(scales))))
     stretch = float(np.exp(rng.uniform(-0.12, 0.12)))
     scale_y, scale_x = scale, scale * stretch
     # Where the canvas begins in the scaled photograph: anywhere that lets the larger hold the smaller, and where
@@ -114,18 +121,23 @@ def jitter(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def training_batch(
-    data: CamVid, indices: list[int], grid: tuple[int, int], paste: float, rng: np.random.Generator
+    data: CamVid,
+    indices: list[int],
+    grid: tuple[int, int],
+    scales: tuple[float, float],
+    paste: float,
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Windows of `grid` patches: normalised Tensor[B, 3, h, w], LongTensor[B, h, w], (top, left) LongTensor[B, 2].
 
-    With probability `paste` the objects of some rare classes are copied over from the same place of another image.
+    Photographs are scaled by a factor between the two `scales`. With probability `paste` the objects of some rare classes are copied over from the same place of another image.
     """
     pixels, classes, places = [], [], []
     for index in indices:
         top, left = int(rng.integers(GRID[0] - grid[0] + 1)), int(rng.integers(GRID[1] - grid[1] + 1))
-        image, label = random_window(data, index, top, left, grid, rng)
+        image, label = random_window(data, index, top, left, grid, scales, rng)
         if rng.random() < paste:
-            other, other_label = random_window(data, int(rng.integers(len(data))), top, left, grid, rng)
+            other, other_label = random_window(data, int(rng.integers(len(data))), top, left, grid, scales, rng)
             chosen = torch.tensor(rng.choice(RARE, size=3, replace=False))
             mask = torch.isin(other_label, chosen)
             image = torch.where(mask, other, image)
@@ -146,14 +158,14 @@ def window_positions(position_embeddings: Tensor, places: Tensor, grid: tuple[in
 
 
 @torch.no_grad()
-def confusion_on_images(model, data: CamVid, batch_size: int = 8) -> Tensor:
-    """LongTensor[11, 11], rows the truth: every labelled pixel of every whole image, at native resolution."""
+def confusion_on_images(model, data: CamVid, indices: Sequence[int], batch_size: int = 4) -> Tensor:
+    """LongTensor[11, 11], rows the truth: every labelled pixel of the whole images, at native resolution."""
     n = len(CLASSES)
     counts = torch.zeros(n * n, dtype=torch.long)
-    for start in range(0, len(data), batch_size):
-        indices = range(start, min(start + batch_size, len(data)))
-        predicted = model(torch.stack([data.image(i) for i in indices])).logits.argmax(1)
-        truth = torch.stack([data.label(i) for i in indices])
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size]
+        predicted = model(torch.stack([data.image(i) for i in batch])).logits.argmax(1)
+        truth = torch.stack([data.label(i) for i in batch])
         seen = truth != UNLABELLED
         counts += torch.bincount(truth[seen] * n + predicted[seen], minlength=n * n)
     return counts.view(n, n)

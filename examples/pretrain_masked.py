@@ -1,4 +1,4 @@
-"""Masked-image pretraining of a small Segmenter's encoder, on the training photographs alone (no labels, no other data).
+"""Masked-image pretraining of a small Segmenter's encoder, on the training photographs alone (no labels).
 
     python examples/pretrain_masked.py --data CAMVID --output pretrained --minutes 15
 
@@ -162,7 +162,7 @@ def main() -> None:
         # Warm up, hold, and fall to nothing over the last third: right whatever the number of steps turns out to be.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100, 3 * (1 - progress))
         indices = rng.integers(len(data), size=args.batch_size).tolist()
-        images, _, places = training_batch(data, indices, tuple(args.grid), 0.0, rng)
+        images, _, places = training_batch(data, indices, tuple(args.grid), (0.7, 1.8), 0.0, rng)
         with torch.autocast("cpu", torch.bfloat16):
             loss = masked(images, places, tuple(args.grid), keep=0.25)
         loss.backward()

@@ -2,8 +2,12 @@
 
     python examples/pretrain_masked.py --data CAMVID --output pretrained --minutes 15
     python examples/train_segmenter.py --data CAMVID --init pretrained --output run --max-minutes 60
-    python examples/train_segmenter.py --data CAMVID --output run --max-minutes 90 --resume      # go on, or go on longer
-    python examples/train_segmenter.py --data CAMVID --output run --export segmenter-camvid      # half-precision folder
+    python examples/train_segmenter.py --data CAMVID --output run --max-minutes 90 --resume    # go on, or on for longer
+    python examples/train_segmenter.py --data CAMVID --output run --export segmenter-camvid    # half-precision folder
+
+On a CPU, one single-threaded process a core waits less than one process with many threads:
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_segmenter.py ...
 
 run/best is the averaged model of the best val mIoU so far (load it with AutoModelForSemanticSegmentation), run/state
 what --resume reads, run/metrics.json every evaluation. Windows of photographs for most of the time, whole photographs
@@ -60,8 +64,8 @@ class TrainedModel(nn.Module):
         return segmentation_loss(logits, labels, self.class_weights) + 0.4 * self._cell_loss(seen[0], labels, grid)
 
     def _cell_loss(self, tokens: Tensor, labels: Tensor, grid: tuple[int, int]) -> Tensor:
-        cell = images_per_cell = labels.shape[1] // (grid[0] * CELLS)
-        middle = labels[:, cell // 2 :: cell, images_per_cell // 2 :: cell]
+        side = labels.shape[1] // (grid[0] * CELLS)
+        middle = labels[:, side // 2 :: side, side // 2 :: side]
         logits = self.cells(tokens).float().transpose(1, 2).unflatten(2, grid)
         return F.cross_entropy(
             F.pixel_shuffle(logits, CELLS), middle, weight=self.class_weights, ignore_index=UNLABELLED
@@ -122,11 +126,13 @@ class Progress:
         vars(self).update(state)
 
 
-def evaluate(model: SegmenterForSemanticSegmentation, data: CamVid) -> dict:
-    """mIoU of whole images at native resolution; bf16, as in training."""
+def evaluate(model: SegmenterForSemanticSegmentation, data: CamVid, accelerator: Accelerator) -> dict:
+    """mIoU of whole images at native resolution, shared among the processes; bf16, as in training."""
     model.eval()
+    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
     with torch.autocast("cpu", torch.bfloat16):
-        return scores(confusion_on_images(model, data))
+        confusion = confusion_on_images(model, data, mine)
+    return scores(accelerator.reduce(confusion, "sum"))
 
 
 def write_folder(model: SegmenterForSemanticSegmentation, folder: Path, extra: dict) -> None:
@@ -141,7 +147,10 @@ def write_folder(model: SegmenterForSemanticSegmentation, folder: Path, extra: d
 
 def main() -> None:
     args = parse_arguments()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    log.disabled = not accelerator.is_main_process
     folder, output = data_folder(args.data), Path(args.output)
     val = CamVid(folder, "val")
     if args.export:
@@ -158,7 +167,6 @@ def main() -> None:
     average = copy.deepcopy(segmenter).requires_grad_(False)
     model = TrainedModel(segmenter, class_weights(train), args.drop_path)
 
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, args.weight_decay))
     progress = Progress()
     accelerator.register_for_checkpointing(progress, average)
@@ -173,10 +181,12 @@ def main() -> None:
         whole = done >= 1 - args.whole_share
         grid = GRID if whole else tuple(args.grid)
         batch_size = max(2, round(args.batch_size * args.grid[0] * args.grid[1] / (grid[0] * grid[1])))
-        rng = np.random.default_rng((args.seed, progress.step))
-        torch.manual_seed(args.seed * 1_000_003 + progress.step)
+        draw = (args.seed, progress.step, accelerator.process_index)
+        rng = np.random.default_rng(draw)
+        torch.manual_seed(hash(draw))
         indices = rng.integers(len(train), size=batch_size).tolist()
-        images, labels, places = training_batch(train, indices, grid, args.paste, rng)
+        scales = (0.9, 1.5) if whole else (0.7, 1.8)
+        images, labels, places = training_batch(train, indices, grid, scales, args.paste, rng)
 
         lr = args.lr * min(1.0, (progress.step + 1) / args.warmup_steps, (1 - done) / args.decay_share)
         for optimizer in optimizers:
@@ -190,32 +200,34 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         progress.step += 1
-        progress.images += batch_size
+        progress.images += batch_size * accelerator.num_processes
         decay = min(args.ema, (1 + progress.step) / (10 + progress.step))
         with torch.no_grad():
             for kept, new in zip(average.parameters(), segmenter.parameters()):
                 kept.lerp_(new, 1 - decay)
 
         # A process that was paused has not trained: a step counts for no more than a few typical ones.
-        taken = time.time() - started
+        taken = accelerator.reduce(torch.tensor(time.time() - started), "mean").item()
         typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
         progress.minutes += min(taken, 4 * typical) / 60
         recent = [*recent[-99:], loss.item()]
         if progress.step % 50 == 0:
+            rate = batch_size * accelerator.num_processes / typical
             log.info(
                 "step %d  %.1f min  epoch %.1f  loss %.4f  lr %.2e  %.1f images/s",
-                progress.step, progress.minutes, progress.images / len(train), np.mean(recent), lr, batch_size / typical,
+                progress.step, progress.minutes, progress.images / len(train), np.mean(recent), lr, rate,
             )  # fmt: skip
         last = max(progress.minutes / args.max_minutes, progress.images / total_images) >= 1
         if progress.minutes >= next_evaluation or last:
             next_evaluation = progress.minutes + args.eval_minutes
-            result = evaluate(average, val)
+            result = evaluate(average, val, accelerator)
             result |= {k: round(getattr(progress, k), 2) for k in ("step", "minutes", "images")}
             progress.history.append(result | {"loss": round(float(np.mean(recent)), 4)})
             log.info("val mIoU %.2f (best %.2f)  %s", result["miou"], progress.best, result["iou"])
             if result["miou"] > progress.best:
                 progress.best = result["miou"]
-                write_folder(average, output / "best", result)
+                if accelerator.is_main_process:
+                    write_folder(average, output / "best", result)
             accelerator.save_state(output / "state")
             report = {"args": vars(args), "best": progress.best, "history": progress.history}
             (output / "metrics.json").write_text(json.dumps(report, indent=2))
@@ -226,7 +238,7 @@ def export(best: Path, folder: Path, val: CamVid) -> None:
     SegmenterForSemanticSegmentation.from_pretrained(best, dtype=torch.float16).save_pretrained(folder)
     SegmenterImageProcessor.from_pretrained(best).save_pretrained(folder)
     written = SegmenterForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32).eval()
-    result = scores(confusion_on_images(written, val))
+    result = scores(confusion_on_images(written, val, range(len(val))))
     (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
     log.info("%s: %.1f MB, val mIoU %.2f, %s", folder, size, result["miou"], result["iou"])
@@ -247,7 +259,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--decoder-layers", type=int, default=2)
     parser.add_argument("--grid", type=int, nargs=2, default=(12, 16), help="patches of a window")
     parser.add_argument("--whole-share", type=float, default=0.2, help="share of the budget spent on whole images")
-    parser.add_argument("--batch-size", type=int, default=24, help="windows; as many tokens of whole images")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows a process; as many tokens of whole images")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--warmup-steps", type=int, default=150)
     parser.add_argument("--decay-share", type=float, default=0.4, help="share of the budget in which lr falls to 0")
