@@ -187,7 +187,8 @@ def _classify(args: argparse.Namespace) -> int:
     images = support.find_images(args.images)
     loaded = _load(args, "classify")
     loaded.switch_on()
-    names, results = loaded.class_names(), []
+    names = loaded.class_names()
+    results: list[dict[str, Any]] = []
     for path in support.progress(images):
         logits = loaded(loaded.prepare(support.read_image(path))).logits[0].float()
         best = logits.softmax(0).topk(min(args.top, len(names)))
@@ -208,7 +209,7 @@ def _visualize(args: argparse.Namespace) -> int:
     loaded = _load(args, None)
     output = support.make_folder(args.output)
     loaded.switch_on()
-    results = []
+    results: list[dict[str, Any]] = []
     for path in support.progress(images):
         pictures = loaded.draw_clusters(loaded.prepare(support.read_image(path)), args.fill)
         if pictures.assignment is None or pictures.rebuilt is None:
@@ -264,8 +265,12 @@ def _convert_segmenter(args: argparse.Namespace) -> int:
 def _print_json(loaded: LoadedModel, **fields: Any) -> None:
     from . import ailurus_status
 
-    found = {"model": loaded.name, "device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch.")}
-    found["ailurus"] = ailurus_status(loaded.model).to_dict() if loaded.ailurus else None
+    found = {
+        "model": loaded.name,
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "ailurus": ailurus_status(loaded.model).to_dict() if loaded.ailurus else None,
+    }
     print(json.dumps(found | fields, indent=2))
 
 
