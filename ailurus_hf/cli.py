@@ -18,6 +18,7 @@ from .errors import AiluRusError
 if TYPE_CHECKING:
     from .cli_support import LoadedModel
 
+MAX_ERROR_LENGTH = 500
 AILURUS_FIELDS = (
     "cluster_location",
     "keep_ratio",
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except AiluRusError as error:
-        print(f"ailurus-hf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if len(message) > MAX_ERROR_LENGTH:  # a wrong checkpoint names hundreds of weights
+            message = f"{message[:MAX_ERROR_LENGTH]} …"
+        print(f"ailurus-hf {args.command}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -253,11 +257,14 @@ def _convert_segmenter(args: argparse.Namespace) -> int:
     from .cli_support import BadInputError, require_transformers
 
     require_transformers()
-    from .segmenter.convert import convert_segmenter_checkpoint
+    from .segmenter import convert_segmenter_checkpoint
 
-    if not Path(args.checkpoint).is_file():
-        raise BadInputError(f"no such file: {args.checkpoint}")
-    convert_segmenter_checkpoint(args.checkpoint, args.output_dir)
+    if Path(args.output_dir).is_file():
+        raise BadInputError(f"{args.output_dir} is a file; the model needs a folder")
+    try:
+        convert_segmenter_checkpoint(args.checkpoint, args.output_dir)
+    except (ValueError, OSError) as error:
+        raise BadInputError(str(error)) from error
     print(f"model folder {args.output_dir}")
     return 0
 

@@ -1,6 +1,7 @@
 """The command line: what each command writes and prints, and one line with exit code 2 for whatever cannot work."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, doctor
-from ailurus_hf.cli import main
+from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, config, doctor
+from ailurus_hf.cli import AILURUS_FIELDS, build_parser, main
 from ailurus_hf.comparison import confusion, mean_iou, median_times
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
@@ -46,6 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     SegmenterImageProcessor().save_pretrained(folder / "segmenter")
     BertConfig().save_pretrained(folder / "bert")
     (folder / "empty").mkdir()
+    (folder / "official").mkdir()
+    (folder / "official/variant.yml").write_text("net_kwargs: {}")
+    (folder / "official/text.pth").write_text("no weights")
     return folder
 
 
@@ -201,7 +205,9 @@ SEGMENT = ["segment", "images/a.png", "--model", "segmenter"]
         ([*SEGMENT, "--output", "text.jpg"], "text.jpg"),
         ([*SEGMENT, "--device", "abacus"], "abacus"),
         ([*SEGMENT, "--repeats", "0"], "'0'"),
-        (["convert-segmenter", "nowhere.pth", "out"], "nowhere.pth"),
+        (["convert-segmenter", "nowhere/nothing.pth", "out"], "nowhere"),
+        (["convert-segmenter", "official/text.pth", "out"], "text.pth"),
+        (["convert-segmenter", "official/text.pth", "text.jpg"], "text.jpg is a file"),
         (["teleport"], "teleport"),
         ([], "COMMAND"),
     ],
@@ -242,6 +248,23 @@ def test_no_traceback_in_a_process_of_its_own() -> None:
     assert done.stderr.splitlines() == [
         "ailurus-hf classify: error: text.jpg is not a readable image: cannot identify image file 'text.jpg'"
     ]
+
+
+def test_the_choices_are_those_of_the_configuration() -> None:
+    usage = build_parser()._subparsers._group_actions[0].choices["segment"].format_help()
+    for choices in (config.CLUSTERINGS, config.RESTORES, config.RESTORE_PLACES[1:]):
+        assert "{" + ",".join(choices) + "}" in usage
+    assert {f"--{name.replace('_', '-')}" for name in AILURUS_FIELDS} <= set(re.findall(r"--[\w-]+", usage))
+
+
+def test_windows_of_the_processor_are_used(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    SegmenterForSemanticSegmentation.from_pretrained("segmenter").save_pretrained(model)
+    SegmenterImageProcessor(window_size=32, window_stride=16).save_pretrained(model)
+    arguments = ["segment", "images/b.png", "--model", str(model), "--compare", "--repeats", "1"]
+    found = run_json(capsys, *arguments, "--num-clusters", "9", "--output", str(tmp_path))
+    assert found["images"][0]["tokens"] == [16, 9]  # of a window: 32×32 in patches of 8
+    assert found["ailurus"]["places"][0]["num_tokens"] == 16
 
 
 def test_help_needs_no_transformers() -> None:
