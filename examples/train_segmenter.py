@@ -28,7 +28,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from camvid_data import (
-    CLASSES, GRID, UNLABELLED, CamVid, confusion_on_images, data_folder, scores, training_batch, window_positions,
+    CLASSES,
+    GRID,
+    UNLABELLED,
+    CamVid,
+    confusion_on_images,
+    data_folder,
+    scores,
+    training_batch,
+    window_positions,
 )  # fmt: skip
 from pretrain_masked import small_segmenter, start_well
 from torch import Tensor, nn

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from .configuration_segmenter import SegmenterConfig
+from .convert import convert_segmenter_checkpoint
 from .image_processing_segmenter import SegmenterImageProcessor, sliding_window_logits
 from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterPreTrainedModel
 
@@ -15,5 +16,6 @@ __all__ = [
     "SegmenterForSemanticSegmentation",
     "SegmenterImageProcessor",
     "SegmenterPreTrainedModel",
+    "convert_segmenter_checkpoint",
     "sliding_window_logits",
 ]

@@ -1,6 +1,6 @@
 """SegmenterConfig: a ViT or DeiT encoder and the decoder that turns its patch tokens into class scores."""
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, ViTConfig
@@ -28,15 +28,15 @@ class SegmenterConfig(PreTrainedConfig):
     """
 
     model_type = "segmenter"
-    sub_configs = {"encoder_config": AutoConfig, "decoder_config": ViTConfig}
+    sub_configs: ClassVar = {"encoder_config": AutoConfig, "decoder_config": ViTConfig}
 
-    encoder_config: dict | PreTrainedConfig | None = None
+    encoder_config: Any = None
     decoder_type: Literal["mask_transformer", "linear"] = "mask_transformer"
-    decoder_config: dict | PreTrainedConfig | None = None
+    decoder_config: Any = None
     semantic_loss_ignore_index: int = 255
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.encoder_config = _encoder_config(self.encoder_config)
         if self.decoder_type == "linear" and self.decoder_config is not None:
             raise ValueError('decoder_type="linear" has no layers: leave decoder_config out')
@@ -59,25 +59,26 @@ class SegmenterConfig(PreTrainedConfig):
         return self.encoder_config.hidden_size
 
 
-def _encoder_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+def _encoder_config(given: dict[str, Any] | PreTrainedConfig | None) -> Any:
     if given is None:
         return ViTConfig(image_size=512, layer_norm_eps=LAYER_NORM_EPS)
     model_type = given.get("model_type", "vit") if isinstance(given, dict) else given.model_type
     if model_type not in ENCODER_TYPES:
         raise ValueError(f"a Segmenter encoder is one of {', '.join(ENCODER_TYPES)}, not {model_type!r}")
+    config: Any = given
     if isinstance(given, dict):
         fields = {"layer_norm_eps": LAYER_NORM_EPS} | {k: v for k, v in given.items() if k != "model_type"}
-        given = AutoConfig.for_model(model_type, **fields)
-    if not isinstance(given.patch_size, int):
-        raise ValueError(f"Segmenter's patches are square: patch_size must be one integer, not {given.patch_size}")
-    return given
+        config = AutoConfig.for_model(model_type, **fields)
+    if not isinstance(config.patch_size, int):
+        raise ValueError(f"Segmenter's patches are square: patch_size must be one integer, not {config.patch_size}")
+    return config
 
 
-def _decoder_config(given: dict | PreTrainedConfig | None, encoder: PreTrainedConfig) -> ViTConfig:
+def _decoder_config(given: dict[str, Any] | PreTrainedConfig | None, encoder: Any) -> Any:
     if isinstance(given, PreTrainedConfig):
         return given
-    given = {k: v for k, v in (given or {}).items() if k != "model_type"}
-    width = given.get("hidden_size", encoder.hidden_size)
+    fields = {k: v for k, v in (given or {}).items() if k != "model_type"}
+    width = fields.get("hidden_size", encoder.hidden_size)
     # The original decoder keeps the encoder's head width: as many heads of 64 as fit.
     defaults = {
         "hidden_size": width,
@@ -86,4 +87,4 @@ def _decoder_config(given: dict | PreTrainedConfig | None, encoder: PreTrainedCo
         "intermediate_size": 4 * width,
         "layer_norm_eps": LAYER_NORM_EPS,
     }
-    return ViTConfig(**(defaults | given))
+    return ViTConfig(**(defaults | fields))

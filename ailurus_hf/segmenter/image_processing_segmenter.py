@@ -27,7 +27,7 @@ NORMALIZATION = {
 }
 
 
-class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):
+class SegmenterImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Beyond transformers' own: the sliding window (see `sliding_window_logits`) and the label of padding.
 
     window_size (`int` or `list[int]`): side or [height, width] of a window, in pixels; not set: whole images.
@@ -166,9 +166,9 @@ def sliding_window_logits(
         if step > side:
             raise ValueError(f"the {axis} window_stride {step} leaves gaps between windows of {side}: at most {side}")
 
-    original_size = pixel_values.shape[-2:]
+    original_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     size = _enlarged_size(original_size, window)
-    if size != tuple(original_size):
+    if size != original_size:
         pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
     corners = [
         (image, top, left)
@@ -176,19 +176,19 @@ def sliding_window_logits(
         for top in _window_starts(size[0], window[0], stride[0])
         for left in _window_starts(size[1], window[1], stride[1])
     ]
-    total = count = None
+    count = pixel_values.new_zeros(len(pixel_values), 1, *size, dtype=torch.float32)
+    total = count[:, :0]  # as many planes as there are labels, known once the first windows are through
     for start in range(0, len(corners), batch_size):
         batch = corners[start : start + batch_size]
         crops = [pixel_values[b, :, y : y + window[0], x : x + window[1]] for b, y, x in batch]
         logits = model(torch.stack(crops)).logits.float()
-        if total is None:
-            total = logits.new_zeros(len(pixel_values), logits.shape[1], *size)
-            count = logits.new_zeros(len(pixel_values), 1, *size)
+        if total.shape[1] == 0:
+            total = count.new_zeros(len(pixel_values), logits.shape[1], *size)
         for scores, (b, y, x) in zip(logits, batch):
             total[b, :, y : y + window[0], x : x + window[1]] += scores
             count[b, :, y : y + window[0], x : x + window[1]] += 1
     logits = total / count
-    if size != tuple(original_size):
+    if size != original_size:
         logits = F.interpolate(logits, size=original_size, mode="bilinear", align_corners=False)
     return logits
 

@@ -37,6 +37,10 @@ def resize_position_embeddings(
 class _BilinearPositions:
     """Mixed into an embeddings class: its position embeddings resize as the original Segmenter's do."""
 
+    patch_size: int
+    image_size: tuple[int, int]
+    position_embeddings: Tensor
+
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """Position embeddings [1, P + N, C] for an image of height x width pixels."""
         patch = self.patch_size
