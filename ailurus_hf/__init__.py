@@ -1,0 +1,55 @@
+"""ailurus_hf: AiluRus token reduction (arXiv 2311.01197) for Hugging Face models.
+
+Names load when first used, so that `import ailurus_hf` needs torch alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AiluRusConfig": "config",
+    "AiluRusError": "errors",
+    "AiluRusModel": "vision.auto",
+    "AiluRusModelForImageClassification": "vision.auto",
+    "AiluRusModelForSemanticSegmentation": "vision.auto",
+    "SegmenterConfig": "segmenter",
+    "SegmenterForSemanticSegmentation": "segmenter",
+    "SegmenterImageProcessor": "segmenter",
+    "TokenClusters": "clusters",
+    "UnsupportedModelError": "errors",
+    "ailurus_status": "apply",
+    "apply_ailurus": "apply",
+    "count_weighted_attention": "attention",
+    "local_kmeans": "clustering",
+    "remove_ailurus": "apply",
+    "spatial_density_peaks": "clustering",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from .apply import ailurus_status, apply_ailurus, remove_ailurus
+    from .attention import count_weighted_attention
+    from .clustering import local_kmeans, spatial_density_peaks
+    from .clusters import TokenClusters
+    from .config import AiluRusConfig
+    from .errors import AiluRusError, UnsupportedModelError
+    from .segmenter import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+    from .vision.auto import AiluRusModel, AiluRusModelForImageClassification, AiluRusModelForSemanticSegmentation
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == __name__:
+            raise
+        raise ImportError(f"{error}. {name} needs: pip install 'ailurus-hf[vision]'") from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

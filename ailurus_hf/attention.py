@@ -1,0 +1,75 @@
+"""Count-weighted attention (AiluRus, Eq. 5): a representative of m tokens weighs as m equal tokens.
+
+Two forms of one function. "mask" adds log m to the logits as a broadcast bias. "channel" writes it into one extra channel
+of the keys, for kernels that take no bias (flash): q' = [q, 1], k' = [k, log m / scale].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import AiluRusError
+
+# exp of this is zero in every float type, and unlike -inf it gives no NaN where a kernel multiplies it by zero.
+NO_WEIGHT = -1e4
+
+
+def count_weighted_attention(
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *, scale: float | None = None, form: str = "auto"
+) -> Tensor:
+    """softmax(q k · scale + log counts) · v, on top of torch's scaled_dot_product_attention.
+
+    query, key, value: Tensor[B, heads, L, D], Tensor[B, heads, L_k, D] twice. scale defaults to D ** -0.5.
+    counts: Tensor[B, L_k], tokens that each key stands for; one of count 0 gets no weight.
+    form: "mask", "channel" or "auto" (see `preferred_form`).
+    Returns Tensor[B, heads, L, D]. Raises AiluRusError where counts do not match the keys.
+    """
+    if counts.shape != (key.shape[0], key.shape[2]):
+        raise AiluRusError(f"counts must have shape {(key.shape[0], key.shape[2])}, got {tuple(counts.shape)}")
+    return biased_attention(query, key, value, counts.float().log(), scale=scale, form=form)
+
+
+def biased_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor,
+    *,
+    scale: float | None = None,
+    form: str = "auto",
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention with a bias per key, Tensor[B, L_k], added to the scaled logits; shapes as in `count_weighted_attention`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    form = preferred_form(query) if form == "auto" else form
+    if form == "mask":
+        mask = key_bias[:, None, None, :].to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+    if form == "channel":
+        return _with_extra_channel(query, key, value, key_bias, scale, dropout)
+    raise AiluRusError(f"form must be 'auto', 'mask' or 'channel', got {form!r}")
+
+
+def preferred_form(query: Tensor) -> str:
+    """The form that keeps the fast kernel: flash kernels on CUDA take half precision and no bias; elsewhere masks are free.
+
+    Measured on a CPU (401 and 1601 tokens, 16 heads): the mask costs under 3 %, the channel 1.3 to 4 times.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return "channel" if query.device.type == "cuda" and half else "mask"
+
+
+def _with_extra_channel(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float, dropout: float
+) -> Tensor:
+    width = query.shape[-1]
+    extra = 8 - width % 8
+    bias = (key_bias.clamp(min=NO_WEIGHT) / scale).to(key.dtype)
+    ones = query.new_ones(*query.shape[:-1], 1)
+    query = torch.cat([query, F.pad(ones, (0, extra - 1))], -1)
+    channel = bias[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+    key = torch.cat([key, F.pad(channel, (0, extra - 1))], -1)
+    value = F.pad(value, (0, extra))
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)[..., :width]

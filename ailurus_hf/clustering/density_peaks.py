@@ -1,0 +1,115 @@
+"""Spatial-aware density-peak clustering: the paper's way to pick M representatives (AiluRus, section 3.2, Eq. 1-3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_features, check_num_clusters, check_settings
+from ..clusters import TokenClusters
+from .neighbours import check_grid, grid_neighbours, nearest_marked, neighbour_distances
+
+
+@torch.no_grad()
+def spatial_density_peaks(
+    features: Tensor,
+    grid: Sequence[int],
+    num_clusters: int,
+    *,
+    num_spatial_neighbors: int = 50,
+    alpha: float = 0.9,
+    num_density_neighbors: int = 1,
+    check_finite: bool = False,
+) -> TokenClusters:
+    """Picks the M density peaks of a token grid and assigns every token to one of them.
+
+    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
+    grid: (H, W), or (T, H, W) for video; its product is N.
+    num_clusters: M, in [1, N].
+    num_spatial_neighbors: λ of Eq. 2, clipped to N - 1. 0 compares all pairs without a spatial term, in O(N²) memory.
+    alpha: α of Eq. 2, in [0, 1]: how much a near neighbour's distance is discounted (1: not at all).
+    num_density_neighbors: k of Eq. 1, clipped to the number of neighbours.
+    check_finite: raise on NaN or infinite features; this waits for the device. Without it they give arbitrary clusters.
+
+    Returns TokenClusters with centres in ascending token order. Equal values always resolve to the lower token index.
+    Raises AiluRusError on a grid that does not match N and on settings out of range.
+    """
+    check_settings(num_spatial_neighbors, alpha, num_density_neighbors)
+    check_features(features, check_finite)
+    grid = check_grid(grid, features.shape[1])
+    batch, tokens, channels = features.shape[0], math.prod(grid), features.shape[2]
+    check_num_clusters(num_clusters, tokens)
+    if num_clusters == tokens:
+        every = torch.arange(tokens, device=features.device).expand(batch, -1)
+        return TokenClusters(every, every, torch.ones(batch, tokens, device=features.device))
+
+    spatial = num_spatial_neighbors > 0
+    neighbours = grid_neighbours(grid, num_spatial_neighbors if spatial else tokens - 1, features.device)
+    index = neighbours.index.expand(batch, -1, -1)
+    lam = index.shape[2]
+
+    sigma = neighbour_distances(features.float(), neighbours) / math.sqrt(channels)
+    s = (1 - alpha) * neighbours.rank / lam + alpha if spatial else 1.0  # Eq. 2
+    weighted = sigma * s
+
+    k = min(num_density_neighbors, lam)
+    nearest = weighted.amin(-1) if k == 1 else weighted.topk(k, largest=False).values.mean(-1)
+    log_rho = -nearest  # Eq. 1
+
+    rho_of_neighbour = _of_neighbours(log_rho, index)
+    here = torch.arange(tokens, device=features.device)[:, None]
+    denser = (rho_of_neighbour > log_rho[..., None]) | (
+        (rho_of_neighbour == log_rho[..., None]) & (neighbours.index < here)
+    )
+    delta, towards_denser = _least(weighted.masked_fill(~denser, math.inf))  # Eq. 3
+    is_peak = ~denser.any(-1)
+
+    centres = _top(log_rho + delta.log(), torch.where(is_peak, log_rho, 0.0), num_clusters)
+    is_centre = torch.zeros_like(is_peak).scatter(1, centres, True)
+    owner = _assign(weighted, index, towards_denser, is_peak, is_centre, grid)
+
+    rank_of_centre = is_centre.long().cumsum(1) - 1
+    return TokenClusters.from_assignment(rank_of_centre.gather(1, owner), num_clusters, centres)
+
+
+def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores, ascending; equal scores by `among_infinite`, then by lower index."""
+    by_second = among_infinite.argsort(dim=1, descending=True, stable=True)
+    by_first = score.gather(1, by_second).argsort(dim=1, descending=True, stable=True)
+    return by_second.gather(1, by_first[:, :count]).sort(dim=1).values
+
+
+def _assign(
+    weighted: Tensor, index: Tensor, towards_denser: Tensor, is_peak: Tensor, is_centre: Tensor, grid: tuple[int, ...]
+) -> Tensor:
+    """The centre of each token, as a token index: LongTensor[B, N]."""
+    tokens = is_centre.shape[1]
+    itself = torch.arange(tokens, device=is_centre.device).expand_as(is_peak)
+    centre_near = _of_neighbours(is_centre, index)
+    _, towards_centre = _least(weighted.masked_fill(~centre_near, math.inf))
+    settled = is_centre | centre_near.any(-1)
+    owner = torch.where(is_centre, itself, _pick(index, towards_centre))
+
+    # A chain of denser neighbours ends where a token is settled or is a peak. Each pass doubles the steps walked.
+    step = torch.where(settled | is_peak, itself, _pick(index, towards_denser))
+    for _ in range((tokens - 1).bit_length()):
+        step = step.gather(1, step)
+    return torch.where(settled.gather(1, step), owner.gather(1, step), nearest_marked(is_centre, grid))
+
+
+def _least(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Least of the last axis and where it stands, the first of equals."""
+    where = values.argmin(-1)
+    return values.gather(-1, where[..., None]).squeeze(-1), where
+
+
+def _of_neighbours(values: Tensor, index: Tensor) -> Tensor:
+    """values[b, index[b, n, j]]: Tensor[B, N] to [B, N, k]."""
+    return values.gather(1, index.flatten(1)).view(index.shape)
+
+
+def _pick(index: Tensor, where: Tensor) -> Tensor:
+    return index.gather(2, where[..., None]).squeeze(-1)

@@ -1,0 +1,28 @@
+"""@grid_table: for functions of a grid and a device whose tensors are made once, kept, and constant under compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+
+
+def grid_table(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Caches the result by arguments (all hashable); the last 64 are kept."""
+
+    @lru_cache(maxsize=64)
+    def make(*arguments: Any) -> Any:
+        # Tables outlive the context of the first call: one made under inference_mode could not be used in training,
+        # and building them takes data-dependent steps that belong on the CPU.
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return function(*arguments)
+
+    @wraps(function)
+    def table(*arguments: Any) -> Any:
+        return make(*arguments)
+
+    # What torch.compiler.assume_constant_result does; calling that would import the compiler with this package (seconds).
+    table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return table

@@ -1,0 +1,89 @@
+"""TokenClusters: which token belongs to which cluster, and the two maps between N tokens and M representatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import AiluRusError
+
+
+@dataclass(eq=False)
+class TokenClusters:
+    """An assignment of N tokens to M clusters, per image (AiluRus, section 3.2).
+
+    assignment: LongTensor[B, N], the cluster of each token, in [0, M).
+    centers:    LongTensor[B, M], the token index of each centre, ascending; None where centres are no tokens.
+    counts:     Tensor[B, M], tokens per cluster (fp32). A cluster may be empty only where `centers` is None.
+    """
+
+    assignment: Tensor
+    centers: Tensor | None
+    counts: Tensor
+    _flat_assignment: Tensor | None = field(default=None, init=False, repr=False)
+    _bags: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def from_assignment(cls, assignment: Tensor, num_clusters: int, centers: Tensor | None = None) -> TokenClusters:
+        """Clusters from LongTensor[B, N] alone; counts are counted."""
+        zeros = torch.zeros(assignment.shape[0], num_clusters, dtype=torch.float32, device=assignment.device)
+        counts = zeros.scatter_add(1, assignment, torch.ones_like(assignment, dtype=torch.float32))
+        return cls(assignment, centers, counts)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.assignment.shape[1]
+
+    @property
+    def num_clusters(self) -> int:
+        return self.counts.shape[1]
+
+    def merge(self, tokens: Tensor) -> Tensor:
+        """Mean of each cluster: Tensor[B, N, C] to [B, M, C]; zeros for an empty cluster. Differentiable.
+
+        Sums run in the same order on every run and device: sorted by cluster, then by token.
+        """
+        self._check(tokens, self.num_tokens, "merge")
+        batch, _, channels = tokens.shape
+        order, offsets = self._tokens_by_cluster()
+        means = F.embedding_bag(order, tokens.reshape(-1, channels), offsets, mode="mean")
+        return means.view(batch, self.num_clusters, channels)
+
+    def unmerge(self, representatives: Tensor) -> Tensor:
+        """Gives each token its representative's value: Tensor[B, M, C] to [B, N, C]. Differentiable."""
+        self._check(representatives, self.num_clusters, "unmerge")
+        batch, _, channels = representatives.shape
+        rows = representatives.reshape(-1, channels).index_select(0, self._cluster_of_each())
+        return rows.view(batch, self.num_tokens, channels)
+
+    def log_counts(self, prefix: int = 0, suffix: int = 0) -> Tensor:
+        """Attention bias per key, Tensor[B, prefix + M + suffix]: log count, 0 for extra tokens, -inf for empty clusters."""
+        return F.pad(self.counts.log(), (prefix, suffix))
+
+    # Every image's tokens and clusters get numbers of their own, so that a batch is one flat table: a row gather and a
+    # bag sum are several times faster than gather/scatter with an index expanded over channels.
+    def _cluster_of_each(self) -> Tensor:
+        if self._flat_assignment is None:
+            self._flat_assignment = (self.assignment + self._first(self.num_clusters)).flatten()
+        return self._flat_assignment
+
+    def _tokens_by_cluster(self) -> tuple[Tensor, Tensor]:
+        """Tokens sorted by cluster, and where each cluster begins; made once (cached_property holds a lock: no compiling)."""
+        if self._bags is None:
+            order = self.assignment.argsort(dim=1, stable=True) + self._first(self.num_tokens)
+            counts = self.counts.flatten().long()
+            self._bags = order.flatten(), counts.cumsum(0) - counts
+        return self._bags
+
+    def _first(self, per_image: int) -> Tensor:
+        return torch.arange(self.assignment.shape[0], device=self.assignment.device)[:, None] * per_image
+
+    def _check(self, tensor: Tensor, length: int, verb: str) -> None:
+        expected = (self.assignment.shape[0], length)
+        if tensor.ndim != 3 or tuple(tensor.shape[:2]) != expected:
+            raise AiluRusError(
+                f"{verb} expects a tensor of shape ({expected[0]}, {expected[1]}, C), got {tuple(tensor.shape)}"
+            )

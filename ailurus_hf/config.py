@@ -1,0 +1,122 @@
+"""What to reduce, where and how: AiluRusConfig for vision transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from .checks import check_settings
+from .errors import AiluRusError
+
+CLUSTERINGS = ("density_peaks", "local_kmeans")
+RESTORES = ("copy", "residual")
+RESTORE_PLACES = (None, "backbone", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AiluRusConfig:
+    """How a vision transformer's tokens are reduced; checked when made.
+
+    cluster_location: L, cluster at the output of the L-th layer (0: of the embeddings), as in the paper's tables.
+    num_clusters, keep_ratio: M itself, or M = round(keep_ratio · N) per image size; exactly one of them. An image of
+        at most M tokens runs unreduced.
+    clustering: "density_peaks" (the paper) or "local_kmeans".
+    alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
+    restore: "copy" (the paper: a token takes its representative's value) or "residual" (a token keeps its own value at L
+        and adds what its representative gained since).
+    restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; copy only); None: "decoder" for
+        copy, "backbone" for residual. Models without a token decoder restore after the backbone either way.
+    restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
+    check_finite: raise on NaN features instead of clustering them somehow; this waits for the device.
+    """
+
+    cluster_location: int
+    num_clusters: int | None = None
+    keep_ratio: float | None = None
+    clustering: str = "density_peaks"
+    alpha: float = 0.9
+    num_spatial_neighbors: int = 50
+    num_density_neighbors: int = 1
+    restore: str = "copy"
+    restore_at: str | None = None
+    restore_location: int | None = None
+    check_finite: bool = False
+
+    @classmethod
+    def paper(cls, cluster_location: int, num_clusters: int) -> AiluRusConfig:
+        """The paper's exact form, whatever the defaults are (AiluRus, sections 3.2 and 4.1)."""
+        return cls(
+            cluster_location=cluster_location,
+            num_clusters=num_clusters,
+            clustering="density_peaks",
+            alpha=0.9,
+            num_spatial_neighbors=50,
+            num_density_neighbors=1,
+            restore="copy",
+            restore_at="decoder",
+            restore_location=None,
+        )
+
+    def __post_init__(self) -> None:
+        if self.cluster_location < 0:
+            raise AiluRusError(f"cluster_location must be 0 (the embeddings) or more, got {self.cluster_location}")
+        if (self.num_clusters is None) == (self.keep_ratio is None):
+            raise AiluRusError(
+                "give exactly one of num_clusters and keep_ratio, "
+                f"got num_clusters={self.num_clusters} and keep_ratio={self.keep_ratio}"
+            )
+        if self.num_clusters is not None and self.num_clusters < 1:
+            raise AiluRusError(f"num_clusters must be at least 1, got {self.num_clusters}")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {self.keep_ratio}")
+        check_settings(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
+        _check_choice("clustering", self.clustering, CLUSTERINGS)
+        _check_choice("restore", self.restore, RESTORES)
+        _check_choice("restore_at", self.restore_at, RESTORE_PLACES)
+        if self.restore == "residual" and self.restore_at == "decoder":
+            raise AiluRusError("restore='residual' unfolds before a decoder: use restore_at='backbone', got 'decoder'")
+        if self.restore_location is not None:
+            if self.restore_location <= self.cluster_location:
+                raise AiluRusError(
+                    f"restore_location must be past cluster_location {self.cluster_location}, got {self.restore_location}"
+                )
+            if self.restore_at == "decoder":
+                raise AiluRusError(
+                    f"restore_location {self.restore_location} restores inside the backbone: "
+                    "use restore_at='backbone', got 'decoder'"
+                )
+
+    def clusters_for(self, num_tokens: int) -> int:
+        """M for an image of N tokens; N where it runs unreduced."""
+        if self.num_clusters is not None:
+            return min(self.num_clusters, num_tokens)
+        assert self.keep_ratio is not None
+        return min(max(math.floor(self.keep_ratio * num_tokens + 0.5), 1), num_tokens)
+
+    @property
+    def restores_after_decoder(self) -> bool:
+        """Whether a token decoder, where there is one, sees M tokens."""
+        if self.restore_at is None:
+            return self.restore == "copy" and self.restore_location is None
+        return self.restore_at == "decoder"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-serialisable dict; what `from_dict` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> AiluRusConfig:
+        """The config of a dict; keys of a later version are ignored with a warning."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            warnings.warn(f"ignoring unknown AiluRusConfig fields {unknown}", stacklevel=2)
+        return cls(**{name: value for name, value in fields.items() if name in known})
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise AiluRusError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

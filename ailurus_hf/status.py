@@ -1,0 +1,105 @@
+"""What token reduction did: a Record filled during forwards, and the Status table that `ailurus_status` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .clusters import TokenClusters
+
+
+@dataclass
+class Record:
+    """Filled by the hooks of one encoder. Compiled graphs leave it as it is: counting in them would recompile them."""
+
+    forwards: int = 0
+    clusterings: int = 0
+    last_tokens: int | None = None
+    last_clusters_count: int | None = None
+    last_clusters: TokenClusters | None = None
+    last_grid: tuple[int, ...] | None = None
+
+    def reduced(self, num_tokens: int, num_clusters: int, clusters: TokenClusters, grid: tuple[int, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.forwards += 1
+        self.clusterings += 1
+        self.last_tokens, self.last_clusters_count = num_tokens, num_clusters
+        self.last_clusters, self.last_grid = clusters, grid
+
+    def unreduced(self, num_tokens: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.forwards += 1
+        self.last_tokens = self.last_clusters_count = num_tokens
+        self.last_clusters = self.last_grid = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place where tokens are reduced, and what the last forward did there.
+
+    where: the encoder's class; location: L; restored: where all tokens are back.
+    num_tokens, num_clusters: N and M of the last forward, None before the first.
+    forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
+    flops, reduced_flops: of all transformer layers for one image, without and with reduction; None before the first.
+    """
+
+    where: str
+    location: int
+    restored: str
+    num_tokens: int | None
+    num_clusters: int | None
+    forwards: int
+    clusterings: int
+    flops: float | None
+    reduced_flops: float | None
+
+    @property
+    def flops_saved(self) -> float | None:
+        """Share of the layers' FLOPs that is saved, 0 to 1."""
+        if self.flops is None or self.reduced_flops is None:
+            return None
+        return 1 - self.reduced_flops / self.flops
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is on and what it did; `str()` is a table, `to_dict()` its JSON. Empty places: nothing is on."""
+
+    model: str
+    config: dict[str, Any] | None = None
+    places: list[Place] = field(default_factory=list)
+    last_clusters: TokenClusters | None = None
+    last_grid: tuple[int, ...] | None = None
+
+    @property
+    def active(self) -> bool:
+        return bool(self.places)
+
+    def to_dict(self) -> dict[str, Any]:
+        places = [{**dataclasses.asdict(place), "flops_saved": place.flops_saved} for place in self.places]
+        return {"model": self.model, "active": self.active, "config": self.config, "places": places}
+
+    def __str__(self) -> str:
+        if not self.active:
+            return f"{self.model}: AiluRus is off"
+        rows = [("where", "location", "tokens", "restored", "clustered", "FLOPs saved")]
+        for place in self.places:
+            saved = place.flops_saved
+            rows.append(
+                (
+                    place.where,
+                    str(place.location),
+                    "no forward yet" if place.num_tokens is None else f"{place.num_tokens} → {place.num_clusters}",
+                    place.restored,
+                    f"{place.clusterings} of {place.forwards} forwards",
+                    "–" if saved is None else f"{saved:.0%}",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([f"{self.model}: AiluRus is on", *lines])

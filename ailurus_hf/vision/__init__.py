@@ -1,0 +1,1 @@
+"""Token reduction in transformers' vision models."""

@@ -1,0 +1,77 @@
+"""AiluRusModel…: `from_pretrained` of transformers' Auto classes, with token reduction switched on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+)
+
+from .. import segmenter as _segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
+from ..config import AiluRusConfig
+from ..errors import AiluRusError
+from .installation import install, saved_config
+
+
+class _AiluRusAuto:
+    """Not a model itself: what it returns is the model that the Auto class returns, with hooks on it."""
+
+    auto_class: Any = None
+
+    def __init__(self) -> None:
+        raise TypeError(f"{type(self).__name__} is made by from_pretrained(name_or_path) or from_config(config)")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, *args: Any, ailurus_config: AiluRusConfig | dict[str, Any] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Loads a model as the Auto class does (all its arguments pass through) and switches AiluRus on.
+
+        ailurus_config: an AiluRusConfig or its fields; by default the one saved with the model.
+        Raises AiluRusError where neither is there, UnsupportedModelError where nothing can be reduced.
+        """
+        loaded = cls.auto_class.from_pretrained(name_or_path, *args, **kwargs)
+        model, extra = (loaded[0], loaded[1:]) if isinstance(loaded, tuple) else (loaded, ())
+        cls._switch_on(model, ailurus_config, name_or_path)
+        return (model, *extra) if extra else model
+
+    @classmethod
+    def from_config(
+        cls, config: Any, *, ailurus_config: AiluRusConfig | dict[str, Any] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """A model with new weights, as the Auto class makes it, and AiluRus switched on."""
+        model = cls.auto_class.from_config(config, **kwargs)
+        cls._switch_on(model, ailurus_config, type(config).__name__)
+        return model
+
+    @classmethod
+    def _switch_on(cls, model: Any, given: AiluRusConfig | dict[str, Any] | None, source: str) -> None:
+        config = AiluRusConfig.from_dict(given) if isinstance(given, dict) else given
+        config = config or saved_config(model.config)
+        if config is None:
+            raise AiluRusError(
+                f"{source} was saved without AiluRus settings: give ailurus_config=AiluRusConfig(keep_ratio=0.5, …)"
+            )
+        install(model, config)
+
+
+class AiluRusModel(_AiluRusAuto):
+    """AutoModel with AiluRus on."""
+
+    auto_class = AutoModel
+
+
+class AiluRusModelForImageClassification(_AiluRusAuto):
+    """AutoModelForImageClassification with AiluRus on."""
+
+    auto_class = AutoModelForImageClassification
+
+
+class AiluRusModelForSemanticSegmentation(_AiluRusAuto):
+    """AutoModelForSemanticSegmentation with AiluRus on; knows Segmenter as well."""
+
+    auto_class = AutoModelForSemanticSegmentation
