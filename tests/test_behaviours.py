@@ -1,0 +1,267 @@
+"""What has to hold on every supported model: identity, equality, on/off, saving, training, compiling, batches."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from models import CASES, DEPTH, GRID, blocky_images, images, make_model, predict, run, without_positions
+
+from ailurus_hf import (
+    AiluRusConfig,
+    AiluRusModel,
+    AiluRusModelForImageClassification,
+    AiluRusModelForSemanticSegmentation,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
+
+NUM_TOKENS = GRID[0] * GRID[1]
+CONFIGS = {
+    "paper": AiluRusConfig.paper(1, NUM_TOKENS // 4),
+    "from the embeddings": AiluRusConfig(cluster_location=0, keep_ratio=0.25),
+    "residual": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="residual"),
+    "copy at backbone": AiluRusConfig(cluster_location=2, keep_ratio=0.25, restore="copy", restore_at="backbone"),
+    "restored early": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="residual", restore_location=3),
+    "local k-means": AiluRusConfig(cluster_location=1, keep_ratio=0.25, clustering="local_kmeans"),
+}
+on_every_model = pytest.mark.parametrize("name", CASES)
+in_every_way = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def traces(model):
+    """Everything a hook or a patch could leave on a model."""
+    return [
+        (name, sorted(vars(module)), [len(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and v])
+        for name, module in model.named_modules()
+    ], model.config.to_dict()
+
+
+@on_every_model
+@in_every_way
+def test_changes_the_output_and_is_undone_bit_for_bit(name, config):
+    model, x = make_model(name), images()
+    plain, before = predict(model, name, x), traces(model)
+    assert apply_ailurus(model, config) is model
+    reduced = predict(model, name, x)
+    assert reduced.shape == plain.shape
+    assert (reduced - plain).abs().max() > 1e-2
+    assert torch.equal(predict(model, name, x), reduced)
+    remove_ailurus(model)
+    assert torch.equal(predict(model, name, x), plain)
+    assert traces(model) == before
+    assert not ailurus_status(model).active
+
+
+@on_every_model
+@pytest.mark.parametrize("fields", [{"keep_ratio": 1.0}, {"num_clusters": NUM_TOKENS}, {"num_clusters": 10**6}])
+def test_identity_where_no_token_has_to_go(name, fields):
+    model, x = make_model(name), images()
+    plain = predict(model, name, x)
+    apply_ailurus(model, cluster_location=1, **fields)
+    assert torch.equal(predict(model, name, x), plain)
+    place = ailurus_status(model).places[0]
+    assert (place.num_tokens, place.num_clusters, place.clusterings) == (NUM_TOKENS, NUM_TOKENS, 0)
+
+
+@on_every_model
+@in_every_way
+def test_equals_the_plain_model_on_duplicated_tokens(name, config):
+    model, x = without_positions(make_model(name)), blocky_images()
+    plain = predict(model, name, x)
+    apply_ailurus(model, config)
+    reduced = predict(model, name, x)
+    assert ailurus_status(model).places[0].num_clusters == NUM_TOKENS // 4
+    torch.testing.assert_close(reduced, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
+@on_every_model
+def test_on_twice_replaces(name):
+    model, x = make_model(name), images()
+    apply_ailurus(model, cluster_location=2, keep_ratio=0.25)
+    once = predict(model, name, x)
+    hooks = traces(model)
+    apply_ailurus(model, cluster_location=1, keep_ratio=0.5)
+    apply_ailurus(model, cluster_location=2, keep_ratio=0.25)
+    assert torch.equal(predict(model, name, x), once)
+    assert traces(model) == hooks
+
+
+@on_every_model
+@in_every_way
+@pytest.mark.parametrize("requested_before", [False, True])
+def test_hidden_states_are_all_tokens_long(name, config, requested_before):
+    model, x = make_model(name), images()
+    with torch.no_grad():
+        plain = run(model, x, output_hidden_states=True).hidden_states if requested_before else None
+        apply_ailurus(model, config)
+        out = run(model, x, output_hidden_states=True)
+        as_tuple = run(model, x, output_hidden_states=True, return_dict=False)
+        remove_ailurus(model)
+        plain = plain or run(model, x, output_hidden_states=True).hidden_states
+    assert [h.shape for h in out.hidden_states] == [h.shape for h in plain]
+    for location in range(config.cluster_location + 1):
+        assert torch.equal(out.hidden_states[location], plain[location])
+    assert not torch.equal(out.hidden_states[-1], plain[-1])
+    states = next(part for part in as_tuple if isinstance(part, tuple))
+    assert all(torch.equal(a, b) for a, b in zip(states, out.hidden_states, strict=True))
+
+
+@on_every_model
+@in_every_way
+def test_gradient_checkpointing_gives_equal_gradients(name, config):
+    x = images()
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(name).train()
+        apply_ailurus(model, config)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        CASES[name].prediction(run(model, x)).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys() and len(plain) > 10 * DEPTH
+    for parameter in plain:
+        torch.testing.assert_close(checkpointed[parameter], plain[parameter], rtol=1e-5, atol=1e-6)
+    patches = next(grad for n, grad in plain.items() if "patch_embeddings" in n)
+    assert patches.abs().max() > 0
+
+
+@on_every_model
+@in_every_way
+def test_an_image_gives_the_same_alone_and_in_a_batch(name, config):
+    model, x = make_model(name), images(batch=3)
+    apply_ailurus(model, config)
+    together = predict(model, name, x)
+    for i in range(3):
+        alone = predict(model, name, x[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-4 * together.abs().max().item())
+
+
+@on_every_model
+@pytest.mark.parametrize("grid", [(5, 7), (1, 12), (3, 3)])
+def test_other_sizes(name, grid):
+    model, x = make_model(name), images(grid=grid)
+    plain = predict(model, name, x)
+    apply_ailurus(model, cluster_location=1, num_clusters=4)
+    reduced = predict(model, name, x)
+    assert reduced.shape == plain.shape and reduced.isfinite().all()
+    assert ailurus_status(model).places[0].num_tokens == grid[0] * grid[1]
+
+
+@on_every_model
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, dtype):
+    model, x = without_positions(make_model(name)).to(dtype), blocky_images().to(dtype)
+    plain = predict(model, name, x)
+    apply_ailurus(model, cluster_location=1, keep_ratio=0.25)
+    reduced = predict(model, name, x)
+    assert reduced.dtype == dtype
+    difference = (reduced.float() - plain.float()).abs().mean() / plain.float().abs().mean()
+    assert difference < 0.1
+
+
+@on_every_model
+def test_eager_attention_still_returns_maps(name):
+    model, x = make_model(name), images()
+    sdpa = predict(apply_ailurus(model, cluster_location=1, keep_ratio=0.25), name, x)
+    remove_ailurus(model)
+    model.set_attn_implementation("eager")
+    apply_ailurus(model, cluster_location=1, keep_ratio=0.25)
+    with torch.no_grad():
+        out = run(model, x, output_attentions=True)
+    torch.testing.assert_close(CASES[name].prediction(out), sdpa, rtol=1e-4, atol=1e-4 * sdpa.abs().max().item())
+    assert out.attentions[0].shape[-1] > out.attentions[-1].shape[-1] > 24
+
+
+@on_every_model
+def test_saved_and_loaded_with_its_settings(name, tmp_path):
+    model, x = make_model(name), images()
+    config = AiluRusConfig(cluster_location=1, keep_ratio=0.3, restore="residual")
+    reduced = predict(apply_ailurus(model, config), name, x)
+    model.save_pretrained(tmp_path)
+    if name.endswith("Model"):
+        auto = AiluRusModel
+    elif name.startswith("Segmenter"):
+        auto = AiluRusModelForSemanticSegmentation
+    elif name.startswith("DeiT"):
+        return  # no Auto class has the distilled head
+    else:
+        auto = AiluRusModelForImageClassification
+    loaded = auto.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(model)
+    assert ailurus_status(loaded).config == config.to_dict()
+    torch.testing.assert_close(predict(loaded, name, x), reduced)
+    other = auto.from_pretrained(tmp_path, ailurus_config={"cluster_location": 2, "num_clusters": 9})
+    assert ailurus_status(other).config["num_clusters"] == 9
+    plain = predict(remove_ailurus(model), name, x)
+    remove_ailurus(loaded).save_pretrained(tmp_path)
+    torch.testing.assert_close(predict(auto.auto_class.from_pretrained(tmp_path).eval(), name, x), plain)
+    assert "ailurus_config" not in (tmp_path / "config.json").read_text()
+
+
+@on_every_model
+def test_compiles_to_one_graph_at_several_sizes(name):
+    model = apply_ailurus(make_model(name), cluster_location=1, keep_ratio=0.25)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for grid in (GRID, (6, 6), (10, 4)):
+        for batch, seed in ((1, 0), (1, 1), (3, 2)):
+            x = images(batch, grid, seed)
+            with torch._dynamo.config.patch(error_on_recompile=seed == 1):
+                got = predict(compiled, name, x)
+            want = predict(model, name, x)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_the_default_compiler_gives_the_same():
+    name = "Segmenter(ViT, mask transformer)"
+    model, x = apply_ailurus(make_model(name), cluster_location=1, keep_ratio=0.25), images()
+    want = predict(model, name, x)
+    got = predict(torch.compile(model, fullgraph=True), name, x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_a_compiled_model_notices_on_and_off():
+    name = "ViTForImageClassification"
+    model, x = make_model(name), images()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    plain = predict(compiled, name, x)
+    apply_ailurus(model, cluster_location=1, keep_ratio=0.25)
+    assert (predict(compiled, name, x) - plain).abs().max() > 1e-2
+    remove_ailurus(model)
+    torch.testing.assert_close(predict(compiled, name, x), plain)
+
+
+def test_two_threads_share_a_model():
+    name = "Segmenter(ViT, mask transformer)"
+    model = apply_ailurus(make_model(name), cluster_location=1, keep_ratio=0.25)
+    inputs = [images(1, grid, 0) for grid in ((8, 12), (5, 7))]
+    want = [predict(model, name, x) for x in inputs]
+    wrong = []
+
+    def work(index):
+        for _ in range(20):
+            if not torch.equal(predict(model, name, inputs[index]), want[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@on_every_model
+def test_a_deep_copy_is_reduced_and_on_its_own(name):
+    model, x = make_model(name), images()
+    plain = predict(model, name, x)
+    reduced = predict(apply_ailurus(model, cluster_location=1, keep_ratio=0.25), name, x)
+    twin = copy.deepcopy(model)
+    remove_ailurus(model)
+    assert torch.equal(predict(twin, name, x), reduced)
+    assert torch.equal(predict(model, name, x), plain)
+    remove_ailurus(twin)
+    assert torch.equal(predict(twin, name, x), plain)
