@@ -33,7 +33,7 @@ class AiluRusConfig:
     check_finite: raise on NaN features instead of clustering them somehow; this waits for the device.
     """
 
-    cluster_location: int
+    cluster_location: int = 2
     num_clusters: int | None = None
     keep_ratio: float | None = None
     clustering: str = "density_peaks"

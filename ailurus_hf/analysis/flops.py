@@ -11,9 +11,9 @@ def layer_flops(layer: nn.Module, num_tokens: int) -> float:
     """FLOPs of one layer on one sequence: its linear layers, and self-attention's two products as wide as its output."""
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     dense = sum(2.0 * linear.in_features * linear.out_features for linear in linears) * num_tokens
-    width = max(linear.in_features for linear in linears if linear.out_features == linears[0].in_features)
-    heads_width = min(width, linears[0].out_features)
-    return dense + 4.0 * num_tokens**2 * heads_width
+    # The first linear layer makes the queries, or queries, keys and values together.
+    width = min(linears[0].in_features, linears[0].out_features)
+    return dense + 4.0 * num_tokens**2 * width
 
 
 def layers_flops(layers: Iterable[nn.Module], num_tokens: int) -> float:

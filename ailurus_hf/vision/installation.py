@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..analysis import layers_flops
+from ..clustering import Clustering, configured
 from ..config import AiluRusConfig
-from ..status import Place, Record, Status
+from ..status import Place, Status
 from .backend import forget_compiled_graphs
 from .families import find_encoders
 from .reducer import EncoderReducer
@@ -18,10 +19,12 @@ ATTRIBUTE = "_ailurus_reducer"
 CONFIG_KEY = "ailurus_config"
 
 
-def install(target: nn.Module, config: AiluRusConfig) -> None:
-    """Reduces every supported encoder in `target`; replaces what was on. On an error all is as it was before."""
-    found = find_encoders(target)
-    reducers = [EncoderReducer(each, config, Record()) for each in found]
+def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | None = None) -> None:
+    """Reduces every supported encoder in `target`; replaces what was on. On an error all is as it was before.
+
+    clustering: another way to cluster than the config's, to compare with.
+    """
+    reducers = [EncoderReducer(found, config, clustering or configured(config)) for found in find_encoders(target)]
     uninstall(target)
     for reducer in reducers:
         reducer.install()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..clustering import local_kmeans, spatial_density_peaks
+from ..clustering import Clustering
 from ..clusters import TokenClusters
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
@@ -46,7 +46,8 @@ class EncoderReducer:
 
     found: FoundEncoder
     config: AiluRusConfig
-    record: Record
+    clustering: Clustering
+    record: Record = field(default_factory=Record)
     handles: list[RemovableHandle] = field(default_factory=list)
     previous_attention: list[tuple[Any, str]] = field(default_factory=list)
     # One model may run in several threads at once, so each has a Run of its own.
@@ -122,7 +123,7 @@ class EncoderReducer:
         if run.num_clusters == num_tokens:
             self.record.unreduced(num_tokens)
             return args, kwargs
-        run.clusters = cluster(tokens, run.grid, run.num_clusters, self.config)
+        run.clusters = self.clustering(tokens, run.grid, run.num_clusters)
         merged = run.clusters.merge(tokens)
         # Also where the output is copied: the hidden state at L itself was never reduced.
         run.tokens, run.merged = tokens, merged
@@ -209,21 +210,6 @@ class EncoderReducer:
 
     def _pre_hook(self, module: nn.Module, hook: Any) -> None:
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-
-def cluster(tokens: Tensor, grid: tuple[int, ...], num_clusters: int, config: AiluRusConfig) -> TokenClusters:
-    """Clusters Tensor[B, N, C] as the config says."""
-    if config.clustering == "local_kmeans":
-        return local_kmeans(tokens, grid, num_clusters, check_finite=config.check_finite)
-    return spatial_density_peaks(
-        tokens,
-        grid,
-        num_clusters,
-        num_spatial_neighbors=config.num_spatial_neighbors,
-        alpha=config.alpha,
-        num_density_neighbors=config.num_density_neighbors,
-        check_finite=config.check_finite,
-    )
 
 
 def _thread() -> int:
