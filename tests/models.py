@@ -55,9 +55,7 @@ CASES = {
     "DeiTWithTeacher": Case(
         lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, num_labels=5)), lambda out: out.logits
     ),
-    "Segmenter(ViT, mask transformer)": Case(
-        lambda: segmenter("vit", decoder_config=DECODER), lambda out: out.logits
-    ),
+    "Segmenter(ViT, mask transformer)": Case(lambda: segmenter("vit", decoder_config=DECODER), lambda out: out.logits),
     "Segmenter(DeiT, linear)": Case(lambda: segmenter("deit", decoder_type="linear"), lambda out: out.logits),
 }
 

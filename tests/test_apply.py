@@ -72,7 +72,7 @@ def test_a_layer_that_takes_no_mask_is_refused():
 
     model = make_model(NAME)
     model.vit.layers = nn.ModuleList([Blind() for _ in range(DEPTH)])
-    with pytest.raises(UnsupportedModelError, match="Blind.forward takes no attention_mask"):
+    with pytest.raises(UnsupportedModelError, match=r"Blind\.forward takes no attention_mask"):
         apply_ailurus(model, keep_ratio=0.5, cluster_location=1)
     model.vit.layers = nn.ModuleList([Blind() for _ in range(DEPTH - 1)])
     with pytest.raises(UnsupportedModelError, match=f"0 lists of {DEPTH} layers"):

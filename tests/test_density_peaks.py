@@ -12,7 +12,21 @@ from oracle import Oracle
 from ailurus_hf import AiluRusError, spatial_density_peaks
 from ailurus_hf.clustering import neighbours
 
-GRIDS = [(1, 1), (1, 2), (2, 1), (1, 17), (13, 1), (2, 2), (3, 3), (4, 7), (9, 5), (12, 12), (2, 3, 4), (5, 4, 4), (1, 1, 9)]
+GRIDS = [
+    (1, 1),
+    (1, 2),
+    (2, 1),
+    (1, 17),
+    (13, 1),
+    (2, 2),
+    (3, 3),
+    (4, 7),
+    (9, 5),
+    (12, 12),
+    (2, 3, 4),
+    (5, 4, 4),
+    (1, 1, 9),
+]
 
 
 def agrees(features, grid, num_clusters, lam=50, alpha=0.9, k=1, margin=1e-6):

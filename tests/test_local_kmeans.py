@@ -8,7 +8,16 @@ import torch
 from ailurus_hf import AiluRusError, local_kmeans
 from ailurus_hf.clustering.local_kmeans import grid_cells
 
-CASES = [((6, 8), 12), ((7, 5), 9), ((1, 9), 3), ((11, 1), 4), ((2, 2), 1), ((23, 30), 171), ((4, 6, 5), 13), ((3, 3), 9)]
+CASES = [
+    ((6, 8), 12),
+    ((7, 5), 9),
+    ((1, 9), 3),
+    ((11, 1), 4),
+    ((2, 2), 1),
+    ((23, 30), 171),
+    ((4, 6, 5), 13),
+    ((3, 3), 9),
+]
 
 
 @pytest.mark.parametrize("grid, num_cells", CASES)

@@ -85,9 +85,7 @@ def tile_plan(grid: Grid, candidates: Tensor, device: torch.device) -> TilePlan:
     """Tiles for products between the tokens of a grid and LongTensor[N, k] candidates (tokens or centres)."""
     places = torch.arange(math.prod(grid)).view(grid)
     starts = [_tile_starts(side) for side in grid]
-    tiles = [
-        places[tuple(slice(s, s + TILE_SIDE) for s in corner)].flatten() for corner in itertools.product(*starts)
-    ]
+    tiles = [places[tuple(slice(s, s + TILE_SIDE) for s in corner)].flatten() for corner in itertools.product(*starts)]
     unions = [torch.unique(candidates[tile]) for tile in tiles]
     width = max(len(union) for union in unions)
     # An unpadded union is sorted, so a candidate is found by bisection; the padding repeats the last entry.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def restore_attention(previous: Iterable[tuple[PreTrainedConfig, str]]) -> None:
 
 def layers_of(encoder: nn.Module) -> nn.ModuleList:
     """The encoder's transformer layers, found by their number and not by their name."""
-    depth = encoder.config.num_hidden_layers
+    depth = cast(PreTrainedConfig, encoder.config).num_hidden_layers
     found = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(found) != 1:
         raise UnsupportedModelError(
@@ -98,7 +99,5 @@ def attention_mask_position(layer: nn.Module) -> int:
 
 def forget_compiled_graphs() -> None:
     """Compiled graphs do not notice hooks that come or go; without this a model would run on as it was traced."""
-    import sys
-
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

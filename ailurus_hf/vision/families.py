@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
 from .backend import layers_of
@@ -18,7 +20,7 @@ from .backend import layers_of
 
 def patch_grid(encoder: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
     """Rows and columns of patches of images Tensor[B, 3, H, W]."""
-    patch = encoder.config.patch_size
+    patch = cast(PreTrainedConfig, encoder.config).patch_size
     patch_height, patch_width = patch if isinstance(patch, Sequence) else (patch, patch)
     return pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
 
@@ -43,11 +45,11 @@ class Family:
 class TokenDecoder:
     """A module from tokens Tensor[B, L, C] to scores Tensor[B, L, K], for any L.
 
-    decoder: the class's qualified name. suffix: tokens it adds behind the patches in its layers.
+    decoder: the class's qualified name. suffix: the attribute that says how many tokens its layers have behind the patches.
     """
 
     decoder: str
-    suffix: Callable[[nn.Module], int]
+    suffix: str | None = None
 
 
 FAMILIES = (
@@ -56,10 +58,8 @@ FAMILIES = (
 )
 
 DECODERS = (
-    TokenDecoder(
-        "ailurus_hf.segmenter.modeling_segmenter.MaskTransformerDecoder", suffix=lambda decoder: decoder.num_labels
-    ),
-    TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.LinearDecoder", suffix=lambda decoder: 0),
+    TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.MaskTransformerDecoder", suffix="num_labels"),
+    TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.LinearDecoder"),
 )
 
 
@@ -83,21 +83,20 @@ def find_encoders(target: nn.Module) -> list[FoundEncoder]:
     token_decoders = [module for module in target.modules() if _qualified_name(module) in decoders]
     if not encoders:
         raise UnsupportedModelError(_unsupported(target))
-    found = []
-    for encoder in encoders:
-        # With several encoders in one model nothing says whose tokens a decoder reads.
-        decoder = token_decoders[0] if len(token_decoders) == len(encoders) == 1 else None
-        found.append(
-            FoundEncoder(
-                families[_qualified_name(encoder)],
-                encoder,
-                layers_of(encoder),
-                decoder,
-                list(getattr(decoder, "layers", [])),
-                decoders[_qualified_name(decoder)].suffix(decoder) if decoder is not None else 0,
-            )
+    # With several encoders in one model nothing says whose tokens a decoder reads.
+    decoder = token_decoders[0] if len(token_decoders) == len(encoders) == 1 else None
+    suffix = decoders[_qualified_name(decoder)].suffix if decoder is not None else None
+    return [
+        FoundEncoder(
+            families[_qualified_name(encoder)],
+            encoder,
+            list(layers_of(encoder)),
+            decoder,
+            list(getattr(decoder, "layers", [])),
+            0 if suffix is None else getattr(decoder, suffix),
         )
-    return found
+        for encoder in encoders
+    ]
 
 
 def _qualified_name(module: nn.Module) -> str:
