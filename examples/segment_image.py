@@ -37,7 +37,8 @@ if args.labels is None and args.image == ASSETS / "street.jpg":
     args.labels = ASSETS / "street_label.png"
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-model = SegmenterForSemanticSegmentation.from_pretrained(args.model).to(device).eval()
+# The shipped weights are in half precision, which a CPU computes slowly: widened here.
+model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
 processor = SegmenterImageProcessor.from_pretrained(args.model)
 image = Image.open(args.image).convert("RGB")
 labels = np.asarray(Image.open(args.labels)).astype(int) if args.labels else None
