@@ -1,0 +1,112 @@
+"""How much of the speed-up that the FLOPs allow is reached on full-size ViTs, and what clustering costs.
+
+    python -m benchmarks.vit_speed                 # ViT-L at 640 x 640 and ViT-B at 512 x 512, batch 1, fp32
+
+Random weights: speed does not depend on them. Fidelity here is the cosine to the plain model's output on random images,
+a lower bound that real images and weights do not reach; benchmarks.segmenter_quality measures quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTModel
+
+from ailurus_hf import AiluRusConfig, TokenClusters, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf.clustering import configured
+
+from .harness import environment, interleaved, log, markdown, save
+
+GEOMETRIES = {
+    "ViT-L/16 640": (640, 400, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
+    "ViT-B/16 512": (512, 256, {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
+}
+COLUMNS = {
+    "model": "model",
+    "clustering": "clustering",
+    "plain_ms": "plain|{:.0f} ms",
+    "reduced_ms": "reduced|{:.0f} ms",
+    "speed_up": "speed-up|{:.2f}×",
+    "ideal": "FLOPs-ideal|{:.2f}×",
+    "share_of_ideal": "share|{:.3f}",
+    "overhead": "cluster + merge + unmerge|{:.2%}",
+    "cosine": "cosine|{:.3f}",
+}
+
+
+@torch.inference_mode()
+def measure(name: str, clustering: str, repeats: int, location: int = 2) -> dict[str, Any]:
+    """One row: plain and reduced forwards in turn, and the clustering steps alone on the features at L."""
+    size, num_clusters, sizes = GEOMETRIES[name]
+    torch.manual_seed(0)
+    config = ViTConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], image_size=size, patch_size=16)
+    plain, reduced = ViTModel(config, add_pooling_layer=False).eval(), ViTModel(config, add_pooling_layer=False).eval()
+    reduced.load_state_dict(plain.state_dict())
+    settings = AiluRusConfig(cluster_location=location, num_clusters=num_clusters, clustering=clustering)
+    apply_ailurus(reduced, settings)
+
+    images = torch.randn(4, 1, 3, size, size)
+    with FlopCounterMode(display=False) as counter:
+        before = plain(images[0], output_hidden_states=True)
+    after = reduced(images[0]).last_hidden_state
+    place = ailurus_status(reduced).places[0]
+    full = counter.get_total_flops()
+    ideal = full / (full - place.flops + place.reduced_flops)
+    tokens, grid = before.hidden_states[location][:, 1:].contiguous(), (size // 16, size // 16)
+    cluster = configured(settings)
+
+    def steps(_: int) -> TokenClusters:
+        clusters = cluster(tokens, grid, num_clusters)
+        clusters.unmerge(clusters.merge(tokens))
+        return clusters
+
+    seconds = interleaved(
+        {
+            "plain": lambda n: plain(images[n % len(images)]),
+            "reduced": lambda n: reduced(images[n % len(images)]),
+            "steps": steps,
+        },
+        repeats,
+    )
+    remove_ailurus(reduced)
+    speed_up = seconds["plain"] / seconds["reduced"]
+    return {
+        "model": name,
+        "clustering": clustering,
+        "location": location,
+        "num_tokens": tokens.shape[1],
+        "num_clusters": num_clusters,
+        "plain_ms": 1e3 * seconds["plain"],
+        "reduced_ms": 1e3 * seconds["reduced"],
+        "steps_ms": 1e3 * seconds["steps"],
+        "speed_up": speed_up,
+        "ideal": ideal,
+        "share_of_ideal": speed_up / ideal,
+        "overhead": seconds["steps"] / seconds["reduced"],
+        "cosine": cosine_similarity(before.last_hidden_state, after, dim=-1).mean().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
+    parser.add_argument("--clusterings", nargs="+", default=["density_peaks", "local_kmeans"])
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = []
+    for name in args.models:
+        for clustering in args.clusterings:
+            rows.append(measure(name, clustering, args.repeats))
+            log.info(markdown(rows[-1:], COLUMNS).splitlines()[-1])
+    save("vit_speed", rows, environment(torch.device("cpu"), "fp32"))
+    print(markdown(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
