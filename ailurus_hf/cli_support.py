@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 import socket
+import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def progress(paths: Sequence[Path]) -> Iterable[Path]:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the first accelerator that is there, else the CPU."""
+    """The device of that name; for "auto" the first accelerator that is there, else the CPU."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -216,19 +217,17 @@ def load_model(name: str, task: str | None, device: str, dtype: str, ailurus: di
 
     from . import segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
 
-    # Errors are told in one line; the libraries' own warnings and bars would stand around it.
+    # Errors are told in one line; the libraries' own warnings, and bars nobody watches, would stand around it.
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _check_name(name)
     config = _read(name, transformers.AutoConfig.from_pretrained)
-    auto_class = _auto_class(config, task)
-    if type(config) not in auto_class._model_mapping:
-        raise BadInputError(f"{name} is a {type(config).__name__}, which cannot {task or 'be run'}")
     reduced = None if ailurus is None else _ailurus_config(getattr(config, "ailurus_config", None), ailurus)
     processor = _read(name, transformers.AutoImageProcessor.from_pretrained)
-    model = _read(name, auto_class.from_pretrained, dtype=getattr(torch, dtype)).to(place).eval()
-    loaded = LoadedModel(name, model, processor, place, getattr(torch, dtype), reduced)
+    model = _read(name, _auto_class(config, task).from_pretrained, dtype=getattr(torch, dtype))
+    loaded = LoadedModel(name, model.to(place).eval(), processor, place, getattr(torch, dtype), reduced)
     loaded.switch_on()  # a model or a location that cannot be reduced is refused before the first image
     loaded.switch_off()
     return loaded
@@ -266,7 +265,7 @@ def _auto_class(config: Any, task: str | None) -> Any:
 
 def _check_name(name: str) -> None:
     """Refuses at once what the Hub client would retry for half a minute: a folder that is not there."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInputError(f"{name} is no model folder: it has no config.json")

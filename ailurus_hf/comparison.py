@@ -127,7 +127,7 @@ class Comparison:
 def compare_image(
     loaded: LoadedModel, path: Path, image: Image.Image, truth: np.ndarray | None, repeats: int, output: Path
 ) -> Comparison:
-    """Runs plain and reduced in turn on one image and writes the comparison picture."""
+    """Times plain and reduced forwards in turn on one image and writes the comparison picture."""
     inputs = loaded.prepare(image)
     runs = [(loaded.switch_off, lambda: loaded(inputs)), (loaded.switch_on, lambda: loaded(inputs))]
     plain_ms, reduced_ms = median_times(runs, repeats, loaded.device)
