@@ -1,0 +1,104 @@
+"""The training scripts of examples/ on a made-up CamVid of a few pictures: train, go on, export, load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+import ailurus_hf.segmenter  # noqa: F401  registers Segmenter
+
+pytest.importorskip("accelerate")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from camvid_data import (  # noqa: E402
+    GRID,
+    UNLABELLED,
+    CamVid,
+    confusion_on_images,
+    scores,
+    training_batch,
+    window_positions,
+)
+
+
+@pytest.fixture(scope="module")
+def camvid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("camvid")
+    for split, number in (("train", 4), ("val", 2)):
+        for part in ("images", "labels"):
+            (folder / split / part).mkdir(parents=True)
+        for i in range(number):
+            # The colour tells the class, so that a window's pixels and labels can be held against each other.
+            label = np.kron(np.random.default_rng(i).integers(0, 12, (9, 12)), np.ones((40, 40))).astype(np.uint8)
+            Image.fromarray(np.stack([label * 20] * 3, -1)).save(folder / split / "images" / f"{i}.jpg", quality=100)
+            Image.fromarray(label).save(folder / split / "labels" / f"{i}.png")
+    return folder
+
+
+def run(script, *args):
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_pretrain_train_resume_export_load(camvid, tmp_path):
+    small = ["--width", 64, "--layers", 1, "--decoder-layers", 1]
+    start, output = tmp_path / "pretrained", tmp_path / "run"
+    run("pretrain_masked.py", "--data", camvid, "--output", start, "--minutes", 0.02, "--batch-size", 2, *small)
+    train = ["--data", camvid, "--output", output, "--batch-size", 2, "--max-minutes", 1e9]
+    run("train_segmenter.py", *train, "--init", start, "--epochs", 1)
+    run("train_segmenter.py", *train, "--resume", *small, "--epochs", 2)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert [evaluation["step"] for evaluation in metrics["history"]] == [2, 4]
+    assert metrics["best"] == max(evaluation["miou"] for evaluation in metrics["history"])
+
+    run("train_segmenter.py", "--data", camvid, "--output", output, "--export", tmp_path / "out")
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
+    assert model.dtype == torch.float32 and model.config.id2label[3] == "road"
+    weights = sum(p.numel() for p in model.parameters())
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 2 * weights + 50_000  # half precision on disk
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").label_pad_value == UNLABELLED
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    val = CamVid(camvid, "val")
+    assert result["miou"] == scores(confusion_on_images(model, val, range(2)))["miou"]
+    assert f"{result['miou']:.1f}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 1.7])
+@pytest.mark.parametrize("grid", [(12, 16), GRID])
+def test_pixels_and_labels_of_a_window_move_together(camvid, scale, grid):
+    data, rng = CamVid(camvid, "train"), np.random.default_rng(0)
+    images, labels, places = training_batch(data, [0, 1, 2, 3], grid, (scale, scale), 0.0, rng)
+    assert images.shape == (4, 3, grid[0] * 16, grid[1] * 16) and labels.shape == images[:, 0].shape
+    assert (places >= 0).all() and (places + torch.tensor(grid) <= torch.tensor(GRID)).all()
+    for image, label in zip(images, labels, strict=True):
+        # Brightness grows with the class id whatever the colour jitter: its order must survive.
+        seen = [i for i in range(11) if (label == i).sum() > 400]
+        brightness = [image.mean(0)[label == i].median().item() for i in seen]
+        assert len(seen) > 2 and np.corrcoef(seen, brightness)[0, 1] > 0.9
+
+
+def test_window_positions_are_the_rows_under_the_window():
+    table = torch.arange(1 + GRID[0] * GRID[1]).float()[None, :, None]
+    rows = window_positions(table, torch.tensor([[0, 0], [11, 14]]), (12, 16))[..., 0]
+    assert rows.shape == (2, 1 + 12 * 16)
+    assert rows[0, :3].tolist() == [0, 1, 2] and rows[0, 17] == 1 + GRID[1]
+    assert rows[1, 0] == 0 and rows[1, 1] == 1 + 11 * GRID[1] + 14 and rows[1, -1] == GRID[0] * GRID[1]
+
+
+def test_scores_are_of_the_whole_confusion_matrix():
+    confusion = torch.zeros(11, 11, dtype=torch.long)
+    confusion[0, 0], confusion[0, 1], confusion[1, 1] = 6, 2, 4
+    result = scores(confusion)
+    assert result["iou"]["sky"] == 75.0 and result["iou"]["building"] == 66.67
+    assert result["miou"] == 70.83  # classes that occur nowhere do not count
+    assert result["pixel_accuracy"] == 83.33
