@@ -31,7 +31,9 @@ COLUMNS = {
 
 def cluster_once(clustering: str, side: int, channels: int) -> None:
     tokens = torch.randn(1, side * side, channels)
-    configured(AiluRusConfig(num_clusters=side * side // 4, clustering=clustering))(tokens, (side, side), side * side // 4)
+    configured(AiluRusConfig(num_clusters=side * side // 4, clustering=clustering))(
+        tokens, (side, side), side * side // 4
+    )
 
 
 def peak_megabytes(clustering: str, side: int, channels: int) -> float:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 log = logging.getLogger("benchmarks")
@@ -34,6 +36,13 @@ def interleaved(
             if round_number >= warmup:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def model_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of a call, counted by torch. Its counter does not know the CPU's fused attention, so that runs as products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        run()
+    return counter.get_total_flops()
 
 
 def _synchronize(device: torch.device | None) -> None:

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusConfig, TokenClusters, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import configured
 
-from .harness import environment, interleaved, log, markdown, save
+from .harness import environment, interleaved, log, markdown, model_flops, save
 
 GEOMETRIES = {
     "ViT-L/16 640": (640, 400, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
@@ -51,11 +50,10 @@ def measure(name: str, clustering: str, repeats: int, location: int = 2) -> dict
     apply_ailurus(reduced, settings)
 
     images = torch.randn(4, 1, 3, size, size)
-    with FlopCounterMode(display=False) as counter:
-        before = plain(images[0], output_hidden_states=True)
+    full = model_flops(lambda: plain(images[0]))
+    before = plain(images[0], output_hidden_states=True)
     after = reduced(images[0]).last_hidden_state
     place = ailurus_status(reduced).places[0]
-    full = counter.get_total_flops()
     ideal = full / (full - place.flops + place.reduced_flops)
     tokens, grid = before.hidden_states[location][:, 1:].contiguous(), (size // 16, size // 16)
     cluster = configured(settings)

@@ -1,0 +1,1 @@
+"""What this project is measured against, one file each."""

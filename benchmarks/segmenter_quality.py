@@ -1,0 +1,153 @@
+"""Quality and speed of every way to reduce a trained Segmenter, on real images it was not trained on.
+
+    python -m benchmarks.segmenter_quality --data CAMVID                      # the shipped model, CamVid val
+    python -m benchmarks.segmenter_quality --data CAMVID --model FOLDER --keep 0.5 0.25 --locations 2 3
+
+mIoU over whole images at native resolution; agreement is the share of pixels with the plain model's label; speed is
+that of the whole model on one image. Controls: centres drawn at random, and the cells of a regular grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, ailurus_status
+from ailurus_hf.clustering import Clustering
+from ailurus_hf.vision.installation import install
+from examples.camvid_data import CLASSES, UNLABELLED, CamVid, data_folder, scores
+
+from .harness import environment, interleaved, log, markdown, model_flops, save
+from .peers.controls import grid_pooling, random_centers
+
+SHIPPED = Path(__file__).parent.parent / "examples" / "assets" / "segmenter-camvid"
+# Name: the config's clustering, or a control in its place; and the form of unfolding.
+METHODS: dict[str, tuple[str, Clustering | None, str]] = {
+    "density peaks, copy (the paper)": ("density_peaks", None, "copy"),
+    "density peaks, residual": ("density_peaks", None, "residual"),
+    "local k-means, copy": ("local_kmeans", None, "copy"),
+    "local k-means, residual": ("local_kmeans", None, "residual"),
+    "random centres, copy": ("density_peaks", random_centers, "copy"),
+    "random centres, residual": ("density_peaks", random_centers, "residual"),
+    "grid pooling, copy": ("density_peaks", grid_pooling, "copy"),
+    "grid pooling, residual": ("density_peaks", grid_pooling, "residual"),
+}
+COLUMNS = {
+    "method": "method",
+    "location": "L",
+    "num_clusters": "M",
+    "miou": "mIoU|{:.2f}",
+    "lost": "lost|{:+.2f}",
+    "agreement": "agreement|{:.1%}",
+    "speed_up": "speed-up|{:.2f}×",
+    "share_of_ideal": "share of ideal|{:.2f}",
+}
+
+
+def reduced_copy(model: nn.Module, method: str, location: int, keep: float, restore_location: int | None) -> nn.Module:
+    clustering, control, restore = METHODS[method]
+    twin = copy.deepcopy(model)
+    config = AiluRusConfig(
+        cluster_location=location,
+        keep_ratio=keep,
+        clustering=clustering,
+        restore=restore,
+        restore_location=restore_location,
+    )
+    install(twin, config, control)
+    return twin
+
+
+@torch.inference_mode()
+def label_maps(model: nn.Module, data: CamVid) -> list[Tensor]:
+    return [model(data.image(i)[None]).logits[0].argmax(0).to(torch.uint8) for i in range(len(data))]
+
+
+def miou(maps: list[Tensor], data: CamVid) -> float:
+    counts = torch.zeros(len(CLASSES) ** 2, dtype=torch.long)
+    for i, predicted in enumerate(maps):
+        truth = data.label(i)
+        seen = truth != UNLABELLED
+        counts += torch.bincount(truth[seen] * len(CLASSES) + predicted[seen], minlength=len(CLASSES) ** 2)
+    return scores(counts.view(len(CLASSES), -1))["miou"]
+
+
+def measure(
+    model: nn.Module, data: CamVid, contenders: dict[str, tuple[str, int, float, int | None]], repeats: int
+) -> list[dict[str, Any]]:
+    """One row a contender (method, L, keep ratio, restore_location), after one for the plain model."""
+    image = data.image(0)[None]
+    full = model_flops(lambda: model(image))
+    plain_maps = label_maps(model, data)
+    plain = miou(plain_maps, data)
+    twins = {name: reduced_copy(model, *fields) for name, fields in contenders.items()}
+    rows: list[dict[str, Any]] = [{"method": "plain", "miou": plain, "speed_up": 1.0, "agreement": 1.0}]
+    for name, twin in tqdm(twins.items(), desc="quality"):
+        maps = label_maps(twin, data)
+        place = ailurus_status(twin).places[0]
+        same = sum((a == b).float().mean().item() for a, b in zip(maps, plain_maps, strict=True)) / len(maps)
+        method, location, keep, restore_location = contenders[name]
+        value = miou(maps, data)
+        rows.append(
+            {
+                "method": method,
+                "location": location,
+                "keep_ratio": keep,
+                "restore_location": restore_location,
+                "num_clusters": place.num_clusters,
+                "miou": value,
+                "lost": plain - value,
+                "agreement": same,
+                "ideal": full / (full - place.flops + place.reduced_flops),
+            }
+        )
+    images = [data.image(i)[None] for i in range(0, len(data), 7)]
+    with torch.inference_mode():
+        runs = {name: (lambda n, m=m: m(images[n % len(images)])) for name, m in {"plain": model, **twins}.items()}
+        seconds = interleaved(runs, repeats, warmup=3)
+    for row, name in zip(rows, ["plain", *twins], strict=True):
+        row["ms"] = 1e3 * seconds[name]
+        row["speed_up"] = seconds["plain"] / seconds[name]
+        row["share_of_ideal"] = row["speed_up"] / row.get("ideal", 1.0)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="CamVid folder (default: camvid/ in AILURUS_DATA)")
+    parser.add_argument("--model", default=str(SHIPPED), help="Segmenter folder or Hub name (default: the shipped one)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.12])
+    parser.add_argument("--locations", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, with residual")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--limit", type=int, help="only so many images")
+    parser.add_argument("--name", default="segmenter_quality", help="of the result file")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32).eval()
+    data = CamVid(data_folder(args.data), "val")
+    if args.limit:
+        data.names = data.names[: args.limit]
+    contenders = {}
+    for location in args.locations:
+        for keep in args.keep:
+            for method in args.methods:
+                places = [None] + (args.restore_locations if METHODS[method][2] == "residual" else [])
+                for restore_location in places:
+                    key = f"{method}, L={location}, keep={keep}, R={restore_location}"
+                    contenders[key] = (method, location, keep, restore_location)
+    rows = measure(model, data, contenders, args.repeats)
+    save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), "images": len(data)})
+    print(markdown(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
+
+
+if __name__ == "__main__":
+    main()
