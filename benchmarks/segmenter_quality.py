@@ -24,7 +24,7 @@ from ailurus_hf.clustering import Clustering
 from ailurus_hf.vision.installation import install
 from examples.camvid_data import CLASSES, UNLABELLED, CamVid, data_folder, scores
 
-from .harness import environment, interleaved, log, markdown, model_flops, save
+from .harness import environment, interleaved, markdown, model_flops, save
 from .peers.controls import grid_pooling, random_centers
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "assets" / "segmenter-camvid"

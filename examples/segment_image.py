@@ -25,7 +25,9 @@ ASSETS = Path(__file__).parent / "assets"
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--image", type=Path, default=ASSETS / "street.jpg")
-parser.add_argument("--labels", type=Path, help="ground truth, a PNG of class ids (default: that of the default image)")
+parser.add_argument(
+    "--labels", type=Path, help="ground truth, a PNG of class ids (default: that of the default image)"
+)
 parser.add_argument("--model", default=str(ASSETS / "segmenter-camvid"), help="Segmenter folder or Hub name")
 parser.add_argument("--cluster-location", type=int, default=2, help="merge at the output of this layer")
 parser.add_argument("--keep-ratio", type=float, default=0.5, help="share of the tokens to keep")
@@ -51,7 +53,9 @@ def off() -> None:
 
 
 def on() -> None:
-    apply_ailurus(model, cluster_location=args.cluster_location, keep_ratio=args.keep_ratio, clustering=args.clustering)
+    apply_ailurus(
+        model, cluster_location=args.cluster_location, keep_ratio=args.keep_ratio, clustering=args.clustering
+    )
 
 
 @torch.inference_mode()
