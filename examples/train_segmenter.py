@@ -253,7 +253,7 @@ def export(best: Path, folder: Path, val: CamVid) -> None:
     for part in (config, config["encoder_config"], config["decoder_config"]):
         part["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    SegmenterImageProcessor.from_pretrained(best).save_pretrained(folder)
+    SegmenterImageProcessor(label_pad_value=UNLABELLED).save_pretrained(folder)
 
     written = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
     assert written.dtype == torch.float32
