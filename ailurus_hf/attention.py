@@ -12,9 +12,6 @@ from torch import Tensor
 
 from .errors import AiluRusError
 
-# exp of this is zero in every float type, and unlike -inf it gives no NaN where a kernel multiplies it by zero.
-NO_WEIGHT = -1e4
-
 
 def count_weighted_attention(
     query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *, scale: float | None = None, form: str = "auto"
@@ -66,7 +63,8 @@ def _with_extra_channel(
 ) -> Tensor:
     width = query.shape[-1]
     extra = 8 - width % 8
-    bias = (key_bias.clamp(min=NO_WEIGHT) / scale).to(key.dtype)
+    # A key is a factor of products, so what has no weight gets a number as low as its type allows, and not -inf.
+    bias = (key_bias / scale).clamp(min=torch.finfo(key.dtype).min / 2).to(key.dtype)
     ones = query.new_ones(*query.shape[:-1], 1)
     query = torch.cat([query, F.pad(ones, (0, extra - 1))], -1)
     channel = bias[:, None, :, None].expand(-1, key.shape[1], -1, -1)

@@ -14,9 +14,8 @@ def grid_table(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @lru_cache(maxsize=64)
     def make(*arguments: Any) -> Any:
-        # Tables outlive the context of the first call: one made under inference_mode could not be used in training,
-        # and building them takes data-dependent steps that belong on the CPU.
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        # Building a table takes data-dependent steps, which belong on the CPU whatever the default device is.
+        with torch.no_grad(), torch.device("cpu"):
             return function(*arguments)
 
     @wraps(function)

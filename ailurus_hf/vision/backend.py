@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -95,9 +93,3 @@ def attention_mask_position(layer: nn.Module) -> int:
     if "attention_mask" not in names:
         raise UnsupportedModelError(f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(names)}")
     return names.index("attention_mask")
-
-
-def forget_compiled_graphs() -> None:
-    """Compiled graphs do not notice hooks that come or go; without this a model would run on as it was traced."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

@@ -10,7 +10,6 @@ from ..analysis import layers_flops
 from ..clustering import Clustering, configured
 from ..config import AiluRusConfig
 from ..status import Place, Status
-from .backend import forget_compiled_graphs
 from .families import find_encoders
 from .reducer import EncoderReducer
 
@@ -32,20 +31,16 @@ def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | N
     if hasattr(target, "config"):
         # Written into config.json by save_pretrained; from_pretrained of the AiluRus classes reads it.
         setattr(target.config, CONFIG_KEY, config.to_dict())
-    forget_compiled_graphs()
 
 
 def uninstall(target: nn.Module) -> None:
     """Takes every reduction off `target` and its parts; nothing to do is no error."""
-    reducers = reducers_of(target)
-    for reducer in reducers:
+    for reducer in reducers_of(target):
         reducer.remove()
         delattr(reducer.found.encoder, ATTRIBUTE)
     for module in target.modules():
         if CONFIG_KEY in vars(getattr(module, "config", None) or object):
             delattr(module.config, CONFIG_KEY)
-    if reducers:
-        forget_compiled_graphs()
 
 
 def reducers_of(target: nn.Module) -> list[EncoderReducer]:

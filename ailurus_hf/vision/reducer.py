@@ -82,7 +82,7 @@ class EncoderReducer:
         for layer in layers[first:last]:
             self._pre_hook(layer, self.add_bias)
         if not self.through_decoder:
-            # Prepended, so that transformers' own hooks, which collect hidden states, see all N tokens.
+            # Prepended, so that hooks that were there before see all N tokens.
             self.handles.append(layers[last - 1].register_forward_hook(self.restore, prepend=True))
         self.handles.append(encoder.register_forward_hook(self.finish_encoder))
         reduced_layers = list(layers[first:last])
