@@ -25,13 +25,12 @@ ASSETS = Path(__file__).parent / "assets"
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--image", type=Path, default=ASSETS / "street.jpg")
-parser.add_argument(
-    "--labels", type=Path, help="ground truth, a PNG of class ids (default: that of the default image)"
-)
+parser.add_argument("--labels", type=Path, help="ground truth, a PNG of class ids (default: that of the default image)")
 parser.add_argument("--model", default=str(ASSETS / "segmenter-camvid"), help="Segmenter folder or Hub name")
 parser.add_argument("--cluster-location", type=int, default=2, help="merge at the output of this layer")
 parser.add_argument("--keep-ratio", type=float, default=0.5, help="share of the tokens to keep")
 parser.add_argument("--clustering", default="density_peaks", help="density_peaks or local_kmeans")
+parser.add_argument("--restore", default="copy", help="copy or residual: what a token gets back")
 parser.add_argument("--repeats", type=int, default=11, help="timed runs of each")
 parser.add_argument("--output", type=Path, default=Path("demo/street_comparison.png"))
 args = parser.parse_args()
@@ -53,9 +52,7 @@ def off() -> None:
 
 
 def on() -> None:
-    apply_ailurus(
-        model, cluster_location=args.cluster_location, keep_ratio=args.keep_ratio, clustering=args.clustering
-    )
+    apply_ailurus(model, cluster_location=args.cluster_location, keep_ratio=args.keep_ratio, clustering=args.clustering)
 
 
 @torch.inference_mode()
