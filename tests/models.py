@@ -1,5 +1,6 @@
 """Tiny models made from configs, one for every supported architecture, and inputs for them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,18 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     DeiTModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    IJepaConfig,
+    IJepaModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
+    ViTMSNConfig,
+    ViTMSNModel,
 )
 
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation
@@ -35,11 +45,13 @@ SIZES = {
     "image_size": GRID[0] * PATCH,
     "patch_size": PATCH,
 }
+# DINOv2 counts its MLP in multiples of its width, and shrinks each layer's gain.
+DINO = {**{k: v for k, v in SIZES.items() if k != "intermediate_size"}, "mlp_ratio": 2, "layerscale_value": 1.0}
 
 
-def segmenter(encoder, **fields):
+def segmenter(encoder, num_labels=5, **fields):
     return SegmenterForSemanticSegmentation(
-        SegmenterConfig(encoder_config={"model_type": encoder, **SIZES}, num_labels=5, **fields)
+        SegmenterConfig(encoder_config={"model_type": encoder, **SIZES}, num_labels=num_labels, **fields)
     )
 
 
@@ -54,6 +66,16 @@ CASES = {
     "DeiTModel": Case(lambda: DeiTModel(DeiTConfig(**SIZES)), lambda out: out.last_hidden_state),
     "DeiTWithTeacher": Case(
         lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, num_labels=5)), lambda out: out.logits
+    ),
+    "ViTMSNModel": Case(lambda: ViTMSNModel(ViTMSNConfig(**SIZES)), lambda out: out.last_hidden_state),
+    "IJepaModel": Case(lambda: IJepaModel(IJepaConfig(**SIZES)), lambda out: out.last_hidden_state),
+    "Dinov2Model": Case(lambda: Dinov2Model(Dinov2Config(**DINO)), lambda out: out.last_hidden_state),
+    "Dinov2ForImageClassification": Case(
+        lambda: Dinov2ForImageClassification(Dinov2Config(**DINO, num_labels=5)), lambda out: out.logits
+    ),
+    "Dinov2WithRegistersModel": Case(
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)),
+        lambda out: out.last_hidden_state,
     ),
     "Segmenter(ViT, mask transformer)": Case(lambda: segmenter("vit", decoder_config=DECODER), lambda out: out.logits),
     "Segmenter(DeiT, linear)": Case(lambda: segmenter("deit", decoder_type="linear"), lambda out: out.logits),
@@ -98,7 +120,7 @@ def without_positions(model):
 
 
 def run(model, pixel_values, **kwargs):
-    if not isinstance(model, SegmenterForSemanticSegmentation):
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         kwargs["interpolate_pos_encoding"] = True
     return model(pixel_values, **kwargs)
 

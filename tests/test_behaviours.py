@@ -16,6 +16,7 @@ from ailurus_hf import (
     apply_ailurus,
     remove_ailurus,
 )
+from ailurus_hf.vision.families import find_encoders
 
 NUM_TOKENS = GRID[0] * GRID[1]
 CONFIGS = {
@@ -153,8 +154,7 @@ def test_gradients_equal_the_plain_model_on_duplicated_tokens(name, config):
 @on_every_model
 def test_hooks_of_the_users_see_all_tokens_of_the_last_layer(name):
     model, seen = make_model(name), []
-    encoder = next(m for m in model.modules() if type(m).__name__ in ("ViTModel", "DeiTModel"))
-    encoder.layers[-1].register_forward_hook(lambda layer, args, output: seen.append(output.shape[1]))
+    find_encoders(model)[0].layers[-1].register_forward_hook(lambda layer, args, output: seen.append(output.shape[1]))
     apply_ailurus(model, cluster_location=1, keep_ratio=0.25, restore_at="backbone")
     predict(model, name, images())
     assert seen[0] >= NUM_TOKENS
@@ -204,7 +204,7 @@ def test_eager_attention_still_returns_maps(name):
     with torch.no_grad():
         out = run(model, x, output_attentions=True)
     torch.testing.assert_close(CASES[name].prediction(out), sdpa, rtol=1e-4, atol=1e-4 * sdpa.abs().max().item())
-    assert out.attentions[0].shape[-1] > out.attentions[-1].shape[-1] > 24
+    assert out.attentions[0].shape[-1] > out.attentions[-1].shape[-1] >= 24
 
 
 @on_every_model
@@ -218,7 +218,7 @@ def test_saved_and_loaded_with_its_settings(name, tmp_path):
     elif name.startswith("Segmenter"):
         auto = AiluRusModelForSemanticSegmentation
     elif name.startswith("DeiT"):
-        return  # no Auto class has the distilled head
+        pytest.skip("no Auto class has the distilled head")
     else:
         auto = AiluRusModelForImageClassification
     loaded = auto.from_pretrained(tmp_path).eval()

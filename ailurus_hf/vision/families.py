@@ -31,13 +31,14 @@ class Family:
 
     name: what users call the family.
     encoder: the class's qualified name. It has to match exactly: a subclass may do anything between its layers.
-    prefix: tokens before the patches (CLS, distillation, registers).
+    prefix: tokens before the patches (CLS, distillation); and the config's field that counts registers, if there is one.
     grid: the patch grid of an input.
     """
 
     name: str
     encoder: str
     prefix: int
+    registers: str | None = None
     grid: Callable[[nn.Module, Tensor], tuple[int, int]] = patch_grid
 
 
@@ -55,6 +56,15 @@ class TokenDecoder:
 FAMILIES = (
     Family("ViT", "transformers.models.vit.modeling_vit.ViTModel", prefix=1),
     Family("DeiT", "transformers.models.deit.modeling_deit.DeiTModel", prefix=2),
+    Family("ViTMSN", "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel", prefix=1),
+    Family("I-JEPA", "transformers.models.ijepa.modeling_ijepa.IJepaModel", prefix=0),
+    Family("DINOv2", "transformers.models.dinov2.modeling_dinov2.Dinov2Model", prefix=1),
+    Family(
+        "DINOv2 with registers",
+        "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+        prefix=1,
+        registers="num_register_tokens",
+    ),
 )
 
 DECODERS = (
@@ -70,6 +80,7 @@ class FoundEncoder:
     family: Family
     encoder: nn.Module
     layers: Sequence[nn.Module]
+    prefix: int
     decoder: nn.Module | None
     decoder_layers: Sequence[nn.Module]
     decoder_suffix: int
@@ -91,12 +102,18 @@ def find_encoders(target: nn.Module) -> list[FoundEncoder]:
             families[_qualified_name(encoder)],
             encoder,
             list(layers_of(encoder)),
+            _prefix(families[_qualified_name(encoder)], encoder),
             decoder,
             list(getattr(decoder, "layers", [])),
             0 if suffix is None else getattr(decoder, suffix),
         )
         for encoder in encoders
     ]
+
+
+def _prefix(family: Family, encoder: nn.Module) -> int:
+    registers = 0 if family.registers is None else getattr(encoder.config, family.registers)
+    return family.prefix + int(registers)
 
 
 def _qualified_name(module: nn.Module) -> str:

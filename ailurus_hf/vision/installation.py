@@ -90,7 +90,7 @@ def _place(reducer: EncoderReducer) -> Place:
 
 def _flops(reducer: EncoderReducer, num_tokens: int, num_clusters: int) -> float:
     found, first, last = reducer.found, reducer.config.cluster_location, reducer.restore_location
-    prefix, suffix = found.family.prefix, found.decoder_suffix
+    prefix, suffix = found.prefix, found.decoder_suffix
     full = layers_flops([*found.layers[:first], *found.layers[last:]], num_tokens + prefix)
     reduced = layers_flops(found.layers[first:last], num_clusters + prefix)
     in_decoder = num_clusters if reducer.through_decoder else num_tokens

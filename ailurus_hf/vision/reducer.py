@@ -131,7 +131,7 @@ class EncoderReducer:
         return (torch.cat([prefix, merged], 1), *args[1:]), kwargs
 
     def add_bias(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return self._with_bias(args, kwargs, self.mask_position, self.found.family.prefix, 0)
+        return self._with_bias(args, kwargs, self.mask_position, self.found.prefix, 0)
 
     def restore(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         run = self.runs[_thread()]
@@ -171,7 +171,7 @@ class EncoderReducer:
         return args, {**kwargs, "attention_mask": bias}
 
     def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        prefix = self.found.family.prefix
+        prefix = self.found.prefix
         return hidden_states[:, :prefix], hidden_states[:, prefix:]
 
     def _unfold(self, run: Run, hidden_states: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class EncoderReducer:
         assert run.tokens is not None
         unfolded = []
         for location, state in enumerate(hidden_states):
-            if state is not None and state.shape[1] == self.found.family.prefix + run.num_clusters:
+            if state is not None and state.shape[1] == self.found.prefix + run.num_clusters:
                 if location == self.config.cluster_location:
                     state = torch.cat([self._split(state)[0], run.tokens], 1)
                 else:
