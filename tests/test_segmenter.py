@@ -151,16 +151,12 @@ def test_save_and_load_through_the_auto_classes(kind, tmp_path):
 def test_sdpa_and_eager_agree_in_encoder_and_decoder(kind, caplog):
     model, images = tiny_model(*kind), torch.randn(1, 3, 40, 40)
     fast = model(images).logits
-    used = {
-        m.config._attn_implementation for m in model.modules() if hasattr(getattr(m, "config", None), "patch_size")
-    }
+    used = {m.config._attn_implementation for m in model.modules() if hasattr(getattr(m, "config", None), "patch_size")}
     assert used == {"sdpa"}
     with caplog.at_level("WARNING"):
         model.set_attn_implementation("eager")
     assert not caplog.records
-    used = {
-        m.config._attn_implementation for m in model.modules() if hasattr(getattr(m, "config", None), "patch_size")
-    }
+    used = {m.config._attn_implementation for m in model.modules() if hasattr(getattr(m, "config", None), "patch_size")}
     assert used == {"eager"}
     torch.testing.assert_close(model(images).logits, fast, atol=1e-5, rtol=1e-5)
 
