@@ -120,7 +120,8 @@ def without_positions(model):
 
 
 def run(model, pixel_values, **kwargs):
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    forward = getattr(model, "_orig_mod", model).forward
+    if "interpolate_pos_encoding" in inspect.signature(forward).parameters:
         kwargs["interpolate_pos_encoding"] = True
     return model(pixel_values, **kwargs)
 
