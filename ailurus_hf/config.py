@@ -23,10 +23,10 @@ class AiluRusConfig:
     cluster_location: L, cluster at the output of the L-th layer (0: of the embeddings), as in the paper's tables.
     num_clusters, keep_ratio: M itself, or M = round(keep_ratio · N) per image size; exactly one of them. An image of
         at most M tokens runs unreduced.
-    clustering: "density_peaks" (the paper) or "local_kmeans".
+    clustering: "density_peaks" (the paper) or "local_kmeans", which keeps more where few tokens are kept.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
     restore: "copy" (the paper: a token takes its representative's value) or "residual" (a token keeps its own value at L
-        and adds what its representative gained since).
+        and adds what its representative gained since; the default but for restore_at="decoder").
     restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; copy only); None: "decoder" for
         copy, "backbone" for residual. Models without a token decoder restore after the backbone either way.
     restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
@@ -40,7 +40,7 @@ class AiluRusConfig:
     alpha: float = 0.9
     num_spatial_neighbors: int = 50
     num_density_neighbors: int = 1
-    restore: str = "copy"
+    restore: str | None = None
     restore_at: str | None = None
     restore_location: int | None = None
     check_finite: bool = False
@@ -73,6 +73,8 @@ class AiluRusConfig:
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {self.keep_ratio}")
         check_settings(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
+        if self.restore is None:
+            object.__setattr__(self, "restore", "copy" if self.restore_at == "decoder" else "residual")
         _check_choice("clustering", self.clustering, CLUSTERINGS)
         _check_choice("restore", self.restore, RESTORES)
         _check_choice("restore_at", self.restore_at, RESTORE_PLACES)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -64,7 +65,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "precision": precision,
         "versions": versions,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(map(_without_folder, sys.argv[1:]))}".strip(),
     }
 
 
@@ -78,8 +79,8 @@ def cpu_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _module_name() -> str:
-    return f"benchmarks.{Path(sys.argv[0]).stem}"
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def save(name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any], folder: Path = RESULTS) -> Path:

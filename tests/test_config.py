@@ -51,6 +51,12 @@ def test_paper_is_the_paper_whatever_the_defaults():
     assert (config.restore, config.restore_at, config.restore_location) == ("copy", "decoder", None)
 
 
+def test_what_a_decoder_restores_is_copied():
+    assert AiluRusConfig(keep_ratio=0.5).restore == "residual"
+    assert AiluRusConfig(keep_ratio=0.5, restore_at="decoder").restore == "copy"
+    assert AiluRusConfig(keep_ratio=0.5, restore="copy").restores_after_decoder
+
+
 def test_json_round_trip_and_unknown_fields():
     config = AiluRusConfig(cluster_location=3, keep_ratio=0.4, restore="residual")
     fields = json.loads(json.dumps(config.to_dict()))

@@ -170,7 +170,11 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
 
         patch = self.config.patch_size
         # Zero is the mean colour after normalising; the original pads right and bottom with it too.
-        pixel_values = F.pad(pixel_values, (0, -width % patch, 0, -height % patch))
+        right, bottom = (
+            (patch - width % patch) % patch,
+            (patch - height % patch) % patch,
+        )  # -width % patch: not in inductor
+        pixel_values = F.pad(pixel_values, (0, right, 0, bottom))
         padded_size = pixel_values.shape[-2:]
         grid = (padded_size[0] // patch, padded_size[1] // patch)
 

@@ -1,0 +1,144 @@
+"""Writes the tables of README.md and docs/method.md from the result files, never by hand.
+
+    python -m benchmarks.report            # rewrites what stands between the markers
+    python -m benchmarks.report --check    # exit code 1 where a table is not what the result files say
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the names are the keys of TABLES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ailurus_hf.vision.families import FAMILIES
+
+from . import clustering_cost, vit_speed
+from .harness import RESULTS, markdown
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/method.md")
+TARGETS = (1.2, 1.4, 1.6)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def source(result: dict[str, Any], name: str) -> str:
+    """The line under a table: device, versions, date, file and command."""
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
+    return (
+        f"\n{result['device']}, {result['precision']}, {versions}, {result['date']}; "
+        f"benchmarks/results/{name}.json, "
+        f"`{result['command']}`."
+    )
+
+
+def speed_table() -> str:
+    result = load("vit_speed-cpu-fp32")
+    return markdown(result["rows"], vit_speed.COLUMNS) + "\n" + source(result, "vit_speed-cpu-fp32")
+
+
+def cost_table() -> str:
+    result = load("clustering_cost-cpu-fp32")
+    return markdown(result["rows"], clustering_cost.COLUMNS) + "\n" + source(result, "clustering_cost-cpu-fp32")
+
+
+def quality_table() -> str:
+    """mIoU of each method, and the speed-up in brackets, by location and number of clusters."""
+    result = load("segmenter_quality-cpu-fp32")
+    plain, *rows = result["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    places = sorted({(row["location"], -row["num_clusters"]) for row in rows})
+    lines = []
+    for location, negative in places:
+        cells = {r["method"]: r for r in rows if (r["location"], -r["num_clusters"]) == (location, negative)}
+        best = max(cells.values(), key=lambda row: row["miou"])
+        line = {"place": f"{location}, {-negative}"}
+        for method in methods:
+            text = f"{cells[method]['miou']:.1f}"
+            line[method] = f"{f'**{text}**' if cells[method] is best else text} ({cells[method]['speed_up']:.2f}×)"
+        lines.append(line)
+    head = f"Unreduced: {plain['miou']:.1f} mIoU, {plain['ms']:.0f} ms an image, {result['images']} images.\n\n"
+    table = markdown(lines, {"place": "L, M", **{method: method for method in methods}})
+    return head + table + "\n" + source(result, "segmenter_quality-cpu-fp32")
+
+
+def equal_speed_table() -> str:
+    """The least mIoU that each method loses at a speed-up, over all L and M that were measured."""
+    result = load("segmenter_quality-cpu-fp32")
+    plain, *rows = result["rows"]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line: dict[str, Any] = {"method": method}
+        for target in TARGETS:
+            fast_enough = [r for r in rows if r["method"] == method and r["speed_up"] >= target]
+            if fast_enough:
+                best = min(fast_enough, key=lambda row: row["lost"])
+                setting = f"L {best['location']}, M {best['num_clusters']}"
+                if best["restore_location"]:
+                    setting += f", R {best['restore_location']}"
+                line[str(target)] = f"{best['lost']:+.2f} ({setting}, {best['speed_up']:.2f}×)"
+        lines.append(line)
+    heads = {str(target): f"lost at ≥ {target}×" for target in TARGETS}
+    head = f"Unreduced: {plain['miou']:.2f} mIoU.\n\n"
+    return head + markdown(lines, {"method": "method", **heads}) + "\n" + source(result, "segmenter_quality-cpu-fp32")
+
+
+def families_table() -> str:
+    """The encoders that can be reduced, from their declarations."""
+    lines = [
+        {
+            "name": family.name,
+            "encoder": f"`{family.encoder.rsplit('.', 1)[1]}`",
+            "prefix": f"{family.prefix}{' + registers' if family.registers else ''}",
+        }
+        for family in FAMILIES
+    ]
+    return markdown(
+        lines, {"name": "family", "encoder": "encoder in transformers", "prefix": "tokens before the patches"}
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "families": families_table,
+    "speed": speed_table,
+    "cost": cost_table,
+    "quality": quality_table,
+    "equal speed": equal_speed_table,
+}
+
+
+def rewritten(text: str) -> str:
+    """The document with every marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([\w ]+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say whether something would change")
+    args = parser.parse_args()
+    stale = []
+    for document in DOCUMENTS:
+        path = ROOT / document
+        before = path.read_text()
+        after = rewritten(before)
+        if after != before:
+            stale.append(document)
+            if not args.check:
+                path.write_text(after)
+    print(f"{'out of date' if args.check else 'rewrote'}: {', '.join(stale)}" if stale else "nothing to change")
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""The measuring itself: turns, medians, FLOPs, controls, and tables that say what the result files say."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import DECODER, SIZES, segmenter
+from PIL import Image
+
+from benchmarks import clustering_cost, harness, report, segmenter_quality, vit_speed
+from benchmarks.peers.controls import grid_pooling, random_centers
+
+
+def test_contenders_take_turns_and_warm_up_uncounted():
+    turns = []
+    contenders = {name: (lambda n, name=name: turns.append((name, n))) for name in "ab"}
+    times = harness.interleaved(contenders, repeats=3, warmup=1)
+    assert turns == [(name, n) for n in range(4) for name in "ab"]
+    assert set(times) == {"a", "b"} and all(t >= 0 for t in times.values())
+
+
+def test_results_say_where_they_come_from(tmp_path):
+    about = harness.environment(torch.device("cpu"), "fp32")
+    path = harness.save("x", [{"ms": 1.5}], about, tmp_path)
+    stored = json.loads(path.read_text())
+    assert path.name == "x-cpu-fp32.json" and stored["rows"] == [{"ms": 1.5}]
+    assert stored["versions"]["torch"] == torch.__version__ and stored["device"] and stored["command"]
+    assert harness.markdown([{"a": 1.234, "b": None}], {"a": "A|{:.1f}×", "b": "B"}).splitlines()[-1] == "| 1.2× | – |"
+
+
+@pytest.mark.parametrize("control", [grid_pooling, random_centers])
+@pytest.mark.parametrize("grid, num_clusters", [((6, 8), 12), ((23, 30), 100), ((1, 5), 2)])
+def test_controls_make_so_many_clusters(control, grid, num_clusters):
+    count = math.prod(grid)
+    clusters = control(torch.randn(2, count, 8), grid, num_clusters)
+    assert clusters.num_clusters == num_clusters
+    assert clusters.counts.min() >= 1 and clusters.counts.sum() == 2 * count
+
+
+def test_speed_and_cost_run_on_small_sizes(monkeypatch):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    monkeypatch.setitem(vit_speed.GEOMETRIES, "tiny", (128, 16, sizes))
+    row = vit_speed.measure("tiny", "density_peaks", repeats=1)
+    assert (row["num_tokens"], row["num_clusters"]) == (64, 16)
+    assert 1 < row["ideal"] < 4 and row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
+    rows = clustering_cost.measure("local_kmeans", [8, 16], 8, repeats=1)
+    assert [r["num_tokens"] for r in rows] == [64, 256] and rows[1]["times_previous"] > 0
+
+
+def test_quality_of_every_method_on_two_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (tmp_path / "val" / folder).mkdir(parents=True)
+    for name in ("one", "two"):
+        Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(tmp_path / f"val/images/{name}.jpg")
+        Image.fromarray(rng.integers(0, 11, (32, 48), dtype=np.uint8)).save(tmp_path / f"val/labels/{name}.png")
+    model = segmenter("vit", decoder_config=DECODER, num_labels=11).eval()
+    assert SIZES["patch_size"] == 4
+    contenders = {method: (method, 1, 0.25, None) for method in segmenter_quality.METHODS}
+    plain, *rows = segmenter_quality.measure(model, segmenter_quality.CamVid(tmp_path, "val"), contenders, repeats=1)
+    assert plain["method"] == "plain" and len(rows) == 8
+    for row in rows:
+        assert row["num_clusters"] == 24 and 0 <= row["agreement"] <= 1 and row["ideal"] > 1
+        assert row["lost"] == pytest.approx(plain["miou"] - row["miou"])
+
+
+def test_tables_in_the_documents_are_what_the_result_files_say():
+    for document in report.DOCUMENTS:
+        text = (report.ROOT / document).read_text()
+        assert report.rewritten(text) == text, f"{document}: run python -m benchmarks.report"
