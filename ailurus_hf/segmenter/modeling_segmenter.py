@@ -5,6 +5,8 @@ from and to grids that are not square). The decoder maps tokens to class scores 
 never asks where a token lies, so that a token reduction can hand it fewer tokens than the grid has.
 """
 
+import operator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -161,7 +163,8 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
         `config.semantic_loss_ignore_index`. Keyword arguments (output_hidden_states, output_attentions) go to the
         encoder. Raises ValueError where the labels' shape is not the images'.
         """
-        height, width = pixel_values.shape[-2:]
+        # Plain numbers: padding to a multiple of a symbolic size is more than torch.compile can reason about.
+        height, width = (operator.index(side) for side in pixel_values.shape[-2:])
         if labels is not None and labels.shape != (len(pixel_values), height, width):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} do not match images of shape {tuple(pixel_values.shape)}: "
@@ -170,11 +173,7 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
 
         patch = self.config.patch_size
         # Zero is the mean colour after normalising; the original pads right and bottom with it too.
-        right, bottom = (
-            (patch - width % patch) % patch,
-            (patch - height % patch) % patch,
-        )  # -width % patch: not in inductor
-        pixel_values = F.pad(pixel_values, (0, right, 0, bottom))
+        pixel_values = F.pad(pixel_values, (0, -width % patch, 0, -height % patch))
         padded_size = pixel_values.shape[-2:]
         grid = (padded_size[0] // patch, padded_size[1] // patch)
 
