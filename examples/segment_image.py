@@ -28,7 +28,7 @@ parser.add_argument("--image", type=Path, default=ASSETS / "street.jpg")
 parser.add_argument("--labels", type=Path, help="ground truth, a PNG of class ids (default: that of the default image)")
 parser.add_argument("--model", default=str(ASSETS / "segmenter-camvid"), help="Segmenter folder or Hub name")
 parser.add_argument("--cluster-location", type=int, default=2, help="merge at the output of this layer")
-parser.add_argument("--keep-ratio", type=float, default=0.25, help="share of the tokens to keep")
+parser.add_argument("--keep-ratio", type=float, default=0.4, help="share of the tokens to keep")
 parser.add_argument("--clustering", default="density_peaks", help="density_peaks or local_kmeans")
 parser.add_argument("--restore", default="residual", help="copy or residual: what a token gets back")
 parser.add_argument("--repeats", type=int, default=11, help="timed runs of each")
@@ -52,7 +52,13 @@ def off() -> None:
 
 
 def on() -> None:
-    apply_ailurus(model, cluster_location=args.cluster_location, keep_ratio=args.keep_ratio, clustering=args.clustering)
+    apply_ailurus(
+        model,
+        cluster_location=args.cluster_location,
+        keep_ratio=args.keep_ratio,
+        clustering=args.clustering,
+        restore=args.restore,
+    )
 
 
 @torch.inference_mode()
