@@ -15,14 +15,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, ailurus_status
 from ailurus_hf.clustering import Clustering
+from ailurus_hf.comparison import confusion, mean_iou
 from ailurus_hf.vision.installation import install
-from examples.camvid_data import CLASSES, UNLABELLED, CamVid, data_folder, scores
+from examples.camvid_data import CLASSES, CamVid, data_folder
 
 from .harness import environment, interleaved, markdown, model_flops, save
 from .peers.controls import grid_pooling, random_centers
@@ -71,12 +73,9 @@ def label_maps(model: nn.Module, data: CamVid) -> list[Tensor]:
 
 
 def miou(maps: list[Tensor], data: CamVid) -> float:
-    counts = torch.zeros(len(CLASSES) ** 2, dtype=torch.long)
-    for i, predicted in enumerate(maps):
-        truth = data.label(i)
-        seen = truth != UNLABELLED
-        counts += torch.bincount(truth[seen] * len(CLASSES) + predicted[seen], minlength=len(CLASSES) ** 2)
-    return scores(counts.view(len(CLASSES), -1))["miou"]
+    """Percent, over the labelled pixels of all images; the unlabelled are class ids past the last."""
+    matrices = (confusion(m.numpy().astype(int), data.label(i).numpy(), len(CLASSES)) for i, m in enumerate(maps))
+    return round(100 * mean_iou(np.sum(list(matrices), axis=0)), 2)
 
 
 def measure(

@@ -28,7 +28,7 @@ def local_kmeans(
     features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
     grid: (H, W), or (T, H, W) for video; its product is N.
     num_clusters: M, in [1, N].
-    num_rounds: rounds of hard assignment, the cell means being the centres; 3 suffice (six add up to 0.3 mIoU).
+    num_rounds: rounds of hard assignment, the cell means being the centres.
     check_finite: raise on NaN or infinite features; this waits for the device.
 
     Returns TokenClusters without centres; a cell may end up empty: count 0, no weight in attention.
