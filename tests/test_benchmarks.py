@@ -43,7 +43,8 @@ def test_controls_make_so_many_clusters(control, grid, num_clusters):
 def test_speed_and_cost_run_on_small_sizes(monkeypatch):
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     monkeypatch.setitem(vit_speed.GEOMETRIES, "tiny", (128, 16, sizes))
-    row = vit_speed.measure("tiny", "density_peaks", repeats=1)
+    row, other = vit_speed.measure("tiny", ["density_peaks", "local_kmeans"], repeats=1)
+    assert other["ideal"] == row["ideal"] and other["clustering"] == "local_kmeans"
     assert (row["num_tokens"], row["num_clusters"]) == (64, 16)
     assert 1 < row["ideal"] < 4 and row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
     rows = clustering_cost.measure("local_kmeans", [8, 16], 8, repeats=1)

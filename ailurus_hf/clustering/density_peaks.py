@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_features, check_num_clusters, check_settings
-from ..clusters import TokenClusters
+from ..clusters import TokenClusters, stable_argsort
 from .neighbours import check_grid, grid_neighbours, nearest_marked, neighbour_distances
 
 
@@ -77,8 +77,8 @@ def spatial_density_peaks(
 
 def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores, ascending; equal scores by `among_infinite`, then by lower index."""
-    by_second = among_infinite.argsort(dim=1, descending=True, stable=True)
-    by_first = score.gather(1, by_second).argsort(dim=1, descending=True, stable=True)
+    by_second = stable_argsort(among_infinite, descending=True)
+    by_first = stable_argsort(score.gather(1, by_second), descending=True)
     return by_second.gather(1, by_first[:, :count]).sort(dim=1).values
 
 

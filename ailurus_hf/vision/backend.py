@@ -40,9 +40,28 @@ def ailurus_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def ailurus_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """SDPA's mask; but none where nothing is masked, also in an export, which else writes out one of ones for N tokens."""
+    if attention_mask is None and local_size is None and allow_is_bidirectional_skip:
+        return None
+    kwargs.update(
+        attention_mask=attention_mask,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        local_size=local_size,
+    )
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
 # Registering is idempotent. Without the mask entry transformers would drop 2-D masks without a word.
 AttentionInterface.register(ATTENTION_NAME, ailurus_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, ailurus_mask)
 
 
 def attention_configs(layers: Iterable[nn.Module]) -> list[PreTrainedConfig]:
