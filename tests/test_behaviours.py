@@ -17,7 +17,7 @@ from ailurus_hf import (
     apply_ailurus,
     remove_ailurus,
 )
-from ailurus_hf.vision.families import find_encoders
+from ailurus_hf.vision.finding import find_encoders
 
 NUM_TOKENS = GRID[0] * GRID[1]
 CONFIGS = {
