@@ -58,14 +58,21 @@ def spatial_density_peaks(
 
 
 def density_peaks(
-    weighted: Tensor, index: Tensor, num_clusters: int, k: int, nearest_centre: Callable[[Tensor], Tensor]
+    weighted: Tensor,
+    index: Tensor,
+    num_clusters: int,
+    k: int,
+    nearest_centre: Callable[[Tensor], Tensor],
+    also_near: Tensor | None = None,
 ) -> TokenClusters:
     """The M density peaks and who belongs to them, from σ·s to the neighbours alone.
 
     weighted, index: Tensor[B, N, λ], σ·s to each neighbour, and LongTensor[B, N, λ], which they are, in ascending order.
     nearest_centre: from BoolTensor[B, N] of centres to LongTensor[B, N], for tokens from which no neighbours lead to one.
+    also_near: Tensor[B, N, any], further distances that count for the density alone.
     """
-    nearest = weighted.amin(-1) if k == 1 else weighted.topk(k, largest=False).values.mean(-1)
+    near = weighted if also_near is None else torch.cat([weighted, also_near], -1)
+    nearest = near.amin(-1) if k == 1 else near.topk(k, largest=False).values.mean(-1)
     log_rho = -nearest  # Eq. 1
 
     rho_of_neighbour = _of_neighbours(log_rho, index)

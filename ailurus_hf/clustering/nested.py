@@ -48,10 +48,17 @@ def merge_clusters(
     sigma = _distances(means).gather(2, index) / math.sqrt(channels)
     s = (1 - alpha) * (by_index + 1) / lam + alpha if num_spatial_neighbors else 1.0
 
+    # A mean of m tokens is as dense as they are: m - 1 neighbours as far away as they are from it on average.
+    k = min(num_density_neighbors, lam)
+    spread = torch.linalg.vector_norm(tokens.float() - clusters.unmerge(means), dim=-1, keepdim=True)
+    spread = clusters.merge(spread) / math.sqrt(channels)
+    others = torch.arange(k, device=tokens.device) < clusters.counts[..., None] - 1
+
     def nearest_centre(is_centre: Tensor) -> Tensor:
         return apart.masked_fill(~is_centre[:, None], math.inf).argmin(-1)
 
-    joined = density_peaks(sigma * s, index, num_clusters, min(num_density_neighbors, lam), nearest_centre)
+    own = spread.expand(-1, -1, k).masked_fill(~others, math.inf)
+    joined = density_peaks(sigma * s, index, num_clusters, k, nearest_centre, own)
     assert joined.centers is not None
     centers = None if clusters.centers is None else clusters.centers.gather(1, joined.centers)
     return TokenClusters.from_assignment(joined.assignment.gather(1, clusters.assignment), num_clusters, centers)

@@ -78,6 +78,12 @@ def feature_maps(backbone: Any) -> list[int]:
     return [backbone.stage_names.index(name) for name in backbone.out_features]
 
 
+def dpt_neck(model: Any) -> list[int]:
+    """The hidden states that DPT's neck takes, from its own encoder or from a backbone."""
+    backbone = getattr(model, "backbone", None)
+    return [i + 1 for i in model.config.backbone_out_indices] if backbone is None else feature_maps(backbone)
+
+
 def with_mid_positions(encoder: Any) -> Iterable[int]:
     """YOLOS adds position embeddings to all tokens behind every layer but the last, if its config says so."""
     return range(encoder.config.num_hidden_layers - 1) if encoder.config.use_mid_position_embeddings else ()
@@ -201,10 +207,8 @@ READERS = (
         _AT + "data2vec.modeling_data2vec_vision.Data2VecVisionForSemanticSegmentation",
         lambda model: [i - 1 for i in model.config.out_indices],
     ),
-    *(
-        Reader(_AT + f"dpt.modeling_dpt.{name}", lambda model: [i + 1 for i in model.config.backbone_out_indices])
-        for name in ("DPTForDepthEstimation", "DPTForSemanticSegmentation")
-    ),
+    Reader(_AT + "dpt.modeling_dpt.DPTForDepthEstimation", dpt_neck),
+    Reader(_AT + "dpt.modeling_dpt.DPTForSemanticSegmentation", dpt_neck),
 )
 
 _WINDOWS = "its windowed attention needs the whole grid in most layers, and its global attention takes no bias"

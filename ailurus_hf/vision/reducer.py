@@ -146,9 +146,12 @@ class EncoderReducer:
         # Plain numbers also where torch.compile would keep sizes symbolic.
         grid = tuple(operator.index(side) for side in family.grid(encoder, pixel_values))
         num_tokens = math.prod(grid)
-        wanted = self.wanted.pop(_thread(), None)
-        if family.reads is not None and not _asks_for_states(encoder, kwargs):
-            wanted = frozenset(family.reads(encoder))
+        if _thread() in self.wanted:
+            # A reader asks for all states, to read some, so the encoder cannot tell what is wanted.
+            wanted = self.wanted.pop(_thread())
+        else:
+            reads = None if _asks_for_states(encoder, kwargs) else family.reads
+            wanted = None if reads is None else frozenset(reads(encoder))
         self.runs[_thread()] = Run(
             grid,
             num_tokens,
@@ -290,6 +293,8 @@ class EncoderReducer:
         """The hidden state at a location, from what was collected there."""
         first = run.stages[0]
         if location == first.location == 0:
+            if state.shape[1] == self.found.prefix + run.num_tokens + run.suffix:
+                return state
             # Collected as the first layer's input, which was merged already.
             front, _, suffix = run.split(state, first.clusters.num_clusters)
             return torch.cat([front, first.tokens, suffix], 1)
