@@ -44,7 +44,7 @@ def test_settings_come_back_with_the_folder(saved, tmp_path):
 
 
 def test_arguments_of_transformers_pass_through(saved):
-    wrapper, name, folder, expected = saved
+    wrapper, name, folder, _ = saved
     model, report = wrapper.from_pretrained(
         folder,
         ailurus_config=SETTINGS,
@@ -54,6 +54,19 @@ def test_arguments_of_transformers_pass_through(saved):
     )
     assert model.dtype == torch.bfloat16 and not report["missing_keys"]
     assert predict(model.eval(), name, images().bfloat16()).isfinite().all()
+
+
+def test_quantised_weights_load(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    name = "ViTForImageClassification"
+    make_model(name).save_pretrained(tmp_path)
+    given = {"quantization_config": hf.TorchAoConfig(quantization.Int8WeightOnlyConfig())}
+    plain = hf.AutoModelForImageClassification.from_pretrained(tmp_path, **given).eval()
+    model = ailurus_hf.AiluRusModelForImageClassification.from_pretrained(tmp_path, ailurus_config=SETTINGS, **given)
+    assert type(model.vit.layers[0].attention.q_proj.weight) is not torch.nn.Parameter
+    reduced = predict(model.eval(), name, images())
+    assert not torch.allclose(reduced, predict(plain, name, images()))
+    assert torch.equal(reduced, predict(apply_ailurus(plain, **SETTINGS), name, images()))
 
 
 def test_without_settings_anywhere_it_says_what_to_give(saved):
