@@ -4,7 +4,8 @@
     python -m benchmarks.segmenter_quality --data CAMVID --model FOLDER --keep 0.5 0.25 --locations 2 3
 
 mIoU over whole images at native resolution; agreement is the share of pixels with the plain model's label; speed is
-that of the whole model on one image. Controls: centres drawn at random, and the cells of a regular grid.
+that of the whole model on one image. Methods, controls and peers: benchmarks/methods.py; "NAME:key=value" sets a
+peer's own settings, and without them its FLOPs are matched to ours at the same L and keep ratio.
 """
 
 from __future__ import annotations
@@ -20,27 +21,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, ailurus_status
-from ailurus_hf.clustering import Clustering
+from ailurus_hf import SegmenterForSemanticSegmentation
 from ailurus_hf.comparison import confusion, mean_iou
-from ailurus_hf.vision.installation import install
 from examples.camvid_data import CLASSES, CamVid, data_folder
 
 from .harness import environment, interleaved, markdown, model_flops, save
-from .peers.controls import grid_pooling, random_centers
+from .methods import METHODS, Reduction, Setting, apply_method, parsed
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "assets" / "segmenter-camvid"
-# Name: the config's clustering, or a control in its place; and the form of unfolding.
-METHODS: dict[str, tuple[str, Clustering | None, str]] = {
-    "density peaks, copy (the paper)": ("density_peaks", None, "copy"),
-    "density peaks, residual": ("density_peaks", None, "residual"),
-    "local k-means, copy": ("local_kmeans", None, "copy"),
-    "local k-means, residual": ("local_kmeans", None, "residual"),
-    "random centres, copy": ("density_peaks", random_centers, "copy"),
-    "random centres, residual": ("density_peaks", random_centers, "residual"),
-    "grid pooling, copy": ("density_peaks", grid_pooling, "copy"),
-    "grid pooling, residual": ("density_peaks", grid_pooling, "residual"),
-}
 COLUMNS = {
     "method": "method",
     "location": "L",
@@ -53,18 +41,10 @@ COLUMNS = {
 }
 
 
-def reduced_copy(model: nn.Module, method: str, location: int, keep: float, restore_location: int | None) -> nn.Module:
-    clustering, control, restore = METHODS[method]
+def reduced_copy(model: nn.Module, method: str, setting: Setting, images: list[Tensor]) -> tuple[nn.Module, Reduction]:
+    """A copy of the model with the method on, and the handle on it; images: to match FLOPs on."""
     twin = copy.deepcopy(model)
-    config = AiluRusConfig(
-        cluster_location=location,
-        keep_ratio=keep,
-        clustering=clustering,
-        restore=restore,
-        restore_location=restore_location,
-    )
-    install(twin, config, control)
-    return twin
+    return twin, apply_method(twin, method, setting, [lambda image=image: twin(image) for image in images])
 
 
 @torch.inference_mode()
@@ -86,11 +66,15 @@ def measure(
     full = model_flops(lambda: model(image))
     plain_maps = label_maps(model, data)
     plain = miou(plain_maps, data)
-    twins = {name: reduced_copy(model, *fields) for name, fields in contenders.items()}
+    samples = [data.image(i)[None] for i in range(0, len(data), max(len(data) // 2, 1))]
+    reduced = {
+        name: reduced_copy(model, method, Setting(*fields), samples) for name, (method, *fields) in contenders.items()
+    }
+    twins = {name: twin for name, (twin, _) in reduced.items()}
     rows: list[dict[str, Any]] = [{"method": "plain", "miou": plain, "speed_up": 1.0, "agreement": 1.0}]
     for name, twin in tqdm(twins.items(), desc="quality"):
         maps = label_maps(twin, data)
-        place = ailurus_status(twin).places[0]
+        reduction = reduced[name][1]
         same = sum((a == b).float().mean().item() for a, b in zip(maps, plain_maps, strict=True)) / len(maps)
         method, location, keep, restore_location = contenders[name]
         value = miou(maps, data)
@@ -100,11 +84,12 @@ def measure(
                 "location": location,
                 "keep_ratio": keep,
                 "restore_location": restore_location,
-                "num_clusters": place.num_clusters,
+                "settings": reduction.settings,
+                "num_clusters": reduction.num_clusters(),
                 "miou": value,
                 "lost": plain - value,
                 "agreement": same,
-                "ideal": full / (full - place.flops + place.reduced_flops),
+                "ideal": full / reduction.flops(full, lambda twin=twin: twin(image)),
             }
         )
     images = [data.image(i)[None] for i in range(0, len(data), 7)]
@@ -122,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="CamVid folder (default: camvid/ in AILURUS_DATA)")
     parser.add_argument("--model", default=str(SHIPPED), help="Segmenter folder or Hub name (default: the shipped one)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=", ".join(METHODS))
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.12])
     parser.add_argument("--locations", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, with residual")
@@ -139,7 +124,7 @@ def main() -> None:
     for location in args.locations:
         for keep in args.keep:
             for method in args.methods:
-                places = [None] + (args.restore_locations if METHODS[method][2] == "residual" else [])
+                places = [None] + (args.restore_locations if METHODS[parsed(method)[0]].takes_restore_location else [])
                 for restore_location in places:
                     key = f"{method}, L={location}, keep={keep}, R={restore_location}"
                     contenders[key] = (method, location, keep, restore_location)

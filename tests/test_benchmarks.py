@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import DECODER, SIZES, segmenter
+from models import DECODER, SIZES, images, make_model, run, segmenter
 from PIL import Image
 
-from benchmarks import clustering_cost, harness, report, segmenter_quality, vit_speed
+from ailurus_hf import AiluRusError
+from benchmarks import clustering_cost, harness, methods, report, segmenter_quality, vit_speed
 from benchmarks.peers.controls import grid_pooling, random_centers
 
 
@@ -58,12 +59,40 @@ def test_quality_of_every_method_on_two_images(tmp_path):
         Image.fromarray(rng.integers(0, 11, (32, 48), dtype=np.uint8)).save(tmp_path / f"val/labels/{name}.png")
     model = segmenter("vit", decoder_config=DECODER, num_labels=11).eval()
     assert SIZES["patch_size"] == 4
-    contenders = {method: (method, 1, 0.25, None) for method in segmenter_quality.METHODS}
+    contenders = {method: (method, 1, 0.25, None) for method in methods.METHODS}
     plain, *rows = segmenter_quality.measure(model, segmenter_quality.CamVid(tmp_path, "val"), contenders, repeats=1)
-    assert plain["method"] == "plain" and len(rows) == 8
+    assert plain["method"] == "plain" and len(rows) == len(methods.METHODS)
     for row in rows:
-        assert row["num_clusters"] == 24 and 0 <= row["agreement"] <= 1 and row["ideal"] > 1
+        if row["method"] not in ("ToMe", "EViT", "EViT, fused", "ALGM", "ACT"):  # they reduce little by little
+            assert row["num_clusters"] == 24
+        assert 0 <= row["agreement"] <= 1 and row["ideal"] > 1
         assert row["lost"] == pytest.approx(plain["miou"] - row["miou"])
+
+
+def test_methods_read_their_settings():
+    assert methods.parsed("ToMe") == ("ToMe", {})
+    assert methods.parsed("ToMe:r=8,restore_at=decoder") == ("ToMe", {"r": 8, "restore_at": "decoder"})
+    assert methods.parsed("Expedite:cells=(4, 6),tau=0.1") == ("Expedite", {"cells": (4, 6), "tau": 0.1})
+    for wrong in ("ToMee", "ToMe:8", "ToMe:r=", "ToMe:r=f(1)"):
+        with pytest.raises(AiluRusError, match="ToMe"):
+            methods.parsed(wrong)
+
+
+@pytest.mark.parametrize("name", ["ToMe", "EViT", "EViT, fused", "ALGM"])
+def test_peers_with_a_knob_are_turned_to_the_flops_of_the_paper(name):
+    model, x = make_model("ViTModel"), images(1)
+    setting, runs = methods.Setting(1, 0.5), [lambda: run(model, x)]
+    goal = methods.flops_with(methods.METHODS[methods.PAPER], model, setting, runs, {})
+    full = harness.model_flops(runs[0])
+    reduction = methods.apply_method(model, name, setting, runs)
+    # As near below as a step of r, or one threshold, allows.
+    assert 0.9 * goal < reduction.flops(full, runs[0]) <= goal < 0.75 * full
+    reduction.undo()
+    given = methods.apply_method(model, "ToMe:r=3", setting, runs)
+    runs[0]()
+    assert given.num_clusters() == 96 - 4 * 3 and given.settings == {"r": 3}
+    given.undo()
+    assert not model._forward_pre_hooks
 
 
 def test_tables_in_the_documents_are_what_the_result_files_say():

@@ -146,13 +146,15 @@ class ALGM(Peer):
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Iterable[Tensor], sigmas: float = 1.0, **settings: Any) -> tuple[float, float]:
-    """The two thresholds from images, Tensor[B, 3, H, W] each: mean plus `sigmas` deviations, averaged over images."""
+def calibrate(
+    model: nn.Module, inputs: Iterable[dict[str, Any]], sigmas: float = 1.0, **settings: Any
+) -> tuple[float, float]:
+    """The two thresholds from a model's inputs: mean plus `sigmas` deviations, averaged over images."""
     found: dict[int, list[Tensor]] = {}
     # Nothing is above a cosine of 1, so that the statistics are those of the plain model.
     with attach(model, ALGM, sigmas=1e9, **settings) as applied:
-        for image in images:
-            model(image)
+        for arguments in inputs:
+            model(**arguments)
             for index, (mean, deviation) in applied.peers[0].seen.items():
                 found.setdefault(index, []).append(mean + sigmas * deviation)
     local, middle = (torch.cat(found[index]).mean().item() for index in sorted(found))
