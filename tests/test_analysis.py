@@ -8,9 +8,10 @@ import torch
 from models import images, make_model, run
 
 from ailurus_hf import AiluRusError, TokenClusters, ailurus_status, apply_ailurus, remove_ailurus
-from ailurus_hf.analysis import assignment_statistics, pair_preservation, reconstruction_similarity
+from ailurus_hf.analysis import assignment_statistics, counted_flops, pair_preservation, reconstruction_similarity
 from ailurus_hf.analysis import latency as latency_module
 from ailurus_hf.analysis.latency import PARTS, Stopwatch, latency_split
+from benchmarks.harness import model_flops
 
 
 def test_reconstruction_similarity_is_the_mean_cosine_of_the_patches():
@@ -107,6 +108,13 @@ def test_latency_by_part(config):
     if config:
         assert ailurus_status(model).places[0].num_clusters == 48
         remove_ailurus(model)
+
+
+@pytest.mark.parametrize("name", ["DeiTModel", "Segmenter(ViT, mask transformer)"])
+def test_flops_counted_on_shapes_are_those_of_a_real_forward(name):
+    model, x = make_model(name), images(1)
+    found = counted_flops(model, {"pixel_values": x[..., :32]})
+    assert found == model_flops(lambda: model(x[..., :32]))
 
 
 def test_latency_of_something_else():
