@@ -9,8 +9,9 @@ import torch
 from models import DECODER, SIZES, images, make_model, run, segmenter
 from PIL import Image
 
-from ailurus_hf import AiluRusError
-from benchmarks import clustering_cost, harness, methods, report, segmenter_quality, vit_speed
+from ailurus_hf import AiluRusError, SegmenterImageProcessor
+from ailurus_hf.cli_support import load_model
+from benchmarks import clustering_cost, harness, methods, report, segmenter_quality, similarity, vit_speed
 from benchmarks.peers.controls import grid_pooling, random_centers
 
 
@@ -99,3 +100,29 @@ def test_tables_in_the_documents_are_what_the_result_files_say():
     for document in report.DOCUMENTS:
         text = (report.ROOT / document).read_text()
         assert report.rewritten(text) == text, f"{document}: run python -m benchmarks.report"
+
+
+def test_similarity_of_every_method_on_two_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    model = make_model("Segmenter(ViT, mask transformer)")
+    model.save_pretrained(tmp_path / "model")
+    SegmenterImageProcessor().save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"), None, "cpu", "float32", None)
+    paths = sorted(tmp_path.glob("*.png"))
+    gradual = ["ToMe:r=5", "EViT:keep=0.5", "ALGM:sigmas=0.5", "ACT:interval=9.0"]
+    ours = [methods.PAPER, "local k-means, residual"]
+    names = [*ours, "Expedite", "CTM", *gradual, "Expedite:cells=(8, 12)"]
+    rows, pairs = similarity.measure(loaded, paths, names, [methods.Setting(1, 0.25)], repeats=1)
+    assert [row["method"] for row in rows] == names and len(pairs) == 1
+    for row in rows[:-1]:
+        assert len(row["layers"]) == 5 and row["layers"][0] == pytest.approx(1) and row["last"] < 0.9999
+        assert (row["ms"]["unmerge"] > 0) == (not row["method"].startswith("ACT"))
+        assert (row["at_location"] is None) == (row["method"] in gradual)
+        assert bool(row["assignment"]) == (row["method"] in ours)
+        assert sum(row["sizes"].values()) == (2 * 24 if row["method"] in ours else 0)
+    assert rows[-1]["layers"] == pytest.approx([1] * 5)  # as many cells as tokens
+    assert 0 < sum(pairs[0]["pairs"]) <= 2 * 96 * 95 // 2
+    text = similarity.tables(rows, pairs)
+    assert text.count("\n| Expedite | 1 | 0.25 | 24 |") == 2 and "| 0.9-1.0 |" in text

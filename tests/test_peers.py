@@ -44,16 +44,17 @@ def at_angles(*degrees):
 
 
 def test_tome_merges_the_best_edges_and_keeps_the_rest_in_order():
-    # Second set: 0, 90 and 180 degrees. Edges of the first: 5 -> 0 (5 apart), 70 -> 90 (20 apart), 100 -> 90 (10 apart).
-    matching = tome.bipartite_matching(at_angles(0.0, 5.0, 90.0, 70.0, 180.0, 100.0), 2)
-    assert matching.kept.tolist() == [[1]] and matching.merged.tolist() == [[0, 2]]
-    assert matching.to.tolist() == [[1, 1, 2, 0, 3, 2]]
-    tokens = torch.arange(6.0)[None, :, None]
-    sizes = torch.tensor([[1.0, 2, 1, 1, 1, 3]])
+    # Second set: 0, 90, 180 and 270 degrees. Edges of the first: 5 -> 0 (5 apart), 70 -> 90 (20 apart), 100 -> 90 (10
+    # apart), 255 -> 270 (15 apart).
+    matching = tome.bipartite_matching(at_angles(0.0, 5.0, 90.0, 70.0, 180.0, 100.0, 270.0, 255.0), 2)
+    assert matching.kept.tolist() == [[1, 3]] and matching.merged.tolist() == [[0, 2]]
+    assert matching.to.tolist() == [[2, 2, 3, 0, 4, 3, 5, 1]]
+    tokens = torch.arange(8.0)[None, :, None]
+    sizes = torch.tensor([[1.0, 2, 1, 1, 1, 3, 1, 1]])
     merged, sizes = tome.merge_matched(tokens, sizes, matching)
-    # Token 3 alone; (0·1 + 1·2) / 3; (2·1 + 5·3) / 4; token 4 alone.
-    torch.testing.assert_close(merged[0, :, 0], torch.tensor([3, 2 / 3, 17 / 4, 4]))
-    assert sizes.tolist() == [[1, 3, 4, 1]]
+    # Tokens 3 and 7 alone; (0·1 + 1·2) / 3; (2·1 + 5·3) / 4; tokens 4 and 6 alone.
+    torch.testing.assert_close(merged[0, :, 0], torch.tensor([3, 7, 2 / 3, 17 / 4, 4, 6]))
+    assert sizes.tolist() == [[1, 1, 3, 4, 1, 1]]
 
 
 def tiny_evit(restore, keep=0.5):
