@@ -73,7 +73,7 @@ class TokenClusters:
     def _tokens_by_cluster(self) -> tuple[Tensor, Tensor]:
         """Tokens sorted by cluster, and where each cluster begins; made once (cached_property holds a lock: no compiling)."""
         if self._bags is None:
-            order = self.assignment.argsort(dim=1, stable=True) + self._first(self.num_tokens)
+            order = stable_argsort(self.assignment) + self._first(self.num_tokens)
             counts = self.counts.flatten().long()
             self._bags = order.flatten(), counts.cumsum(0) - counts
         return self._bags
@@ -87,3 +87,11 @@ class TokenClusters:
             raise AiluRusError(
                 f"{verb} expects a tensor of shape ({expected[0]}, {expected[1]}, C), got {tuple(tensor.shape)}"
             )
+
+
+def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
+    """Order of Tensor[B, N] along N, equal values by index."""
+    if torch.onnx.is_in_onnx_export():
+        # ONNX sorts in one way only, which keeps equal values in order; the exporter knows it by this name.
+        return values.sort(dim=1, descending=descending).indices
+    return values.argsort(dim=1, descending=descending, stable=True)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from .checks import check_settings
@@ -20,9 +21,10 @@ RESTORE_PLACES = (None, "backbone", "decoder")
 class AiluRusConfig:
     """How a vision transformer's tokens are reduced; checked when made.
 
-    cluster_location: L, cluster at the output of the L-th layer (0: of the embeddings), as in the paper's tables.
-    num_clusters, keep_ratio: M itself, or M = round(keep_ratio · N) per image size; exactly one of them. An image of
-        at most M tokens runs unreduced.
+    cluster_location: L, cluster at the output of the L-th layer (0: of the embeddings), as in the paper's tables. Several,
+        ascending, reduce several times: clusters are joined to larger ones (by density peaks, whatever `clustering` is).
+    num_clusters, keep_ratio: M itself, or M = round(keep_ratio · N) per image size; exactly one of them, with as many
+        numbers as there are locations, descending. An image of at most M tokens runs unreduced.
     clustering: "density_peaks" (the paper) or "local_kmeans", which keeps more where few tokens are kept.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
     restore: "copy" (the paper: a token takes its representative's value) or "residual" (a token keeps its own value at L
@@ -33,9 +35,9 @@ class AiluRusConfig:
     check_finite: raise on NaN features instead of clustering them somehow; this waits for the device.
     """
 
-    cluster_location: int = 2
-    num_clusters: int | None = None
-    keep_ratio: float | None = None
+    cluster_location: int | tuple[int, ...] = 2
+    num_clusters: int | tuple[int, ...] | None = None
+    keep_ratio: float | tuple[float, ...] | None = None
     clustering: str = "density_peaks"
     alpha: float = 0.9
     num_spatial_neighbors: int = 50
@@ -61,17 +63,16 @@ class AiluRusConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.cluster_location < 0:
-            raise AiluRusError(f"cluster_location must be 0 (the embeddings) or more, got {self.cluster_location}")
+        for name in ("cluster_location", "num_clusters", "keep_ratio"):
+            # JSON knows no tuples; a tuple of one is the number.
+            if isinstance(value := getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, tuple(value) if len(value) != 1 else value[0])
         if (self.num_clusters is None) == (self.keep_ratio is None):
             raise AiluRusError(
                 "give exactly one of num_clusters and keep_ratio, "
                 f"got num_clusters={self.num_clusters} and keep_ratio={self.keep_ratio}"
             )
-        if self.num_clusters is not None and self.num_clusters < 1:
-            raise AiluRusError(f"num_clusters must be at least 1, got {self.num_clusters}")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {self.keep_ratio}")
+        self._check_places()
         check_settings(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
         if self.restore is None:
             object.__setattr__(self, "restore", "copy" if self.restore_at == "decoder" else "residual")
@@ -81,9 +82,9 @@ class AiluRusConfig:
         if self.restore == "residual" and self.restore_at == "decoder":
             raise AiluRusError("restore='residual' unfolds before a decoder: use restore_at='backbone', got 'decoder'")
         if self.restore_location is not None:
-            if self.restore_location <= self.cluster_location:
+            if self.restore_location <= self.locations[-1]:
                 raise AiluRusError(
-                    f"restore_location must be past cluster_location {self.cluster_location}, got {self.restore_location}"
+                    f"restore_location must be past cluster_location {self.locations[-1]}, got {self.restore_location}"
                 )
             if self.restore_at == "decoder":
                 raise AiluRusError(
@@ -91,12 +92,36 @@ class AiluRusConfig:
                     "use restore_at='backbone', got 'decoder'"
                 )
 
-    def clusters_for(self, num_tokens: int) -> int:
-        """M for an image of N tokens; N where it runs unreduced."""
+    def _check_places(self) -> None:
+        """Locations, and the M of each."""
+        locations, counts = self.locations, _each(self.num_clusters)
+        if not locations or min(locations) < 0:
+            raise AiluRusError(f"cluster_location must be 0 (the embeddings) or more, got {self.cluster_location}")
+        if any(b <= a for a, b in pairwise(locations)):
+            raise AiluRusError(f"cluster_location must ascend, got {locations}: use {tuple(sorted(set(locations)))}")
+        name = "keep_ratio" if self.num_clusters is None else "num_clusters"
+        given = _each(getattr(self, name))
+        if len(given) != len(locations):
+            raise AiluRusError(
+                f"{name} has {len(given)} numbers for {len(locations)} locations {locations}: give {len(locations)}"
+            )
+        if counts and min(counts) < 1:
+            raise AiluRusError(f"num_clusters must be at least 1, got {self.num_clusters}")
+        if any(not 0 < ratio <= 1 for ratio in _each(self.keep_ratio)):
+            raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {self.keep_ratio}")
+        if any(b >= a for a, b in pairwise(given)):
+            raise AiluRusError(f"{name} must descend from one location to the next, got {given}")
+
+    @property
+    def locations(self) -> tuple[int, ...]:
+        """Every cluster_location, in order."""
+        return _each(self.cluster_location)
+
+    def clusters_for(self, num_tokens: int, place: int = 0) -> int:
+        """M for an image of N tokens at one of the locations, the first by default; N where it runs unreduced."""
         if self.num_clusters is not None:
-            return min(self.num_clusters, num_tokens)
-        assert self.keep_ratio is not None
-        return min(max(math.floor(self.keep_ratio * num_tokens + 0.5), 1), num_tokens)
+            return min(_each(self.num_clusters)[place], num_tokens)
+        return min(max(math.floor(_each(self.keep_ratio)[place] * num_tokens + 0.5), 1), num_tokens)
 
     @property
     def restores_after_decoder(self) -> bool:
@@ -117,6 +142,12 @@ class AiluRusConfig:
         if unknown:
             warnings.warn(f"ignoring unknown AiluRusConfig fields {unknown}", stacklevel=2)
         return cls(**{name: value for name, value in fields.items() if name in known})
+
+
+def _each(value: Any) -> tuple:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:

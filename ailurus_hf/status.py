@@ -13,7 +13,7 @@ from .clusters import TokenClusters
 
 @dataclass
 class Record:
-    """Filled by the hooks of one encoder. Compiled graphs leave it as it is: counting in them would recompile them."""
+    """Filled by the hooks of one encoder at one place. Compiled graphs leave it as it is: counting in them would recompile them."""
 
     forwards: int = 0
     clusterings: int = 0
@@ -43,9 +43,10 @@ class Place:
     """One place where tokens are reduced, and what the last forward did there.
 
     where: the encoder's class; location: L; restored: where all tokens are back.
-    num_tokens, num_clusters: N and M of the last forward, None before the first.
+    num_tokens, num_clusters: N (M of the place before, where there is one) and M of the last forward, None before the first.
     forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
-    flops, reduced_flops: of all transformer layers for one image, without and with reduction; None before the first.
+    flops, reduced_flops: of all transformer layers of the encoder for one image, without and with reduction at all its
+        places; None before the first forward.
     """
 
     where: str

@@ -3,9 +3,10 @@
     python -m benchmarks.segmenter_quality --data CAMVID                      # the shipped model, CamVid val
     python -m benchmarks.segmenter_quality --data CAMVID --model FOLDER --keep 0.5 0.25 --locations 2 3
 
-mIoU over whole images at native resolution; agreement is the share of pixels with the plain model's label; speed is
-that of the whole model on one image. Methods, controls and peers: benchmarks/methods.py; "NAME:key=value" sets a
-peer's own settings, and without them its FLOPs are matched to ours at the same L and keep ratio.
+mIoU over whole images at native resolution, whatever size the model's image processor makes of them; agreement is the
+share of pixels with the plain model's label; speed is that of the whole model on one image. Methods, controls and peers:
+benchmarks/methods.py; "NAME:key=value" sets a peer's own settings, and without them its FLOPs are matched to ours at the
+same L and keep ratio.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ailurus_hf import SegmenterForSemanticSegmentation
+from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.comparison import confusion, mean_iou
 from examples.camvid_data import CLASSES, CamVid, data_folder
 
@@ -47,9 +48,17 @@ def reduced_copy(model: nn.Module, method: str, setting: Setting, images: list[T
     return twin, apply_method(twin, method, setting, [lambda image=image: twin(image) for image in images])
 
 
+def pixel_values(processor: SegmenterImageProcessor, data: CamVid, index: int) -> Tensor:
+    return processor(images=data.images[index], return_tensors="pt")["pixel_values"]
+
+
 @torch.inference_mode()
-def label_maps(model: nn.Module, data: CamVid) -> list[Tensor]:
-    return [model(data.image(i)[None]).logits[0].argmax(0).to(torch.uint8) for i in range(len(data))]
+def label_maps(model: nn.Module, processor: SegmenterImageProcessor, data: CamVid) -> list[Tensor]:
+    maps = []
+    for i, image in enumerate(data.images):
+        outputs = model(pixel_values(processor, data, i))
+        maps += processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
+    return [labels.to(torch.uint8) for labels in maps]
 
 
 def miou(maps: list[Tensor], data: CamVid) -> float:
@@ -59,21 +68,25 @@ def miou(maps: list[Tensor], data: CamVid) -> float:
 
 
 def measure(
-    model: nn.Module, data: CamVid, contenders: dict[str, tuple[str, int, float, int | None]], repeats: int
+    model: nn.Module,
+    processor: SegmenterImageProcessor,
+    data: CamVid,
+    contenders: dict[str, tuple[str, int, float, int | None]],
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """One row a contender (method, L, keep ratio, restore_location), after one for the plain model."""
-    image = data.image(0)[None]
+    image = pixel_values(processor, data, 0)
     full = model_flops(lambda: model(image))
-    plain_maps = label_maps(model, data)
+    plain_maps = label_maps(model, processor, data)
     plain = miou(plain_maps, data)
-    samples = [data.image(i)[None] for i in range(0, len(data), max(len(data) // 2, 1))]
+    samples = [pixel_values(processor, data, i) for i in range(0, len(data), max(len(data) // 2, 1))]
     reduced = {
         name: reduced_copy(model, method, Setting(*fields), samples) for name, (method, *fields) in contenders.items()
     }
     twins = {name: twin for name, (twin, _) in reduced.items()}
     rows: list[dict[str, Any]] = [{"method": "plain", "miou": plain, "speed_up": 1.0, "agreement": 1.0}]
     for name, twin in tqdm(twins.items(), desc="quality"):
-        maps = label_maps(twin, data)
+        maps = label_maps(twin, processor, data)
         reduction = reduced[name][1]
         same = sum((a == b).float().mean().item() for a, b in zip(maps, plain_maps, strict=True)) / len(maps)
         method, location, keep, restore_location = contenders[name]
@@ -92,7 +105,7 @@ def measure(
                 "ideal": full / reduction.flops(full, lambda twin=twin: twin(image)),
             }
         )
-    images = [data.image(i)[None] for i in range(0, len(data), 7)]
+    images = [pixel_values(processor, data, i) for i in range(0, len(data), 7)]
     with torch.inference_mode():
         runs = {name: (lambda n, m=m: m(images[n % len(images)])) for name, m in {"plain": model, **twins}.items()}
         seconds = interleaved(runs, repeats, warmup=3)
@@ -117,9 +130,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32).eval()
+    processor = SegmenterImageProcessor.from_pretrained(args.model)
     data = CamVid(data_folder(args.data), "val")
     if args.limit:
-        data.names = data.names[: args.limit]
+        data.images, data.labels = data.images[: args.limit], data.labels[: args.limit]
     contenders = {}
     for location in args.locations:
         for keep in args.keep:
@@ -128,7 +142,7 @@ def main() -> None:
                 for restore_location in places:
                     key = f"{method}, L={location}, keep={keep}, R={restore_location}"
                     contenders[key] = (method, location, keep, restore_location)
-    rows = measure(model, data, contenders, args.repeats)
+    rows = measure(model, processor, data, contenders, args.repeats)
     save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), "images": len(data)})
     print(markdown(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
 

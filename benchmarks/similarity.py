@@ -28,7 +28,7 @@ from ailurus_hf import ailurus_status
 from ailurus_hf.analysis import assignment_statistics, pair_preservation, reconstruction_similarity
 from ailurus_hf.analysis.latency import PARTS, latency_split
 from ailurus_hf.cli_support import LoadedModel, find_images, load_model, read_image
-from ailurus_hf.vision.families import find_encoders
+from ailurus_hf.vision.finding import find_encoders
 
 from .harness import environment, markdown, save
 from .methods import METHODS, OurReduction, PeerReduction, Reduction, Setting, apply_method, parsed

@@ -1,7 +1,7 @@
 """CamVid for training: images held in memory, random windows of a random canvas, and the score on whole images.
 
-A sample is a window of whole patches cut from a canvas as large as an image. The canvas is a random scale, mirror
-image and shift of the photograph, so a window's place on the canvas means what it means at test time (sky is up,
+A sample is a window of whole patches cut from a canvas as large as an enlarged image. The canvas is a random scale,
+mirror image and shift of the photograph, so a window's place on the canvas means what it means at test time (sky is up,
 road is down) and position embeddings are trained at the very places where they will be used.
 Used by pretrain_masked.py and train_segmenter.py.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 CLASSES = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
@@ -21,7 +22,6 @@ CLASSES = [
 UNLABELLED = 11
 RARE = (2, 6, 7, 8, 9, 10)  # pole, sign, fence, car, pedestrian, bicyclist: pasted from one image into another
 HEIGHT, WIDTH, PATCH = 360, 480, 16
-GRID = (-(-HEIGHT // PATCH), WIDTH // PATCH)  # 23 x 30 patches; the last row is half padding
 
 
 def data_folder(argument: str | None) -> Path:
@@ -35,21 +35,28 @@ def data_folder(argument: str | None) -> Path:
 
 
 class CamVid:
-    """The photographs and label maps (uint8 class ids, 11 unlabelled) of one split, in memory."""
+    """The photographs and label maps (uint8 class ids, 11 unlabelled) of one split, in memory.
 
-    def __init__(self, folder: Path, split: str):
-        self.names = sorted(path.stem for path in (folder / split / "images").glob("*.jpg"))
-        self.images = [Image.open(folder / split / "images" / f"{n}.jpg").convert("RGB") for n in self.names]
-        self.labels = [Image.open(folder / split / "labels" / f"{n}.png") for n in self.names]
+    enlarge: how many times larger than the photographs a model sees them; `canvas` and `grid` are that in pixels and
+    patches (23 x 30 patches at 1, whose last row is half padding; 45 x 60 at 2).
+    """
+
+    def __init__(self, folder: Path, split: str, enlarge: int = 1):
+        self.enlarge, self.canvas = enlarge, (enlarge * HEIGHT, enlarge * WIDTH)
+        self.grid = (-(-self.canvas[0] // PATCH), self.canvas[1] // PATCH)
+        names = sorted(path.stem for path in (folder / split / "images").glob("*.jpg"))
+        self.images = [Image.open(folder / split / "images" / f"{n}.jpg").convert("RGB") for n in names]
+        self.labels = [Image.open(folder / split / "labels" / f"{n}.png") for n in names]
         for picture in self.images + self.labels:
             picture.load()
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.images)
 
     def image(self, index: int) -> Tensor:
-        """Normalised photograph, Tensor[3, 360, 480]."""
-        return normalise(torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1).float())
+        """Normalised photograph, Tensor[3, 360, 480] times `enlarge`."""
+        picture = self.images[index].resize(self.canvas[::-1], Image.Resampling.BILINEAR)
+        return normalise(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float())
 
     def label(self, index: int) -> Tensor:
         """Class ids, LongTensor[360, 480]."""
@@ -74,13 +81,13 @@ def random_window(
     height, width = grid[0] * PATCH, grid[1] * PATCH
     scale = float(np.exp(rng.uniform(*np.log(scales))))
     stretch = float(np.exp(rng.uniform(-0.12, 0.12)))
-    scale_y, scale_x = scale, scale * stretch
+    scale_y, scale_x = data.enlarge * scale, data.enlarge * scale * stretch
     # Where the canvas begins in the scaled photograph: anywhere that lets the larger hold the smaller, and where
     # possible so that the window holds no padding.
-    y = _canvas_start(scale_y * HEIGHT, HEIGHT, top * PATCH, height, rng) + top * PATCH
-    x = _canvas_start(scale_x * WIDTH, WIDTH, left * PATCH, width, rng) + left * PATCH
+    y = _canvas_start(scale_y * HEIGHT, data.canvas[0], top * PATCH, height, rng) + top * PATCH
+    x = _canvas_start(scale_x * WIDTH, data.canvas[1], left * PATCH, width, rng) + left * PATCH
     # The part of the window that lies on the photograph; below the canvas' last row there is padding, as at test.
-    bottom = min(height, HEIGHT - top * PATCH)
+    bottom = min(height, data.canvas[0] - top * PATCH)
     y0, y1 = max(0, round(-y)), min(bottom, round(scale_y * HEIGHT - y))
     x0, x1 = max(0, round(-x)), min(width, round(scale_x * WIDTH - x))
     box = ((x + x0) / scale_x, (y + y0) / scale_y, (x + x1) / scale_x, (y + y1) / scale_y)
@@ -130,11 +137,11 @@ def training_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Windows of `grid` patches: normalised Tensor[B, 3, h, w], LongTensor[B, h, w], (top, left) LongTensor[B, 2].
 
-    Photographs are scaled by a factor between the two `scales`. With probability `paste` the objects of some rare classes are copied over from the same place of another image.
+    Photographs are enlarged as the data says, and then by a factor between the two `scales`. With probability `paste` the objects of some rare classes are copied over from the same place of another image.
     """
     pixels, classes, places = [], [], []
     for index in indices:
-        top, left = int(rng.integers(GRID[0] - grid[0] + 1)), int(rng.integers(GRID[1] - grid[1] + 1))
+        top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(data.grid, grid))
         image, label = random_window(data, index, top, left, grid, scales, rng)
         if rng.random() < paste:
             other, other_label = random_window(data, int(rng.integers(len(data))), top, left, grid, scales, rng)
@@ -148,11 +155,13 @@ def training_batch(
     return normalise(torch.stack(pixels)), torch.stack(classes), torch.tensor(places)
 
 
-def window_positions(position_embeddings: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Rows of the full grid's embeddings [1, 1 + N, C] under each window: Tensor[B, 1 + h*w, C], class token first."""
+def window_positions(
+    position_embeddings: Tensor, places: Tensor, grid: tuple[int, int], whole: tuple[int, int]
+) -> Tensor:
+    """Rows of the whole grid's embeddings [1, 1 + N, C] under each window: Tensor[B, 1 + h*w, C], class token first."""
     rows = (places[:, :1] + torch.arange(grid[0]))[:, :, None]
     columns = (places[:, 1:] + torch.arange(grid[1]))[:, None, :]
-    index = (1 + rows * GRID[1] + columns).flatten(1)
+    index = (1 + rows * whole[1] + columns).flatten(1)
     index = torch.cat((index.new_zeros(len(index), 1), index), dim=1)
     return position_embeddings[0][index]
 
@@ -164,7 +173,8 @@ def confusion_on_images(model, data: CamVid, indices: Sequence[int], batch_size:
     counts = torch.zeros(n * n, dtype=torch.long)
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
-        predicted = model(torch.stack([data.image(i) for i in batch])).logits.argmax(1)
+        logits = model(torch.stack([data.image(i) for i in batch])).logits.float()
+        predicted = F.interpolate(logits, size=(HEIGHT, WIDTH), mode="bilinear", align_corners=False).argmax(1)
         truth = torch.stack([data.label(i) for i in batch])
         seen = truth != UNLABELLED
         counts += torch.bincount(truth[seen] * n + predicted[seen], minlength=n * n)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from camvid_data import CLASSES, GRID, HEIGHT, PATCH, CamVid, data_folder, training_batch, window_positions
+from camvid_data import CLASSES, HEIGHT, PATCH, CamVid, data_folder, training_batch, window_positions
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig
@@ -26,15 +26,17 @@ from ailurus_hf.segmenter import SegmenterConfig, SegmenterForSemanticSegmentati
 log = logging.getLogger("pretrain")
 
 
-def small_segmenter(width: int, layers: int, decoder_layers: int) -> SegmenterForSemanticSegmentation:
-    """A Segmenter for CamVid whose position embeddings lie on the 23 x 30 patches of a whole image."""
+def small_segmenter(
+    grid: tuple[int, int], width: int, layers: int, decoder_layers: int
+) -> SegmenterForSemanticSegmentation:
+    """A Segmenter for CamVid whose position embeddings lie on the grid of a whole image's patches."""
     encoder = {
         "model_type": "vit",
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": width // 64,
         "intermediate_size": 4 * width,
-        "image_size": [GRID[0] * PATCH, GRID[1] * PATCH],
+        "image_size": [grid[0] * PATCH, grid[1] * PATCH],
         "patch_size": PATCH,
     }
     config = SegmenterConfig(
@@ -63,7 +65,7 @@ def start_well(model: SegmenterForSemanticSegmentation, data: CamVid) -> None:
     filters = directions / (variance + variance[width // 8]).sqrt()
     embeddings.patch_embeddings.projection.weight.copy_(filters.T.reshape(width, 3, PATCH, PATCH))
     embeddings.patch_embeddings.projection.bias.copy_(-patches.mean(0) @ filters)
-    embeddings.position_embeddings[0, 1:] = 0.5 * sine_positions(width)
+    embeddings.position_embeddings[0, 1:] = 0.5 * sine_positions(data.grid, width)
 
     for layer in [*model.encoder.layers, *model.decoder.layers]:
         attention = layer.attention
@@ -78,10 +80,10 @@ def start_well(model: SegmenterForSemanticSegmentation, data: CamVid) -> None:
         attention.o_proj.weight.copy_(u * s.sqrt())
 
 
-def sine_positions(width: int) -> Tensor:
-    """Sines and cosines of row and column, Tensor[23 * 30, width]."""
+def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Sines and cosines of row and column, Tensor[h * w, width]."""
     frequency = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
-    rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = [place.flatten()[:, None] * frequency for place in (rows, columns)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
@@ -89,9 +91,9 @@ def sine_positions(width: int) -> Tensor:
 class MaskedPretraining(nn.Module):
     """The encoder on the visible patches, two narrow layers on all places, and the loss on the hidden patches."""
 
-    def __init__(self, segmenter: SegmenterForSemanticSegmentation, width: int = 128):
+    def __init__(self, segmenter: SegmenterForSemanticSegmentation, whole: tuple[int, int], width: int = 128):
         super().__init__()
-        self.encoder = segmenter.encoder
+        self.encoder, self.whole = segmenter.encoder, whole
         config = ViTConfig(
             hidden_size=width, num_attention_heads=2, intermediate_size=4 * width, attn_implementation="eager"
         )
@@ -100,14 +102,14 @@ class MaskedPretraining(nn.Module):
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(2)])
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, 3 * PATCH * PATCH)
-        positions = torch.cat((torch.zeros(1, width), sine_positions(width)))
+        positions = torch.cat((torch.zeros(1, width), sine_positions(whole, width)))
         self.register_buffer("positions", positions[None])
 
     def forward(self, images: Tensor, places: Tensor, grid: tuple[int, int], keep: float) -> Tensor:
         """Mean squared error of the hidden patches' normalised pixels; images Tensor[B, 3, h, w]."""
         tokens = self.encoder.embeddings.patch_embeddings(images)
         batch, count, _ = tokens.shape
-        positions = window_positions(self.encoder.embeddings.position_embeddings, places, grid)
+        positions = window_positions(self.encoder.embeddings.position_embeddings, places, grid, self.whole)
         order = torch.rand(batch, count).argsort(1)
         visible = order[:, : int(count * keep)]
         pick = visible[..., None].expand(-1, -1, tokens.shape[-1])
@@ -120,7 +122,7 @@ class MaskedPretraining(nn.Module):
 
         everywhere = self.hidden_token.to(hidden.dtype).expand(batch, count, -1)
         everywhere = everywhere.scatter(1, visible[..., None].expand(-1, -1, hidden.shape[-1]), hidden)
-        everywhere = everywhere + window_positions(self.positions, places, grid)[:, 1:]
+        everywhere = everywhere + window_positions(self.positions, places, grid, self.whole)[:, 1:]
         for layer in self.layers:
             everywhere = layer(everywhere)
         masked = order[:, int(count * keep) :]
@@ -151,10 +153,10 @@ def main() -> None:
     set_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     data = CamVid(data_folder(args.data), "train")
-    model = small_segmenter(args.width, args.layers, args.decoder_layers)
+    model = small_segmenter(data.grid, args.width, args.layers, args.decoder_layers)
     start_well(model, data)
     model.set_attn_implementation("eager")  # on a CPU, in training, faster than SDPA at so few tokens
-    masked = MaskedPretraining(model)
+    masked = MaskedPretraining(model, data.grid)
     optimizer = torch.optim.AdamW(masked.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
     started, step, losses = time.time(), 0, []

@@ -75,8 +75,10 @@ reduced = run()
 status = ailurus_status(model)
 clusters, grid = status.last_clusters, status.last_grid
 
-# The model pads the image on the right and at the bottom to whole patches, which `patch_size` undoes.
-assignment = draw_assignment(image, clusters, grid, patch_size=model.config.patch_size)
+# Drawn on the image as the model sees it: resized by the processor, and padded by the model on the right and at the
+# bottom to whole patches, which `patch_size` undoes.
+seen = image.resize(inputs["pixel_values"].shape[:1:-1])
+assignment = draw_assignment(seen, clusters, grid, patch_size=model.config.patch_size)
 agreement = (plain == reduced).mean()
 rows = [
     ["milliseconds", f"{off_ms:.1f}", f"{on_ms:.1f}"],

@@ -29,7 +29,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from camvid_data import (
     CLASSES,
-    GRID,
+    HEIGHT,
+    PATCH,
     UNLABELLED,
     CamVid,
     confusion_on_images,
@@ -44,6 +45,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from ailurus_hf.segmenter.modeling_segmenter import resize_position_embeddings
 
 log = logging.getLogger("train")
 CELLS = 4  # the auxiliary head tells 4 x 4 cells of every patch apart
@@ -52,9 +54,15 @@ CELLS = 4  # the auxiliary head tells 4 x 4 cells of every patch apart
 class TrainedModel(nn.Module):
     """The Segmenter and what only training needs: window positions, stochastic depth and an auxiliary head."""
 
-    def __init__(self, segmenter: SegmenterForSemanticSegmentation, class_weights: Tensor, drop_path: float):
+    def __init__(
+        self,
+        segmenter: SegmenterForSemanticSegmentation,
+        whole: tuple[int, int],
+        class_weights: Tensor,
+        drop_path: float,
+    ):
         super().__init__()
-        self.segmenter = segmenter
+        self.segmenter, self.whole = segmenter, whole
         self.cells = nn.Linear(segmenter.config.hidden_size, len(CLASSES) * CELLS**2)
         self.register_buffer("class_weights", class_weights, persistent=False)
         layers = [*segmenter.encoder.layers, *segmenter.decoder.layers]
@@ -66,7 +74,9 @@ class TrainedModel(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
         """Loss of windows Tensor[B, 3, h, w] that begin at patch `places` of their canvas."""
         embeddings, seen = self.segmenter.encoder.embeddings, []
-        embeddings.interpolate_pos_encoding = lambda *_: window_positions(embeddings.position_embeddings, places, grid)
+        embeddings.interpolate_pos_encoding = lambda *_: window_positions(
+            embeddings.position_embeddings, places, grid, self.whole
+        )
         keep_tokens = self.segmenter.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         # Every other pixel: the logits are smooth, and the loss at full resolution would cost a quarter of a step.
         logits = self.segmenter(images).logits[..., 1::2, 1::2].float()
@@ -146,11 +156,26 @@ def evaluate(model: SegmenterForSemanticSegmentation, data: CamVid, accelerator:
     return scores(accelerator.reduce(confusion, "sum"))
 
 
-def write_folder(model: SegmenterForSemanticSegmentation, folder: Path, extra: dict) -> None:
+@torch.no_grad()
+def set_position_grid(model: SegmenterForSemanticSegmentation, grid: tuple[int, int]) -> None:
+    """Gives the model position embeddings for a grid of this size, resized from those it has."""
+    embeddings, config = model.encoder.embeddings, model.config.encoder_config
+    old = (config.image_size[0] // PATCH, config.image_size[1] // PATCH)
+    embeddings.position_embeddings = nn.Parameter(resize_position_embeddings(embeddings.position_embeddings, old, grid))
+    config.image_size = embeddings.image_size = [grid[0] * PATCH, grid[1] * PATCH]
+
+
+def image_processor(enlarge: int) -> SegmenterImageProcessor:
+    """Whole photographs, enlarged as in training."""
+    size = {"shortest_edge": enlarge * HEIGHT}
+    return SegmenterImageProcessor(label_pad_value=UNLABELLED, do_resize=enlarge > 1, size=size)
+
+
+def write_folder(model: SegmenterForSemanticSegmentation, enlarge: int, folder: Path, extra: dict) -> None:
     """A folder for from_pretrained, replaced in one move: whoever reads it sees the old or the new one, whole."""
     fresh = folder.with_name(f"{folder.name}.new-{os.getpid()}")
     model.save_pretrained(fresh)
-    SegmenterImageProcessor(label_pad_value=UNLABELLED).save_pretrained(fresh)
+    image_processor(enlarge).save_pretrained(fresh)
     (fresh / "metrics.json").write_text(json.dumps(extra, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
@@ -163,20 +188,20 @@ def main() -> None:
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     log.disabled = not accelerator.is_main_process
     folder, output = data_folder(args.data), Path(args.output)
-    val = CamVid(folder, "val")
+    val = CamVid(folder, "val", args.enlarge)
     if args.export:
         return export(output / "best", Path(args.export), val)
 
     set_seed(args.seed)
-    train = CamVid(folder, "train")
+    train = CamVid(folder, "train", args.enlarge)
     if args.init:
         segmenter = SegmenterForSemanticSegmentation.from_pretrained(args.init, dtype=torch.float32)
+        set_position_grid(segmenter, train.grid)
     else:
-        segmenter = small_segmenter(args.width, args.layers, args.decoder_layers)
+        segmenter = small_segmenter(train.grid, args.width, args.layers, args.decoder_layers)
         start_well(segmenter, train)
-    segmenter.set_attn_implementation("eager")  # on a CPU, in training, faster than SDPA at so few tokens
     average = copy.deepcopy(segmenter).requires_grad_(False)
-    model = TrainedModel(segmenter, class_weights(train), args.drop_path)
+    model = TrainedModel(segmenter, train.grid, class_weights(train), args.drop_path)
 
     model, *optimizers = accelerator.prepare(model, *make_optimizers(model, args.weight_decay))
     progress = Progress()
@@ -190,8 +215,12 @@ def main() -> None:
     while (done := max(progress.minutes / args.max_minutes, progress.images / total_images)) < 1:
         started = time.time()
         whole = done >= 1 - args.whole_share
-        grid = GRID if whole else tuple(args.grid)
-        batch_size = max(2, round(args.batch_size * args.grid[0] * args.grid[1] / (grid[0] * grid[1])))
+        grid = train.grid if whole else tuple(args.grid)
+        # On a CPU, in training, SDPA is the slower of the two at few tokens.
+        segmenter.set_attn_implementation("sdpa" if grid[0] * grid[1] > 1000 else "eager")
+        batch_size = max(
+            args.min_batch_size, round(args.batch_size * args.grid[0] * args.grid[1] / (grid[0] * grid[1]))
+        )
         draw = (args.seed, progress.step, accelerator.process_index)
         rng = np.random.default_rng(draw)
         torch.manual_seed(hash(draw))
@@ -238,7 +267,7 @@ def main() -> None:
             if result["miou"] > progress.best:
                 progress.best = result["miou"]
                 if accelerator.is_main_process:
-                    write_folder(average, output / "best", result)
+                    write_folder(average, args.enlarge, output / "best", result)
             accelerator.save_state(output / "state")
             report = {"args": vars(args), "best": progress.best, "history": progress.history}
             (output / "metrics.json").write_text(json.dumps(report, indent=2))
@@ -253,7 +282,7 @@ def export(best: Path, folder: Path, val: CamVid) -> None:
     for part in (config, config["encoder_config"], config["decoder_config"]):
         part["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    SegmenterImageProcessor(label_pad_value=UNLABELLED).save_pretrained(folder)
+    image_processor(val.enlarge).save_pretrained(folder)
 
     written = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
     assert written.dtype == torch.float32
@@ -323,12 +352,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-minutes", type=float, default=72, help="of training, evaluations not counted")
     parser.add_argument("--epochs", type=float, default=1e9, help="stop after so many, if that comes first")
     parser.add_argument("--eval-minutes", type=float, default=8, help="of training between evaluations")
+    parser.add_argument(
+        "--enlarge", type=int, default=1, help="how many times larger than the photographs it sees them"
+    )
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--decoder-layers", type=int, default=2)
     parser.add_argument("--grid", type=int, nargs=2, default=(12, 16), help="patches of a window")
     parser.add_argument("--whole-share", type=float, default=0.46, help="share of the budget spent on whole images")
     parser.add_argument("--batch-size", type=int, default=14, help="windows a process; as many tokens of whole images")
+    parser.add_argument("--min-batch-size", type=int, default=2, help="whole images a process, at least")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--warmup-steps", type=int, default=150)
     parser.add_argument("--decay-share", type=float, default=0.4, help="share of the budget in which lr falls to 0")

@@ -5,36 +5,37 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers as hf
 from torch import nn
-from transformers import (
-    DeiTConfig,
-    DeiTForImageClassificationWithTeacher,
-    DeiTModel,
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    IJepaConfig,
-    IJepaModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
-    ViTMSNConfig,
-    ViTMSNModel,
-)
 
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 
 PATCH, GRID, DEPTH = 4, (8, 12), 4
+SQUARE = (8, 8)
 
 
 @dataclass(frozen=True)
 class Case:
-    """make: a new model. prediction: what the model is for, as a tensor of its output."""
+    """make: a new model. prediction: what the model is for, as a tensor of its output.
+
+    grid, patch: of its input; any_size: it takes other sizes. every_way: tested with all settings, and not with some.
+    compiles: transformers' own model compiles to one graph. maps: it returns attention maps once set to eager.
+    auto: the class whose from_pretrained loads it.
+    """
 
     make: Callable[[], nn.Module]
     prediction: Callable[[object], torch.Tensor]
+    grid: tuple[int, int] = GRID
+    patch: int = PATCH
+    any_size: bool = True
+    every_way: bool = False
+    compiles: bool = True
+    maps: bool = True
+    auto: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
 SIZES = {
@@ -45,8 +46,26 @@ SIZES = {
     "image_size": GRID[0] * PATCH,
     "patch_size": PATCH,
 }
+WITHOUT_MLP = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
 # DINOv2 counts its MLP in multiples of its width, and shrinks each layer's gain.
-DINO = {**{k: v for k, v in SIZES.items() if k != "intermediate_size"}, "mlp_ratio": 2, "layerscale_value": 1.0}
+DINO = {**WITHOUT_MLP, "mlp_ratio": 2, "layerscale_value": 1.0}
+DINO3 = {**SIZES, "num_register_tokens": 2, "layerscale_value": 1.0}
+BEIT = {**SIZES, "layer_scale_init_value": 1.0, "use_relative_position_bias": True}
+STAGES = {"out_features": ["stage1", "stage2", "stage4"]}
+FOUR_STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+# Heads read these; a batch norm in evaluation has no statistics worth the name, and needs none.
+NECK = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "reassemble_factors": [4, 2, 1, 0.5]}
+DECODER = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+EOMT = {
+    **SIZES,
+    "num_queries": 6,
+    "num_blocks": 2,
+    "num_upscale_blocks": 1,
+    "num_register_tokens": 2,
+    "layerscale_value": 1.0,
+    "num_labels": 5,
+    "image_size": SQUARE[0] * PATCH,
+}
 
 
 def segmenter(encoder, num_labels=5, **fields):
@@ -55,30 +74,238 @@ def segmenter(encoder, num_labels=5, **fields):
     )
 
 
-DECODER = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+def dinov2_backbone(**fields):
+    return hf.Dinov2Config(**DINO, **{**FOUR_STAGES, **fields})
+
+
+def beit_backbone(**fields):
+    return hf.BeitConfig(**BEIT, **{**FOUR_STAGES, **fields})
+
+
+def eomt(model_class, config, predicts_masks):
+    """As trained (no masks are predicted between layers), or as new."""
+    model = model_class(config)
+    model.attn_mask_probs.fill_(float(predicts_masks))
+    return model
+
+
+def yolos(**fields):
+    image_size = [GRID[0] * PATCH, GRID[1] * PATCH]
+    return hf.YolosForObjectDetection(
+        hf.YolosConfig(**{**SIZES, "image_size": image_size}, num_detection_tokens=5, num_labels=3, **fields)
+    )
+
+
+def vitpose():
+    image_size = (GRID[0] * 8, GRID[1] * 8)
+    backbone = {**WITHOUT_MLP, "mlp_ratio": 2, "image_size": image_size, "patch_size": (8, 8), "out_features": ["stage4"]}
+    return hf.VitPoseForPoseEstimation(hf.VitPoseConfig(backbone_config=hf.VitPoseBackboneConfig(**backbone), num_labels=3))
+
+
+def zoedepth():
+    model = hf.ZoeDepthForDepthEstimation(
+        hf.ZoeDepthConfig(
+            backbone_config=beit_backbone(reshape_hidden_states=False),
+            **NECK,
+            bottleneck_features=8,
+            num_relative_features=8,
+            bin_embedding_dim=8,
+            num_attractors=[4, 2, 2, 1],
+            bin_configurations=[{"n_bins": 4, "min_depth": 0.1, "max_depth": 1.0, "name": "test"}],
+        )
+    )
+    with torch.no_grad():
+        for module in (model.neck, model.relative_head, model.metric_head):
+            for parameter in module.parameters():
+                parameter.normal_(std=0.2)  # as it starts, its depth is all but constant
+    return model
+
+
+def clip():
+    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=8))
+
+
+def last(out):
+    return out.last_hidden_state
+
+
+def logits(out):
+    return out.logits
+
+
+def maps(out):
+    return torch.cat([each.flatten(1) for each in out.feature_maps], 1)
+
+
+def depth(out):
+    return out.predicted_depth
+
+
+def masks(out):
+    return torch.cat([out.masks_queries_logits.flatten(1), out.class_queries_logits.flatten(1)], 1)
 
 
 CASES = {
-    "ViTModel": Case(lambda: ViTModel(ViTConfig(**SIZES)), lambda out: out.last_hidden_state),
+    "ViTModel": Case(lambda: hf.ViTModel(hf.ViTConfig(**SIZES)), last, every_way=True, auto="AiluRusModel"),
     "ViTForImageClassification": Case(
-        lambda: ViTForImageClassification(ViTConfig(**SIZES, num_labels=5)), lambda out: out.logits
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**SIZES, num_labels=5)),
+        logits,
+        auto="AiluRusModelForImageClassification",
     ),
-    "DeiTModel": Case(lambda: DeiTModel(DeiTConfig(**SIZES)), lambda out: out.last_hidden_state),
+    "DeiTModel": Case(lambda: hf.DeiTModel(hf.DeiTConfig(**SIZES)), last, auto="AiluRusModel"),
     "DeiTWithTeacher": Case(
-        lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, num_labels=5)), lambda out: out.logits
+        lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**SIZES, num_labels=5)), logits
     ),
-    "ViTMSNModel": Case(lambda: ViTMSNModel(ViTMSNConfig(**SIZES)), lambda out: out.last_hidden_state),
-    "IJepaModel": Case(lambda: IJepaModel(IJepaConfig(**SIZES)), lambda out: out.last_hidden_state),
-    "Dinov2Model": Case(lambda: Dinov2Model(Dinov2Config(**DINO)), lambda out: out.last_hidden_state),
+    "ViTMSNModel": Case(lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**SIZES)), last, auto="AiluRusModel"),
+    "IJepaModel": Case(lambda: hf.IJepaModel(hf.IJepaConfig(**SIZES)), last, auto="AiluRusModel"),
+    "ViTMAEModel": Case(
+        lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SIZES, mask_ratio=0.0)), last, auto="AiluRusModel"
+    ),
+    "BeitModel": Case(lambda: hf.BeitModel(hf.BeitConfig(**BEIT)), last, every_way=True, auto="AiluRusModel"),
+    "BeitModel(shared)": Case(
+        lambda: hf.BeitModel(
+            hf.BeitConfig(**{**BEIT, "use_relative_position_bias": False}, use_shared_relative_position_bias=True)
+        ),
+        last,
+        auto="AiluRusModel",
+    ),
+    "BeitForSemanticSegmentation": Case(
+        lambda: hf.BeitForSemanticSegmentation(
+            hf.BeitConfig(**BEIT, out_indices=[1, 2, 3, 4], pool_scales=[1], use_auxiliary_head=False, num_labels=5)
+        ),
+        logits,
+        auto="AiluRusModelForSemanticSegmentation",
+    ),
+    "BeitBackbone": Case(lambda: hf.BeitBackbone(beit_backbone(**STAGES)), maps),
+    "Data2VecVisionModel": Case(
+        lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**BEIT)), last, auto="AiluRusModel"
+    ),
+    "Data2VecVisionForSemanticSegmentation": Case(
+        lambda: hf.Data2VecVisionForSemanticSegmentation(
+            hf.Data2VecVisionConfig(
+                **{**BEIT, "use_shared_relative_position_bias": True},
+                out_indices=[1, 2, 3, 4],
+                pool_scales=[1],
+                use_auxiliary_head=False,
+                num_labels=5,
+            )
+        ),
+        logits,
+        grid=SQUARE,
+        any_size=False,
+    ),
+    "Dinov2Model": Case(lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO)), last, auto="AiluRusModel"),
     "Dinov2ForImageClassification": Case(
-        lambda: Dinov2ForImageClassification(Dinov2Config(**DINO, num_labels=5)), lambda out: out.logits
+        lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**DINO, num_labels=5)),
+        logits,
+        auto="AiluRusModelForImageClassification",
     ),
+    "Dinov2Backbone": Case(lambda: hf.Dinov2Backbone(dinov2_backbone(**STAGES)), maps, every_way=True),
     "Dinov2WithRegistersModel": Case(
-        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)),
-        lambda out: out.last_hidden_state,
+        lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)),
+        last,
+        auto="AiluRusModel",
     ),
-    "Segmenter(ViT, mask transformer)": Case(lambda: segmenter("vit", decoder_config=DECODER), lambda out: out.logits),
-    "Segmenter(DeiT, linear)": Case(lambda: segmenter("deit", decoder_type="linear"), lambda out: out.logits),
+    "Dinov2WithRegistersBackbone": Case(
+        lambda: hf.Dinov2WithRegistersBackbone(hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3, **STAGES)), maps
+    ),
+    "DINOv3ViTModel": Case(lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**DINO3)), last, auto="AiluRusModel"),
+    "DINOv3ViTBackbone": Case(lambda: hf.DINOv3ViTBackbone(hf.DINOv3ViTConfig(**DINO3, **STAGES)), maps),
+    "CLIPVisionModel": Case(lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**SIZES)), last),
+    "CLIPModel": Case(clip, lambda out: out.image_embeds),
+    "SiglipVisionModel": Case(lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)), lambda out: out.pooler_output),
+    "DPTForDepthEstimation": Case(
+        lambda: hf.DPTForDepthEstimation(
+            hf.DPTConfig(**{**SIZES, "image_size": SQUARE[0] * PATCH}, **NECK, backbone_out_indices=[0, 1, 2, 3])
+        ),
+        depth,
+        grid=SQUARE,
+        any_size=False,
+        every_way=True,
+    ),
+    "DPTForSemanticSegmentation": Case(
+        lambda: hf.DPTForSemanticSegmentation(
+            hf.DPTConfig(
+                **{**SIZES, "image_size": SQUARE[0] * PATCH}, **NECK, backbone_out_indices=[0, 1, 2, 3], num_labels=5
+            )
+        ),
+        logits,
+        grid=SQUARE,
+        any_size=False,
+        auto="AiluRusModelForSemanticSegmentation",
+    ),
+    "DPT over DINOv2": Case(
+        lambda: hf.DPTForDepthEstimation(
+            hf.DPTConfig(
+                backbone_config=dinov2_backbone(reshape_hidden_states=False, apply_layernorm=True), **NECK
+            )
+        ),
+        depth,
+    ),
+    "DepthAnything": Case(
+        lambda: hf.DepthAnythingForDepthEstimation(
+            hf.DepthAnythingConfig(
+                backbone_config=dinov2_backbone(reshape_hidden_states=False),
+                patch_size=PATCH,
+                reassemble_hidden_size=32,
+                head_hidden_size=8,
+                **NECK,
+            )
+        ),
+        depth,
+    ),
+    "ZoeDepth over BEiT": Case(zoedepth, depth),
+    "UperNet over DINOv2": Case(
+        lambda: hf.UperNetForSemanticSegmentation(
+            hf.UperNetConfig(
+                backbone_config=dinov2_backbone(), hidden_size=8, pool_scales=[1], use_auxiliary_head=False, num_labels=5
+            )
+        ),
+        logits,
+        auto="AiluRusModelForSemanticSegmentation",
+    ),
+    "UperNet over BEiT": Case(
+        lambda: hf.UperNetForSemanticSegmentation(
+            hf.UperNetConfig(
+                backbone_config=beit_backbone(), hidden_size=8, pool_scales=[1], use_auxiliary_head=False, num_labels=5
+            )
+        ),
+        logits,
+        auto="AiluRusModelForSemanticSegmentation",
+    ),
+    "YOLOS": Case(yolos, lambda out: torch.cat([out.logits, out.pred_boxes], -1), every_way=True),
+    "YOLOS(positions between layers)": Case(
+        lambda: yolos(use_mid_position_embeddings=True), lambda out: torch.cat([out.logits, out.pred_boxes], -1)
+    ),
+    "VitPose": Case(vitpose, lambda out: out.heatmaps, patch=8, any_size=False),
+    "EoMT": Case(
+        lambda: eomt(hf.EomtForUniversalSegmentation, hf.EomtConfig(**EOMT), predicts_masks=False),
+        masks,
+        grid=SQUARE,
+        any_size=False,
+    ),
+    "EoMT(predicting masks)": Case(
+        lambda: eomt(hf.EomtForUniversalSegmentation, hf.EomtConfig(**EOMT), predicts_masks=True),
+        masks,
+        grid=SQUARE,
+        any_size=False,
+    ),
+    "EoMT-DINOv3": Case(
+        lambda: eomt(hf.EomtDinov3ForUniversalSegmentation, hf.EomtDinov3Config(**EOMT), predicts_masks=True),
+        masks,
+        grid=SQUARE,
+        any_size=False,
+    ),
+    "Segmenter(ViT, mask transformer)": Case(
+        lambda: segmenter("vit", decoder_config=DECODER),
+        logits,
+        every_way=True,
+        auto="AiluRusModelForSemanticSegmentation",
+    ),
+    "Segmenter(DeiT, linear)": Case(
+        lambda: segmenter("deit", decoder_type="linear"), logits, auto="AiluRusModelForSemanticSegmentation"
+    ),
 }
 
 
@@ -88,44 +315,77 @@ def make_model(name: str) -> nn.Module:
     model = CASES[name].make().eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
+            if "relative_position_bias_table" in parameter_name:
+                parameter.normal_()
+            elif parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.3)
+            elif parameter.ndim > 1 and parameter.std() < 0.1:
                 parameter.mul_(4)
-            if "q_proj.weight" in parameter_name or "k_proj.weight" in parameter_name:
+            if parameter_name.endswith(QUERIES_AND_KEYS):
                 parameter.mul_(3)
     return model
 
 
-def images(batch=2, grid=GRID, seed=0):
+QUERIES_AND_KEYS = ("q_proj.weight", "k_proj.weight", "query.weight", "key.weight")
+
+
+def images(batch=2, grid=GRID, seed=0, patch=PATCH):
     """Random images, smooth enough to have clusters."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch, 3, grid[0], grid[1], generator=generator)
-    fine = torch.randn(batch, 3, grid[0] * PATCH, grid[1] * PATCH, generator=generator)
-    return nn.functional.interpolate(coarse, scale_factor=PATCH, mode="bilinear") + 0.3 * fine
+    fine = torch.randn(batch, 3, grid[0] * patch, grid[1] * patch, generator=generator)
+    return nn.functional.interpolate(coarse, scale_factor=patch, mode="bilinear") + 0.3 * fine
 
 
-def blocky_images(batch=2, grid=GRID, seed=0):
+def images_for(name, batch=2, seed=0):
+    return images(batch, CASES[name].grid, seed, CASES[name].patch)
+
+
+def blocky_images_for(name, batch=2, seed=0):
     """Images in which every 2 x 2 patches are equal; with `without_positions` their tokens stay equal."""
     generator = torch.Generator().manual_seed(seed)
-    patches = torch.randn(batch, 3, grid[0] // 2, grid[1] // 2, PATCH, PATCH, generator=generator)
+    (rows, columns), patch = CASES[name].grid, CASES[name].patch
+    patches = torch.randn(batch, 3, rows // 2, columns // 2, patch, patch, generator=generator)
     tiled = patches.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return tiled.permute(0, 1, 2, 4, 3, 5).reshape(batch, 3, grid[0] * PATCH, grid[1] * PATCH)
+    return tiled.permute(0, 1, 2, 4, 3, 5).reshape(batch, 3, rows * patch, columns * patch)
 
 
 def without_positions(model):
+    """The model with nothing in it that tells equal patches apart by their place."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("position_embeddings"):
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(("position_embeddings", "position_embedding.weight", "position_embeddings.weight", "inv_freq")):
                 parameter.zero_()
+            if name.endswith("relative_position_bias_table"):
+                # One bias for all displacements; those of the class token stay what they are.
+                parameter[:-3] = parameter[:1]
+        for module in model.modules():
+            if "VitPoseBackbonePatchEmbeddings" in type(module).__name__:
+                # Its patches overlap into a border of zeros: without, equal patches are equal tokens.
+                module.projection.padding = (0, 0)
     return model
 
 
 def run(model, pixel_values, **kwargs):
-    forward = getattr(model, "_orig_mod", model).forward
-    if "interpolate_pos_encoding" in inspect.signature(forward).parameters:
+    original = getattr(model, "_orig_mod", model)
+    parameters = inspect.signature(original.forward).parameters
+    if "interpolate_pos_encoding" in parameters or isinstance(original, hf.BeitBackbone):
         kwargs["interpolate_pos_encoding"] = True
-    return model(pixel_values, **kwargs)
+    if "input_ids" in parameters:
+        kwargs["input_ids"] = torch.ones(1, 3, dtype=torch.long)
+    if "noise" in parameters:
+        # Without, the model draws an order of the patches.
+        patch = original.config.patch_size
+        places = pixel_values.shape[-2] // patch * (pixel_values.shape[-1] // patch)
+        kwargs["noise"] = torch.arange(places).expand(len(pixel_values), -1)
+    return model(pixel_values=pixel_values, **kwargs)
 
 
 def predict(model, name, pixel_values, **kwargs):
     with torch.no_grad():
         return CASES[name].prediction(run(model, pixel_values, **kwargs))
+
+
+def of_encoder(out):
+    """The part of an output that holds hidden states and attention maps."""
+    return getattr(out, "vision_model_output", out)

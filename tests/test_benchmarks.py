@@ -44,7 +44,8 @@ def test_controls_make_so_many_clusters(control, grid, num_clusters):
 def test_speed_and_cost_run_on_small_sizes(monkeypatch):
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     monkeypatch.setitem(vit_speed.GEOMETRIES, "tiny", (128, 16, sizes))
-    row = vit_speed.measure("tiny", "density_peaks", repeats=1)
+    row, other = vit_speed.measure("tiny", ["density_peaks", "local_kmeans"], repeats=1)
+    assert other["ideal"] == row["ideal"] and other["clustering"] == "local_kmeans"
     assert (row["num_tokens"], row["num_clusters"]) == (64, 16)
     assert 1 < row["ideal"] < 4 and row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
     rows = clustering_cost.measure("local_kmeans", [8, 16], 8, repeats=1)
@@ -60,12 +61,17 @@ def test_quality_of_every_method_on_two_images(tmp_path):
         Image.fromarray(rng.integers(0, 11, (32, 48), dtype=np.uint8)).save(tmp_path / f"val/labels/{name}.png")
     model = segmenter("vit", decoder_config=DECODER, num_labels=11).eval()
     assert SIZES["patch_size"] == 4
-    contenders = {method: (method, 1, 0.25, None) for method in methods.METHODS}
-    plain, *rows = segmenter_quality.measure(model, segmenter_quality.CamVid(tmp_path, "val"), contenders, repeats=1)
-    assert plain["method"] == "plain" and len(rows) == len(methods.METHODS)
+    # Those that are turned to their FLOPs are tested by themselves.
+    names = [name for name, method in methods.METHODS.items() if not isinstance(method, methods.Matched)]
+    names += ["ToMe:r=40", "EViT:keep=0.5"]
+    contenders = {method: (method, 1, 0.25, None) for method in names}
+    # Pictures of 32 x 48 pixels that the processor makes 64 x 96, and the labels stay 32 x 48.
+    processor = SegmenterImageProcessor(do_resize=True, size={"shortest_edge": 64})
+    data = segmenter_quality.CamVid(tmp_path, "val")
+    plain, *rows = segmenter_quality.measure(model, processor, data, contenders, repeats=1)
+    assert plain["method"] == "plain" and len(rows) == len(names)
     for row in rows:
-        if row["method"] not in ("ToMe", "EViT", "EViT, fused", "ALGM", "ACT"):  # they reduce little by little
-            assert row["num_clusters"] == 24
+        assert row["num_clusters"] == {"ToMe:r=40": 384 - 4 * 40, "EViT:keep=0.5": 50}.get(row["method"], 96)
         assert 0 <= row["agreement"] <= 1 and row["ideal"] > 1
         assert row["lost"] == pytest.approx(plain["miou"] - row["miou"])
 

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import blocky_images, images, make_model, predict, run, without_positions
+from models import blocky_images_for, images, make_model, predict, run, without_positions
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from ailurus_hf import AiluRusError, UnsupportedModelError, apply_ailurus, remove_ailurus
-from ailurus_hf.vision.families import find_encoders
+from ailurus_hf.vision.finding import find_encoders
 from benchmarks.harness import model_flops
 from benchmarks.peers import act, algm, ctm, evit, expedite, tome
 from benchmarks.peers.hooks import Peer, attach
@@ -32,7 +32,7 @@ IDLE = {
     "CTM": (ctm, {"location": 0, "keep": 1.0}),
     "ALGM": (algm, {"thresholds": (1.1, 1.1)}),
 }
-MODELS = ("Segmenter(ViT, mask transformer)", "DeiTWithTeacher", "Dinov2WithRegistersModel")
+MODELS = ("Segmenter(ViT, mask transformer)", "DeiTWithTeacher", "Dinov2WithRegistersModel", "CLIPVisionModel")
 
 
 def at_angles(*degrees):
@@ -114,8 +114,9 @@ def test_expedite_reconstructs_from_the_nearest_centres_with_weights_of_unit_nor
     # Token 0: weights 1 and 1/16; token 1 stands half-way.
     expected = [(10 + 20 / 16) / math.sqrt(1 + 1 / 256), 30 / math.sqrt(2)]
     assert unfold(values)[0, :, 0].tolist() == pytest.approx(expected)
+    # Weights of distant tokens are all but zero before they are normalised.
     far = expedite.reconstruction(tokens + 1e4, centers, 0.02, 2)
-    assert torch.isfinite(far(values)).all()
+    assert far(values)[0, :, 0].tolist() == pytest.approx([99, 99])
 
 
 def test_ctm_finds_the_densest_token_of_each_group():
@@ -179,6 +180,17 @@ def test_act_groups_equal_hashes_and_attends_from_their_means():
     assert share == 1
     doubled = torch.cat([q, q], 2)
     assert torch.equal(*act.hashes(doubled, 4, 0.5).chunk(2, -1))
+
+
+def test_act_hashes_are_the_digits_of_its_projections():
+    generator = torch.Generator().manual_seed(0)
+    (a, c), (b, d) = (
+        torch.randn(1, 2, generator=generator)[0].tolist(),
+        (torch.rand(2, generator=generator) * 0.5).tolist(),
+    )
+    queries = [-3.0, -0.2, 0.0, 0.4, 7.0]
+    expected = [math.floor((a * q + b) / 0.5) + 4 * math.floor((c * q + d) / 0.5) for q in queries]
+    assert act.hashes(torch.tensor(queries)[:, None], 2, 0.5).tolist() == expected
 
 
 # What they share.
@@ -266,7 +278,7 @@ def test_nothing_to_merge_changes_nothing(method, name):
 )
 @pytest.mark.parametrize("name", ["ViTModel", "Segmenter(ViT, mask transformer)"])
 def test_merging_equal_tokens_changes_nothing(module, settings, name):
-    model, x = without_positions(make_model(name)), blocky_images()
+    model, x = without_positions(make_model(name)), blocky_images_for(name)
     plain = predict(model, name, x)
     for place in ("backbone", "decoder"):
         with module.apply(model, **settings, restore_at=place) as applied:
@@ -277,7 +289,7 @@ def test_merging_equal_tokens_changes_nothing(module, settings, name):
 def test_algm_pads_images_that_keep_more_tokens():
     name = "Segmenter(ViT, mask transformer)"
     model = without_positions(make_model(name))
-    x = torch.cat([blocky_images(1), images(1)])
+    x = torch.cat([blocky_images_for(name, 1), images(1)])
     for proportional in (True, False):
         with algm.apply(model, thresholds=(0.9999, 0.9999), proportional=proportional) as applied:
             together = predict(model, name, x)
@@ -291,6 +303,9 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UnsupportedModelError, match="no CLS"):
         evit.apply(model)
     assert not model._forward_pre_hooks
+    for name in ("DINOv3ViTModel", "BeitModel", "YOLOS", "Dinov2Backbone"):
+        with pytest.raises(UnsupportedModelError, match="beside tokens"):
+            tome.apply(make_model(name))
     model = make_model("ViTModel")
     with tome.apply(model, r=1), pytest.raises(AiluRusError, match="already"):
         ctm.apply(model, location=1, keep=0.5)

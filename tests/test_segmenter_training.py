@@ -19,7 +19,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from camvid_data import (  # noqa: E402
-    GRID,
     UNLABELLED,
     CamVid,
     confusion_on_images,
@@ -73,13 +72,36 @@ def test_pretrain_train_resume_export_load(camvid, tmp_path):
     assert f"{result['miou']:.1f}" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_second_stage_sees_the_images_enlarged(camvid, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train = ["--data", camvid, "--batch-size", 1, "--max-minutes", 1e9, "--epochs", 0.5]
+    small = ["--width", 64, "--layers", 1, "--decoder-layers", 1]
+    run("train_segmenter.py", *train, "--output", first, *small)
+    enlarged = ["--enlarge", 2, "--grid", 24, 32, "--min-batch-size", 1]
+    run("train_segmenter.py", *train, "--output", second, "--init", first / "best", *enlarged)
+    run("train_segmenter.py", "--data", camvid, "--output", second, "--enlarge", 2, "--export", tmp_path / "out")
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert tuple(model.config.encoder_config.image_size) == (720, 960)
+    # What a user does with the folder is what was scored.
+    data = CamVid(camvid, "val", enlarge=2)
+    inputs = processor(images=data.images[0], return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], data.image(0)[None])
+    with torch.no_grad():
+        predicted = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[(360, 480)])[0]
+    confusion = torch.zeros(12, 11, dtype=torch.long)
+    confusion.index_put_((data.label(0).flatten(), predicted.flatten()), torch.tensor(1), accumulate=True)
+    assert torch.equal(confusion[:11], confusion_on_images(model, data, [0]))
+
+
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.7])
-@pytest.mark.parametrize("grid", [(12, 16), GRID])
-def test_pixels_and_labels_of_a_window_move_together(camvid, scale, grid):
-    data, rng = CamVid(camvid, "train"), np.random.default_rng(0)
+@pytest.mark.parametrize("enlarge, grid", [(1, (12, 16)), (1, (23, 30)), (2, (12, 16)), (2, (45, 60))])
+def test_pixels_and_labels_of_a_window_move_together(camvid, scale, enlarge, grid):
+    data, rng = CamVid(camvid, "train", enlarge), np.random.default_rng(0)
     images, labels, places = training_batch(data, [0, 1, 2, 3], grid, (scale, scale), 0.0, rng)
     assert images.shape == (4, 3, grid[0] * 16, grid[1] * 16) and labels.shape == images[:, 0].shape
-    assert (places >= 0).all() and (places + torch.tensor(grid) <= torch.tensor(GRID)).all()
+    assert (places >= 0).all() and (places + torch.tensor(grid) <= torch.tensor(data.grid)).all()
     for image, label in zip(images, labels, strict=True):
         # Brightness grows with the class id whatever the colour jitter: its order must survive.
         seen = [i for i in range(11) if (label == i).sum() > 400]
@@ -88,11 +110,11 @@ def test_pixels_and_labels_of_a_window_move_together(camvid, scale, grid):
 
 
 def test_window_positions_are_the_rows_under_the_window():
-    table = torch.arange(1 + GRID[0] * GRID[1]).float()[None, :, None]
-    rows = window_positions(table, torch.tensor([[0, 0], [11, 14]]), (12, 16))[..., 0]
+    table = torch.arange(1 + 23 * 30).float()[None, :, None]
+    rows = window_positions(table, torch.tensor([[0, 0], [11, 14]]), (12, 16), whole=(23, 30))[..., 0]
     assert rows.shape == (2, 1 + 12 * 16)
-    assert rows[0, :3].tolist() == [0, 1, 2] and rows[0, 17] == 1 + GRID[1]
-    assert rows[1, 0] == 0 and rows[1, 1] == 1 + 11 * GRID[1] + 14 and rows[1, -1] == GRID[0] * GRID[1]
+    assert rows[0, :3].tolist() == [0, 1, 2] and rows[0, 17] == 1 + 30
+    assert rows[1, 0] == 0 and rows[1, 1] == 1 + 11 * 30 + 14 and rows[1, -1] == 23 * 30
 
 
 def test_scores_are_of_the_whole_confusion_matrix():

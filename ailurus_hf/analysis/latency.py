@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..clusters import TokenClusters
-from ..vision.families import find_encoders
+from ..vision.finding import find_encoders
 from ..vision.installation import reducers_of
 
 PARTS = ("cluster", "merge", "attention", "mlp", "unmerge")
@@ -73,7 +73,8 @@ def latency_split(
 ) -> dict[str, float]:
     """Median milliseconds of a forward by part: those of PARTS, "rest" and "total".
 
-    model: a supported model, with AiluRus on or off; run: a call of it. Waiting for every part costs a little, so "total" is
+    model: a supported model, with AiluRus on or off; run: a call of it. "unmerge" gives values back to N places; adding them to
+        what restore="residual" kept is in "rest", as are embeddings, norms and heads. Waiting for every part costs a little, so "total" is
         no measure of speed.
     timed: more to count, as (object, name of its function, part): what another method does beside AiluRus.
     """
@@ -102,8 +103,9 @@ def _watched(model: nn.Module, watch: Stopwatch, timed: Sequence[tuple[Any, str,
                         stack.callback(before.remove)
                         stack.callback(behind.remove)
         for reducer in reducers_of(model):
-            stack.enter_context(_replaced(reducer, "clustering", partial(_timed_clustering, watch, reducer.clustering)))
-            stack.enter_context(_replaced(reducer, "_unfold", watch.timed("unmerge", reducer._unfold)))
+            for name in ("clustering", "nesting"):
+                timer = partial(_timed_clustering, watch, getattr(reducer, name))
+                stack.enter_context(_replaced(reducer, name, timer))
         for owner, name, part in timed:
             stack.enter_context(_replaced(owner, name, watch.timed(part, getattr(owner, name))))
         yield

@@ -11,9 +11,13 @@ from ..clusters import TokenClusters
 from ..config import AiluRusConfig
 from .density_peaks import spatial_density_peaks
 from .local_kmeans import local_kmeans
+from .nested import merge_clusters
 
 # From Tensor[B, N, C], the grid and M.
 Clustering = Callable[[Tensor, tuple[int, ...], int], TokenClusters]
+
+# From the clusters so far, Tensor[B, N, C], the grid and a smaller M.
+Nesting = Callable[[TokenClusters, Tensor, tuple[int, ...], int], TokenClusters]
 
 
 def configured(config: AiluRusConfig) -> Clustering:
@@ -29,4 +33,22 @@ def configured(config: AiluRusConfig) -> Clustering:
     )
 
 
-__all__ = ["Clustering", "configured", "local_kmeans", "spatial_density_peaks"]
+def configured_nesting(config: AiluRusConfig) -> Nesting:
+    """The clustering of clusters at every place but the first, with a config's settings for density peaks."""
+    return partial(
+        merge_clusters,
+        num_spatial_neighbors=config.num_spatial_neighbors,
+        alpha=config.alpha,
+        num_density_neighbors=config.num_density_neighbors,
+    )
+
+
+__all__ = [
+    "Clustering",
+    "Nesting",
+    "configured",
+    "configured_nesting",
+    "local_kmeans",
+    "merge_clusters",
+    "spatial_density_peaks",
+]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..checks import check_features, check_num_clusters, check_settings
-from ..clusters import TokenClusters
+from ..clusters import TokenClusters, stable_argsort
 from .neighbours import check_grid, grid_neighbours, nearest_marked, neighbour_distances
 
 
@@ -53,23 +53,37 @@ def spatial_density_peaks(
 
     sigma = neighbour_distances(features.float(), neighbours) / math.sqrt(channels)
     s = (1 - alpha) * neighbours.rank / lam + alpha if spatial else 1.0  # Eq. 2
-    weighted = sigma * s
-
     k = min(num_density_neighbors, lam)
-    nearest = weighted.amin(-1) if k == 1 else weighted.topk(k, largest=False).values.mean(-1)
+    return density_peaks(sigma * s, index, num_clusters, k, lambda is_centre: nearest_marked(is_centre, grid))
+
+
+def density_peaks(
+    weighted: Tensor,
+    index: Tensor,
+    num_clusters: int,
+    k: int,
+    nearest_centre: Callable[[Tensor], Tensor],
+    also_near: Tensor | None = None,
+) -> TokenClusters:
+    """The M density peaks and who belongs to them, from σ·s to the neighbours alone.
+
+    weighted, index: Tensor[B, N, λ], σ·s to each neighbour, and LongTensor[B, N, λ], which they are, in ascending order.
+    nearest_centre: from BoolTensor[B, N] of centres to LongTensor[B, N], for tokens from which no neighbours lead to one.
+    also_near: Tensor[B, N, any], further distances that count for the density alone.
+    """
+    near = weighted if also_near is None else torch.cat([weighted, also_near], -1)
+    nearest = near.amin(-1) if k == 1 else near.topk(k, largest=False).values.mean(-1)
     log_rho = -nearest  # Eq. 1
 
     rho_of_neighbour = _of_neighbours(log_rho, index)
-    here = torch.arange(tokens, device=features.device)[:, None]
-    denser = (rho_of_neighbour > log_rho[..., None]) | (
-        (rho_of_neighbour == log_rho[..., None]) & (neighbours.index < here)
-    )
+    here = torch.arange(weighted.shape[1], device=weighted.device)[:, None]
+    denser = (rho_of_neighbour > log_rho[..., None]) | ((rho_of_neighbour == log_rho[..., None]) & (index < here))
     delta, towards_denser = _least(weighted.masked_fill(~denser, math.inf))  # Eq. 3
     is_peak = ~denser.any(-1)
 
     centres = _top(log_rho + delta.log(), torch.where(is_peak, log_rho, 0.0), num_clusters)
     is_centre = torch.zeros_like(is_peak).scatter(1, centres, True)
-    owner = _assign(weighted, index, towards_denser, is_peak, is_centre, grid)
+    owner = _assign(weighted, index, towards_denser, is_peak, is_centre, nearest_centre)
 
     rank_of_centre = is_centre.long().cumsum(1) - 1
     return TokenClusters.from_assignment(rank_of_centre.gather(1, owner), num_clusters, centres)
@@ -77,13 +91,18 @@ def spatial_density_peaks(
 
 def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores, ascending; equal scores by `among_infinite`, then by lower index."""
-    by_second = among_infinite.argsort(dim=1, descending=True, stable=True)
-    by_first = score.gather(1, by_second).argsort(dim=1, descending=True, stable=True)
+    by_second = stable_argsort(among_infinite, descending=True)
+    by_first = stable_argsort(score.gather(1, by_second), descending=True)
     return by_second.gather(1, by_first[:, :count]).sort(dim=1).values
 
 
 def _assign(
-    weighted: Tensor, index: Tensor, towards_denser: Tensor, is_peak: Tensor, is_centre: Tensor, grid: tuple[int, ...]
+    weighted: Tensor,
+    index: Tensor,
+    towards_denser: Tensor,
+    is_peak: Tensor,
+    is_centre: Tensor,
+    nearest_centre: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The centre of each token, as a token index: LongTensor[B, N]."""
     tokens = is_centre.shape[1]
@@ -97,7 +116,7 @@ def _assign(
     step = torch.where(settled | is_peak, itself, _pick(index, towards_denser))
     for _ in range((tokens - 1).bit_length()):
         step = step.gather(1, step)
-    return torch.where(settled.gather(1, step), owner.gather(1, step), nearest_marked(is_centre, grid))
+    return torch.where(settled.gather(1, step), owner.gather(1, step), nearest_centre(is_centre))
 
 
 def _least(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..clusters import stable_argsort
 from ..errors import AiluRusError
 from .tables import grid_table
 
@@ -103,13 +104,13 @@ def tile_plan(grid: Grid, candidates: Tensor, device: torch.device) -> TilePlan:
 def neighbour_distances(features: Tensor, neighbours: Neighbours) -> Tensor:
     """Euclidean distance of each token to its neighbours: Tensor[B, N, C] (fp32) to [B, N, k]."""
     batch, tokens, channels = features.shape
-    if tokens * tokens * channels <= DIRECT_DISTANCE_LIMIT:
+    if tokens * tokens * channels <= DIRECT_DISTANCE_LIMIT and not torch.onnx.is_in_onnx_export():
         every = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
         return every.gather(2, neighbours.index.expand(batch, -1, -1))
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab loses the distance where norms are large beside it: so all are taken relative to a
     # token of the image, the one of median norm, which no outlier is. Subtracting a token (and not the mean) leaves
     # whole numbers whole, and so equal distances equal.
-    middle = torch.linalg.vector_norm(features, dim=-1).median(-1).indices
+    middle = stable_argsort(torch.linalg.vector_norm(features, dim=-1))[:, (tokens - 1) // 2]
     origin = features.gather(1, middle[:, None, None].expand(-1, 1, channels))
     products, norms = _tile_products(features, features, neighbours.plan, origin)
     scale = norms[..., None] + norms[:, neighbours.index]

@@ -1,4 +1,4 @@
-"""The one file that knows transformers' internals: attention registration, and where a layer takes its attention bias."""
+"""The one file that knows transformers' internals: attention registration, where the layers are, and where one takes a bias."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from ..attention import biased_attention
 from ..errors import UnsupportedModelError
 
 # Support checks in transformers look for "sdpa", "flash" and "flex" in the name, so it holds none of them.
 ATTENTION_NAME = "ailurus"
+EAGER_NAME = "ailurus_maps"
+# The argument of a bias for layers that hand unknown arguments to the attention function and take no mask.
+KEY_BIAS = "ailurus_key_bias"
 
 
 def ailurus_attention_forward(
@@ -26,9 +30,11 @@ def ailurus_attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    ailurus_key_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention for transformers: a float mask of shape [B, 1, 1, L_k] is a count bias; all else goes to SDPA as it is."""
+    attention_mask = ailurus_key_bias if attention_mask is None else attention_mask
     is_bias = attention_mask is not None and attention_mask.shape[2] == 1 and attention_mask.is_floating_point()
     if not is_bias or query.shape[2] == 1:
         result: tuple[Tensor, None] = sdpa_attention_forward(
@@ -40,45 +46,100 @@ def ailurus_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def ailurus_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """SDPA's mask; but none where nothing is masked, also in an export, which else writes out one of ones for N tokens."""
+    if attention_mask is None and local_size is None and allow_is_bidirectional_skip:
+        return None
+    kwargs.update(
+        attention_mask=attention_mask,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        local_size=local_size,
+    )
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    ailurus_key_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Eager attention, which returns its maps, for layers that take no mask: transformers' own ignores what it does not know."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    for bias in (attention_mask, ailurus_key_bias):
+        scores = scores if bias is None else scores + bias
+    weights = torch.dropout(scores.softmax(-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
 # Registering is idempotent. Without the mask entry transformers would drop 2-D masks without a word.
 AttentionInterface.register(ATTENTION_NAME, ailurus_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, ailurus_mask)
+AttentionInterface.register(EAGER_NAME, eager_attention_forward)
+AttentionMaskInterface.register(EAGER_NAME, eager_mask)
 
 
 def attention_configs(layers: Iterable[nn.Module]) -> list[PreTrainedConfig]:
     """The configs from which the attention modules in `layers` read their implementation, each once."""
-    configs = {
-        id(module.config): module.config
-        for layer in layers
-        for module in layer.modules()
-        if isinstance(getattr(module, "config", None), PreTrainedConfig)
-    }
-    return list(configs.values())
+    configs = {id(m.config): m.config for layer in layers for m in layer.modules() if _uses_interface(m)}
+    return cast(list[PreTrainedConfig], list(configs.values()))
 
 
-def use_ailurus_attention(configs: Iterable[PreTrainedConfig]) -> list[tuple[PreTrainedConfig, str]]:
+def _uses_interface(module: nn.Module) -> bool:
+    """Whether a module takes its attention function from transformers' registry, by its config."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return (
+        isinstance(getattr(module, "config", None), PreTrainedConfig)
+        and code is not None
+        and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    )
+
+
+def use_ailurus_attention(
+    configs: Iterable[PreTrainedConfig], eager_as: str = "eager"
+) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
     """Switches configs to the registered attention; returns what to give to `restore_attention`.
 
-    Eager attention stays, because it alone returns attention maps, and it takes the bias as its mask.
+    Eager attention stays, because it alone returns attention maps, and it takes the bias as its mask; or it becomes
+    `eager_as`, where layers take no mask.
     """
-    previous = [(config, config._attn_implementation) for config in configs]
-    for config, implementation in previous:
-        if implementation not in ("eager", None):
-            config._attn_implementation = ATTENTION_NAME
+    previous = []
+    for config in configs:
+        before = config._attn_implementation
+        after = {"eager": eager_as, None: before}.get(before, ATTENTION_NAME)
+        config._attn_implementation = after
+        previous.append((config, before, after))
     return previous
 
 
-def restore_attention(previous: Iterable[tuple[PreTrainedConfig, str]]) -> None:
+def restore_attention(previous: Iterable[tuple[PreTrainedConfig, str | None, str | None]]) -> None:
     """Undoes `use_ailurus_attention`; what the user has changed since stays."""
-    for config, implementation in previous:
-        if config._attn_implementation == ATTENTION_NAME:
-            config._attn_implementation = implementation
+    for config, before, after in previous:
+        if config._attn_implementation == after:
+            config._attn_implementation = before
 
 
-def layers_of(encoder: nn.Module) -> nn.ModuleList:
-    """The encoder's transformer layers, found by their number and not by their name."""
+def layers_of(encoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The encoder's transformer layers and the module that calls them, found by their number and not by their name."""
     depth = cast(PreTrainedConfig, encoder.config).num_hidden_layers
-    found = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    found = [
+        (parent, child)
+        for parent in encoder.modules()
+        for child in parent.children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth and _is_layer(child[0])
+    ]
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{type(encoder).__name__} has {len(found)} lists of {depth} layers where one was expected; "
@@ -87,9 +148,25 @@ def layers_of(encoder: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
-def attention_mask_position(layer: nn.Module) -> int:
-    """Where `layer.forward` takes its attention mask among the positional arguments."""
-    names = list(inspect.signature(layer.forward).parameters)
-    if "attention_mask" not in names:
-        raise UnsupportedModelError(f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(names)}")
-    return names.index("attention_mask")
+def _is_layer(module: nn.Module) -> bool:
+    return "hidden_states" in inspect.signature(module.forward).parameters
+
+
+def parameters_of(layer: nn.Module) -> list[str]:
+    """The names of the arguments of `layer.forward`, in order."""
+    return list(inspect.signature(layer.forward).parameters)
+
+
+def bias_parameter(layer: nn.Module) -> str:
+    """The argument by which `layer` takes an attention bias."""
+    parameters = inspect.signature(layer.forward).parameters
+    for name in ("attention_mask", "relative_position_bias"):
+        if name in parameters:
+            return name
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if takes_any and any(_uses_interface(module) for module in layer.modules()):
+        return KEY_BIAS
+    raise UnsupportedModelError(
+        f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(parameters)}, and its attention is not "
+        "one of transformers' registry: there is no way to tell it how many tokens a representative stands for"
+    )

@@ -1,21 +1,22 @@
 """The model families whose encoders can be reduced: one declaration each.
 
-A family names its encoder class and says what surrounds the patch tokens. The layers, and how they take an attention
-bias, are found by structure (backend.py). A decoder that runs on tokens, before any grid is made of them, is declared
-in DECODERS: it can run on representatives too.
+A family names its encoder class and says what surrounds the patch tokens. The layers, how they take an attention bias,
+and what else they are given (relative position bias, rotary embeddings) are found by structure (backend.py, adapters.py).
+A decoder that runs on tokens, before any grid is made of them, is declared in DECODERS: it can run on representatives too.
+READERS are classes around an encoder that read some of its hidden states: only those are unfolded. REFUSED says why not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..errors import UnsupportedModelError
-from .backend import layers_of
+from ..errors import AiluRusError
 
 
 def patch_grid(encoder: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
@@ -32,14 +33,25 @@ class Family:
     name: what users call the family.
     encoder: the class's qualified name. It has to match exactly: a subclass may do anything between its layers.
     prefix: tokens before the patches (CLS, distillation); and the config's field that counts registers, if there is one.
+    suffix, queries: the config's field that counts tokens behind the patches, or tokens that join in front at a late layer.
+    models: what users load that has this encoder inside, for the table.
     grid: the patch grid of an input.
+    reads: the hidden states that the class itself reads (a backbone's feature maps); None: it is no backbone.
+    between: the layers whose output the class reads on the grid before the next layer; None: there never are any.
+    prepare: called with the arguments of a forward, which it may change; raises AiluRusError on what cannot be reduced.
     """
 
     name: str
     encoder: str
-    prefix: int
+    prefix: int = 0
     registers: str | None = None
+    suffix: str | None = None
+    queries: str | None = None
+    models: str = ""
     grid: Callable[[nn.Module, Tensor], tuple[int, int]] = patch_grid
+    reads: Callable[[Any], Iterable[int]] | None = None
+    between: Callable[[Any], Iterable[int]] | None = None
+    prepare: Callable[[Any, dict[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,17 +65,131 @@ class TokenDecoder:
     suffix: str | None = None
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A class that has an encoder inside and reads those of its hidden states that `reads` says."""
+
+    reader: str
+    reads: Callable[[Any], Iterable[int]]
+
+
+def feature_maps(backbone: Any) -> list[int]:
+    """The hidden states that a backbone makes feature maps of."""
+    return [backbone.stage_names.index(name) for name in backbone.out_features]
+
+
+def dpt_neck(model: Any) -> list[int]:
+    """The hidden states that DPT's neck takes, from its own encoder or from a backbone."""
+    backbone = getattr(model, "backbone", None)
+    return [i + 1 for i in model.config.backbone_out_indices] if backbone is None else feature_maps(backbone)
+
+
+def with_mid_positions(encoder: Any) -> Iterable[int]:
+    """YOLOS adds position embeddings to all tokens behind every layer but the last, if its config says so."""
+    return range(encoder.config.num_hidden_layers - 1) if encoder.config.use_mid_position_embeddings else ()
+
+
+def before_predicted_masks(encoder: Any) -> list[int]:
+    """EoMT predicts a mask before each of its last layers while it trains, and where a checkpoint asks for it."""
+    first = encoder.config.num_hidden_layers - encoder.config.num_blocks
+    predicts = [encoder.training or bool(probability > 0) for probability in encoder.attn_mask_probs]
+    return [first + block - 1 for block, predicted in enumerate(predicts) if predicted]
+
+
+def in_grid_order(encoder: Any, arguments: dict[str, Any]) -> None:
+    """ViTMAE shuffles tokens by `noise` and drops `mask_ratio` of them; sorted noise leaves the grid as it is."""
+    if encoder.config.mask_ratio != 0:
+        raise AiluRusError(
+            f"{type(encoder).__name__} drops mask_ratio = {encoder.config.mask_ratio} of its tokens, which leaves no grid "
+            "to cluster on: set config.mask_ratio = 0"
+        )
+    noise = arguments.get("noise")
+    if noise is None:
+        pixel_values = arguments["pixel_values"]
+        rows, columns = patch_grid(encoder, pixel_values)
+        arguments["noise"] = torch.arange(rows * columns, device=pixel_values.device).expand(len(pixel_values), -1)
+    elif not torch.compiler.is_compiling() and bool((noise.diff(dim=1) <= 0).any()):
+        raise AiluRusError(f"{type(encoder).__name__} shuffles tokens by noise, which has to ascend in each image")
+
+
+_AT = "transformers.models."
+
 FAMILIES = (
-    Family("ViT", "transformers.models.vit.modeling_vit.ViTModel", prefix=1),
-    Family("DeiT", "transformers.models.deit.modeling_deit.DeiTModel", prefix=2),
-    Family("ViTMSN", "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel", prefix=1),
-    Family("I-JEPA", "transformers.models.ijepa.modeling_ijepa.IJepaModel", prefix=0),
-    Family("DINOv2", "transformers.models.dinov2.modeling_dinov2.Dinov2Model", prefix=1),
+    Family("ViT", _AT + "vit.modeling_vit.ViTModel", prefix=1),
+    Family("DeiT", _AT + "deit.modeling_deit.DeiTModel", prefix=2),
+    Family("ViTMSN", _AT + "vit_msn.modeling_vit_msn.ViTMSNModel", prefix=1),
+    Family("I-JEPA", _AT + "ijepa.modeling_ijepa.IJepaModel"),
+    Family("ViTMAE (mask_ratio 0)", _AT + "vit_mae.modeling_vit_mae.ViTMAEModel", prefix=1, prepare=in_grid_order),
+    Family("BEiT", _AT + "beit.modeling_beit.BeitModel", prefix=1, models="BeitBackbone, UperNet, ZoeDepth, DPT over BEiT"),
+    Family("Data2VecVision", _AT + "data2vec.modeling_data2vec_vision.Data2VecVisionModel", prefix=1),
+    Family("DINOv2", _AT + "dinov2.modeling_dinov2.Dinov2Model", prefix=1),
+    Family(
+        "DINOv2 backbone",
+        _AT + "dinov2.modeling_dinov2.Dinov2Backbone",
+        prefix=1,
+        models="DepthAnything, DPT and UperNet over DINOv2",
+        reads=feature_maps,
+    ),
     Family(
         "DINOv2 with registers",
-        "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+        _AT + "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
         prefix=1,
         registers="num_register_tokens",
+    ),
+    Family(
+        "DINOv2 with registers, backbone",
+        _AT + "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersBackbone",
+        prefix=1,
+        registers="num_register_tokens",
+        reads=feature_maps,
+    ),
+    Family("DINOv3", _AT + "dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel", prefix=1, registers="num_register_tokens"),
+    Family(
+        "DINOv3 backbone",
+        _AT + "dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone",
+        prefix=1,
+        registers="num_register_tokens",
+        reads=feature_maps,
+    ),
+    Family(
+        "CLIP vision", _AT + "clip.modeling_clip.CLIPVisionModel", prefix=1, models="CLIPModel, LLaVA and others with its tower"
+    ),
+    Family("SigLIP vision", _AT + "siglip.modeling_siglip.SiglipVisionModel", models="SiglipModel, PaliGemma and others"),
+    Family(
+        "DPT",
+        _AT + "dpt.modeling_dpt.DPTModel",
+        prefix=1,
+        models="DPTForDepthEstimation, DPTForSemanticSegmentation",
+    ),
+    Family(
+        "YOLOS",
+        _AT + "yolos.modeling_yolos.YolosModel",
+        prefix=1,
+        suffix="num_detection_tokens",
+        models="YolosForObjectDetection",
+        between=with_mid_positions,
+    ),
+    Family(
+        "VitPose",
+        _AT + "vitpose_backbone.modeling_vitpose_backbone.VitPoseBackbone",
+        models="VitPoseForPoseEstimation",
+        reads=feature_maps,
+    ),
+    Family(
+        "EoMT",
+        _AT + "eomt.modeling_eomt.EomtForUniversalSegmentation",
+        prefix=1,
+        registers="num_register_tokens",
+        queries="num_queries",
+        between=before_predicted_masks,
+    ),
+    Family(
+        "EoMT-DINOv3",
+        _AT + "eomt_dinov3.modeling_eomt_dinov3.EomtDinov3ForUniversalSegmentation",
+        prefix=1,
+        registers="num_register_tokens",
+        queries="num_queries",
+        between=before_predicted_masks,
     ),
 )
 
@@ -72,62 +198,59 @@ DECODERS = (
     TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.LinearDecoder"),
 )
 
+READERS = (
+    Reader(_AT + "beit.modeling_beit.BeitBackbone", feature_maps),
+    Reader(
+        _AT + "beit.modeling_beit.BeitForSemanticSegmentation", lambda model: [i - 1 for i in model.config.out_indices]
+    ),
+    Reader(
+        _AT + "data2vec.modeling_data2vec_vision.Data2VecVisionForSemanticSegmentation",
+        lambda model: [i - 1 for i in model.config.out_indices],
+    ),
+    Reader(_AT + "dpt.modeling_dpt.DPTForDepthEstimation", dpt_neck),
+    Reader(_AT + "dpt.modeling_dpt.DPTForSemanticSegmentation", dpt_neck),
+)
 
-@dataclass(frozen=True)
-class FoundEncoder:
-    """An encoder inside a model: its family, its layers, and the token decoder that reads it, if there is one."""
+_WINDOWS = "its windowed attention needs the whole grid in most layers, and its global attention takes no bias"
+_PYRAMID = "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
+_OWN_ATTENTION = "its attention takes neither a mask nor a bias, so a representative cannot count for its tokens"
 
-    family: Family
-    encoder: nn.Module
-    layers: Sequence[nn.Module]
-    prefix: int
-    decoder: nn.Module | None
-    decoder_layers: Sequence[nn.Module]
-    decoder_suffix: int
-
-
-def find_encoders(target: nn.Module) -> list[FoundEncoder]:
-    """Every supported encoder in a model; raises UnsupportedModelError, naming the class, where there is none."""
-    families = {family.encoder: family for family in FAMILIES}
-    decoders = {decoder.decoder: decoder for decoder in DECODERS}
-    encoders = [module for module in target.modules() if _qualified_name(module) in families]
-    token_decoders = [module for module in target.modules() if _qualified_name(module) in decoders]
-    if not encoders:
-        raise UnsupportedModelError(_unsupported(target))
-    # With several encoders in one model nothing says whose tokens a decoder reads.
-    decoder = token_decoders[0] if len(token_decoders) == len(encoders) == 1 else None
-    suffix = decoders[_qualified_name(decoder)].suffix if decoder is not None else None
-    return [
-        FoundEncoder(
-            families[_qualified_name(encoder)],
-            encoder,
-            list(layers_of(encoder)),
-            _prefix(families[_qualified_name(encoder)], encoder),
-            decoder,
-            list(getattr(decoder, "layers", [])),
-            0 if suffix is None else getattr(decoder, suffix),
-        )
-        for encoder in encoders
-    ]
+# By the start of the module's name, so that every class of a family is found.
+REFUSED = {
+    "swin": _PYRAMID,
+    "swinv2": _PYRAMID,
+    "maskformer.modeling_maskformer_swin": _PYRAMID,
+    "hiera": _PYRAMID,
+    "pvt": _PYRAMID,
+    "pvt_v2": _PYRAMID,
+    "vitdet": _WINDOWS,
+    "sam": _WINDOWS,
+    "sam_hq": _WINDOWS,
+    "blip": _OWN_ATTENTION,
+    "timm_wrapper": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
+    "timm_backbone": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
+    "siglip2": "its images come in grids of their own, padded to one length, which no common number of clusters fits",
+}
 
 
-def _prefix(family: Family, encoder: nn.Module) -> int:
-    registers = 0 if family.registers is None else getattr(encoder.config, family.registers)
-    return family.prefix + int(registers)
+def supported_models() -> str:
+    """The declared families as a Markdown table, and what is refused with its reason."""
+    rows = ["| family | encoder in transformers | also in | tokens around the patches |", "| --- | --- | --- | --- |"]
+    for family in FAMILIES:
+        rows.append(f"| {family.name} | `{family.encoder.rsplit('.', 1)[1]}` | {family.models or '–'} | {_around(family)} |")
+    rows += ["", "| refused | why |", "| --- | --- |"]
+    reasons: dict[str, list[str]] = {}
+    for module, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(module.split(".")[0])
+    rows += [f"| {', '.join(dict.fromkeys(names))} | {reason} |" for reason, names in reasons.items()]
+    return "\n".join(rows)
 
 
-def _qualified_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _unsupported(target: nn.Module) -> str:
-    names = ", ".join(family.name for family in FAMILIES)
-    known = {family.encoder.rsplit(".", 1)[1] for family in FAMILIES}
-    for module in target.modules():
-        for base in type(module).__mro__[1:]:
-            if base.__name__ in known:
-                return (
-                    f"{type(module).__name__} is a subclass of {base.__name__} that nobody declared: what it does between "
-                    f"its layers is not known. Supported encoders: {names} (CONTRIBUTING.md tells how to add one)"
-                )
-    return f"{type(target).__name__} holds no encoder whose tokens can be reduced. Supported encoders: {names}"
+def _around(family: Family) -> str:
+    before = f"{family.prefix}" + (" + registers" if family.registers else "") + " before"
+    parts = [before if family.prefix or family.registers else "none"]
+    if family.suffix:
+        parts.append("detection tokens behind")
+    if family.queries:
+        parts.append("queries join late")
+    return ", ".join(parts)

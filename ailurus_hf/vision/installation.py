@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..analysis import layers_flops
-from ..clustering import Clustering, configured
+from ..clustering import Clustering, configured, configured_nesting
 from ..config import AiluRusConfig
 from ..status import Place, Status
-from .families import find_encoders
+from .finding import find_encoders
 from .reducer import EncoderReducer
 
 # The attribute on an encoder that holds its reducer; gone again after `uninstall`.
@@ -23,7 +23,8 @@ def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | N
 
     clustering: another way to cluster than the config's, to compare with.
     """
-    reducers = [EncoderReducer(found, config, clustering or configured(config)) for found in find_encoders(target)]
+    cluster = clustering or configured(config)
+    reducers = [EncoderReducer(found, config, cluster, configured_nesting(config)) for found in find_encoders(target)]
     uninstall(target)
     for reducer in reducers:
         reducer.install()
@@ -54,30 +55,35 @@ def status(target: nn.Module) -> Status:
     name = type(target).__name__
     if not reducers:
         return Status(name)
-    last = reducers[-1].record
+    last = next((r for r in reversed(reducers[-1].records) if r.last_clusters is not None), reducers[-1].records[-1])
     return Status(
         name,
         reducers[0].config.to_dict(),
-        [_place(reducer) for reducer in reducers],
+        [_place(reducer, number) for reducer in reducers for number in range(len(reducer.records))],
         last.last_clusters,
         last.last_grid,
     )
 
 
-def _place(reducer: EncoderReducer) -> Place:
-    record, found, config = reducer.record, reducer.found, reducer.config
-    restored = "after the last layer"
+def _place(reducer: EncoderReducer, number: int) -> Place:
+    record, found, config = reducer.records[number], reducer.found, reducer.config
+    locations = config.locations
     if reducer.through_decoder:
         restored = "after the decoder"
     elif reducer.restore_location < len(found.layers):
         restored = f"after layer {reducer.restore_location}"
+    else:
+        restored = "after the last layer"
+    if number + 1 < len(locations):
+        restored = f"reduced again at {locations[number + 1]}"
+    first = reducer.records[0].last_tokens
+    counts = [record.last_clusters_count for record in reducer.records]
     full = reduced = None
-    if record.last_tokens is not None and record.last_clusters_count is not None:
-        full = _flops(reducer, record.last_tokens, record.last_tokens)
-        reduced = _flops(reducer, record.last_tokens, record.last_clusters_count)
+    if first is not None and None not in counts:
+        full, reduced = (_flops(reducer, first, each) for each in ([first] * len(counts), counts))
     return Place(
         where=type(found.encoder).__name__,
-        location=config.cluster_location,
+        location=locations[number],
         restored=f"{restored} ({config.restore})",
         num_tokens=record.last_tokens,
         num_clusters=record.last_clusters_count,
@@ -88,13 +94,16 @@ def _place(reducer: EncoderReducer) -> Place:
     )
 
 
-def _flops(reducer: EncoderReducer, num_tokens: int, num_clusters: int) -> float:
-    found, first, last = reducer.found, reducer.config.cluster_location, reducer.restore_location
-    prefix, suffix = found.prefix, found.decoder_suffix
-    full = layers_flops([*found.layers[:first], *found.layers[last:]], num_tokens + prefix)
-    reduced = layers_flops(found.layers[first:last], num_clusters + prefix)
-    in_decoder = num_clusters if reducer.through_decoder else num_tokens
-    return full + reduced + layers_flops(found.decoder_layers, in_decoder + suffix)
+def _flops(reducer: EncoderReducer, num_tokens: int, counts: list[Any]) -> float:
+    """FLOPs of all layers for one image: N tokens up to the first location, then M of each to the next."""
+    found, last = reducer.found, reducer.restore_location
+    around = found.prefix + found.suffix
+    bounds = [*reducer.config.locations, last]
+    total = layers_flops([*found.layers[: bounds[0]], *found.layers[last:]], num_tokens + around)
+    for start, end, count in zip(bounds, bounds[1:], counts, strict=False):
+        total += layers_flops(found.layers[start:end], count + around)
+    in_decoder = counts[-1] if reducer.through_decoder else num_tokens
+    return total + layers_flops(found.decoder_layers, in_decoder + found.decoder_suffix)
 
 
 def saved_config(config: Any) -> AiluRusConfig | None:

@@ -1,8 +1,9 @@
 """EncoderReducer: the hooks that run an encoder's later layers on representatives and unfold the result.
 
 One forward goes: encoder pre-hook (a new Run) -> layers up to L as they are -> pre-hook of layer L (cluster, merge) ->
-each later layer gets the count bias as its attention mask -> restored after the last layer, at `restore_location`, or
-after the token decoder. Layers receive everything by argument, so that gradient checkpointing recomputes the same.
+each later layer gets the count bias as an argument -> restored after the last layer, at `restore_location`, or after the
+token decoder. Hidden states that somebody reads are unfolded where they leave the stack of layers. Layers receive
+everything by argument, so that gradient checkpointing recomputes the same.
 """
 
 from __future__ import annotations
@@ -11,33 +12,29 @@ import math
 import operator
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..clustering import Clustering
-from ..clusters import TokenClusters
+from ..clustering import Clustering, Nesting
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..status import Record
-from .backend import attention_configs, attention_mask_position, restore_attention, use_ailurus_attention
-from .families import FoundEncoder
-
-
-@dataclass
-class Run:
-    """What one forward carries from hook to hook.
-
-    tokens, merged: the patch tokens at L before and after merging, Tensor[B, N, C] and [B, M, C]; None where not needed.
-    """
-
-    grid: tuple[int, ...]
-    num_clusters: int
-    clusters: TokenClusters | None = None
-    tokens: Tensor | None = None
-    merged: Tensor | None = None
+from . import adapters
+from .backend import (
+    EAGER_NAME,
+    KEY_BIAS,
+    attention_configs,
+    bias_parameter,
+    parameters_of,
+    restore_attention,
+    use_ailurus_attention,
+)
+from .finding import FoundEncoder
+from .run import Run, Stage
 
 
 @dataclass
@@ -47,52 +44,83 @@ class EncoderReducer:
     found: FoundEncoder
     config: AiluRusConfig
     clustering: Clustering
-    record: Record = field(default_factory=Record)
+    nesting: Nesting
+    records: list[Record] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
-    previous_attention: list[tuple[Any, str]] = field(default_factory=list)
+    previous_attention: list[tuple[Any, str | None, str | None]] = field(default_factory=list)
     # One model may run in several threads at once, so each has a Run of its own.
     runs: dict[int, Run] = field(default_factory=dict)
+    # What the reader around the encoder is about to read.
+    wanted: dict[int, frozenset[int] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        depth = len(self.found.layers)
+        depth, locations = len(self.found.layers), self.config.locations
         name = type(self.found.encoder).__name__
-        if self.config.cluster_location >= depth:
+        if locations[-1] >= depth:
             raise AiluRusError(
-                f"cluster_location {self.config.cluster_location} leaves none of the {depth} layers of {name} to run "
+                f"cluster_location {locations[-1]} leaves none of the {depth} layers of {name} to run "
                 f"on fewer tokens: use 0 to {depth - 1}"
             )
         if self.config.restore_location is not None and self.config.restore_location > depth:
             raise AiluRusError(
                 f"restore_location {self.config.restore_location} is past the {depth} layers of {name}: "
-                f"use {self.config.cluster_location + 1} to {depth}"
+                f"use {locations[-1] + 1} to {depth}"
             )
+        self.records = [Record() for _ in locations]
         self.restore_location = self.config.restore_location or depth
         self.through_decoder = self.config.restores_after_decoder and self.found.decoder is not None
         # Checked before the first hook is placed, so that an error leaves nothing half-applied.
-        self.mask_position = attention_mask_position(self.found.layers[0])
-        self.decoder_mask_position = 0
+        self.reduced_layers = list(self.found.layers[locations[0] : self.restore_location])
+        self.bias_parameter = bias_parameter(self.found.layers[0])
+        self.parameters = parameters_of(self.found.layers[0])
+        self.adapters = [self._adapters_of(layer) for layer in self.found.layers]
+        self.decoder_bias_parameter = "attention_mask"
+        self.decoder_parameters: list[str] = []
         if self.found.decoder_layers:
-            self.decoder_mask_position = attention_mask_position(self.found.decoder_layers[0])
+            self.decoder_bias_parameter = bias_parameter(self.found.decoder_layers[0])
+            self.decoder_parameters = parameters_of(self.found.decoder_layers[0])
+
+    def _adapters_of(self, layer: nn.Module) -> list[adapters.Adapter]:
+        """What this layer is given beside tokens and a bias."""
+        found = []
+        in_layers = {id(module) for each in self.found.layers for module in each.modules()}
+        shared = [m for m in adapters.relative_bias_modules(self.found.encoder) if id(m) not in in_layers]
+        self.takes_masks = bool(shared) or self.found.family.queries is not None
+        if modules := shared + adapters.relative_bias_modules(layer):
+            found.append(adapters.add_relative_bias(modules))
+        if "position_embeddings" in self.parameters:
+            found.append(adapters.rotate_at_centroids)
+        if self.found.family.queries is not None:
+            found.append(adapters.follow_query_mask)
+        return found
 
     def install(self) -> None:
-        encoder, layers = self.found.encoder, self.found.layers
-        first, last = self.config.cluster_location, self.restore_location
-        self._pre_hook(encoder, self.begin)
-        self._pre_hook(layers[first], self.merge)
-        for layer in layers[first:last]:
-            self._pre_hook(layer, self.add_bias)
-        if not self.through_decoder:
-            # Prepended, so that hooks that were there before see all N tokens.
-            self.handles.append(layers[last - 1].register_forward_hook(self.restore, prepend=True))
-        self.handles.append(encoder.register_forward_hook(self.finish_encoder))
-        reduced_layers = list(layers[first:last])
+        found, locations, last = self.found, self.config.locations, self.restore_location
+        if found.reader is not None:
+            self._pre_hook(found.reader[0], self.note_reader)
+        self._pre_hook(found.encoder, self.begin)
+        for index in range(locations[0], last):
+            self._pre_hook(found.layers[index], partial(self.enter_layer, index))
+            restores = index == last - 1 and not self.through_decoder
+            if restores or found.family.between is not None:
+                # Prepended, so that hooks that were there before see all N tokens.
+                hook = partial(self.leave_layer, index)
+                self.handles.append(found.layers[index].register_forward_hook(hook, prepend=True))
+        for bias in adapters.relative_bias_modules(found.encoder):
+            self._pre_hook(bias, adapters.shrink_relative_bias)
+            self.handles.append(bias.register_forward_hook(adapters.drop_relative_bias, with_kwargs=True))
+        if found.stack is not found.encoder:
+            self.handles.append(found.stack.register_forward_hook(self.finish_stack))
+        self.handles.append(found.encoder.register_forward_hook(self.finish_encoder))
+        reduced_layers = list(self.reduced_layers)
         if self.through_decoder:
-            assert self.found.decoder is not None
-            for layer in self.found.decoder_layers:
-                self._pre_hook(layer, self.add_decoder_bias)
-            self.handles.append(self.found.decoder.register_forward_hook(self.finish_decoder))
-            reduced_layers += self.found.decoder_layers
-        self.previous_attention = use_ailurus_attention(attention_configs(reduced_layers))
+            assert found.decoder is not None
+            for layer in found.decoder_layers:
+                self._pre_hook(layer, self.enter_decoder_layer)
+            self.handles.append(found.decoder.register_forward_hook(self.finish_decoder))
+            reduced_layers += found.decoder_layers
+        eager_as = EAGER_NAME if self.bias_parameter == KEY_BIAS else "eager"
+        self.previous_attention = use_ailurus_attention(attention_configs(reduced_layers), eager_as)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -103,113 +131,188 @@ class EncoderReducer:
 
     # Hooks, in the order in which a forward meets them.
 
-    def begin(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note_reader(self, reader: nn.Module, args: tuple, kwargs: dict) -> None:
+        assert self.found.reader is not None
+        reads = self.found.reader[1].reads
+        self.wanted[_thread()] = None if _asks_for_states(reader, kwargs) else frozenset(reads(reader))
+
+    def begin(self, encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        family, config = self.found.family, self.config
         pixel_values = args[0] if args else kwargs.get("pixel_values")
         if not isinstance(pixel_values, Tensor):
             raise AiluRusError(f"{type(encoder).__name__} was called without pixel_values")
         if kwargs.get("attention_mask") is not None:
             raise AiluRusError("a 2-D attention_mask cannot follow merged tokens: call the model without one")
         # Plain numbers also where torch.compile would keep sizes symbolic.
-        grid = tuple(operator.index(side) for side in self.found.family.grid(encoder, pixel_values))
-        self.runs[_thread()] = Run(grid, self.config.clusters_for(math.prod(grid)))
+        grid = tuple(operator.index(side) for side in family.grid(encoder, pixel_values))
+        num_tokens = math.prod(grid)
+        if _thread() in self.wanted:
+            # A reader asks for all states, to read some, so the encoder cannot tell what is wanted.
+            wanted = self.wanted.pop(_thread())
+        else:
+            reads = None if _asks_for_states(encoder, kwargs) else family.reads
+            wanted = None if reads is None else frozenset(reads(encoder))
+        self.runs[_thread()] = Run(
+            grid,
+            num_tokens,
+            self._targets(num_tokens),
+            self.found.suffix,
+            frozenset() if family.between is None else frozenset(family.between(encoder)),
+            wanted,
+        )
+        if family.prepare is None:
+            return None
+        arguments = {**dict(zip(parameters_of(encoder), args)), **kwargs}
+        family.prepare(encoder, arguments)
+        return (), arguments
 
-    def merge(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _targets(self, num_tokens: int) -> list[int | None]:
+        """M at each place, None where a place leaves as many tokens as came to it."""
+        targets: list[int | None] = []
+        left = num_tokens
+        for place in range(len(self.config.locations)):
+            count = self.config.clusters_for(num_tokens, place)
+            targets.append(count if count < left else None)
+            left = min(count, left)
+        return targets
+
+    def enter_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         run = self.runs[_thread()]
         hidden_states = args[0]
-        prefix, tokens = self._split(hidden_states)
-        num_tokens = math.prod(run.grid)
-        if tokens.shape[1] != num_tokens:
-            raise AiluRusError(f"grid {run.grid} has {num_tokens} places, but there are {tokens.shape[1]} tokens")
-        if run.num_clusters == num_tokens:
-            self.record.unreduced(num_tokens)
+        if index in self.config.locations:
+            hidden_states = self._reduce(run, self.config.locations.index(index), hidden_states)
+        elif run.stage is not None and index - 1 in run.between:
+            hidden_states = run.merge(hidden_states, run.stage)
+        if run.stage is None:
             return args, kwargs
-        run.clusters = self.clustering(tokens, run.grid, run.num_clusters)
-        merged = run.clusters.merge(tokens)
+        arguments = {**dict(zip(self.parameters[1:], args[1:])), **kwargs}
+        if arguments.get(self.bias_parameter) is not None and not self.takes_masks:
+            raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
+        front = hidden_states.shape[1] - run.suffix - run.stage.clusters.num_clusters
+        bias = run.stage.clusters.log_counts(front, run.suffix)[:, None, None, :]
+        for adapter in self.adapters[index]:
+            bias = adapter(arguments, run, run.stage, bias)
+        arguments[self.bias_parameter] = bias.to(hidden_states.dtype)
+        return (hidden_states,), arguments
+
+    def _reduce(self, run: Run, place: int, hidden_states: Tensor) -> Tensor:
+        """Clusters, and gives back the sequence with representatives for patches."""
+        target, record, location = run.targets[place], self.records[place], self.config.locations[place]
+        before = run.stage
+        left = run.num_tokens if before is None else before.clusters.num_clusters
+        if before is not None and location - 1 not in run.between:
+            hidden_states = run.unfold(hidden_states, before, self.config.restore)
+        self._check_length(run, hidden_states, location)
+        if target is None:
+            record.unreduced(left)
+            return hidden_states if before is None else run.merge(hidden_states, before)
+        _, tokens, _ = run.split(hidden_states, run.num_tokens)
+        if before is None:
+            clusters = self.clustering(tokens, run.grid, target)
+        else:
+            clusters = self.nesting(before.clusters, tokens, run.grid, target)
         # Also where the output is copied: the hidden state at L itself was never reduced.
-        run.tokens, run.merged = tokens, merged
-        self.record.reduced(num_tokens, run.num_clusters, run.clusters, run.grid)
-        return (torch.cat([prefix, merged], 1), *args[1:]), kwargs
+        run.stages.append(Stage(location, run.grid, clusters, tokens, clusters.merge(tokens)))
+        record.reduced(left, target, clusters, run.grid)
+        front, _, suffix = run.split(hidden_states, run.num_tokens)
+        return torch.cat([front, run.stages[-1].merged, suffix], 1)
 
-    def add_bias(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return self._with_bias(args, kwargs, self.mask_position, self.found.prefix, 0)
+    def _check_length(self, run: Run, hidden_states: Tensor, location: int) -> None:
+        """Whether the sequence is prefix + grid + suffix; queries that have joined count to the prefix."""
+        around, queries = self.found.prefix + self.found.suffix, self.found.family.queries
+        length = hidden_states.shape[1] - around
+        joined = 0 if queries is None else int(getattr(self.found.encoder.config, queries))
+        if length not in (run.num_tokens, run.num_tokens + joined):
+            raise AiluRusError(
+                f"grid {run.grid} has {run.num_tokens} places, but there are {length} tokens at location {location}"
+            )
 
-    def restore(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def leave_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
         run = self.runs[_thread()]
-        if run.clusters is None:
+        is_last = index == self.restore_location - 1 and not self.through_decoder
+        if run.stage is None or not (is_last or index in run.between):
             return output
-        return self._unfold(run, output)
+        if isinstance(output, tuple):
+            return (run.unfold(output[0], run.stage, self.config.restore), *output[1:])
+        return run.unfold(output, run.stage, self.config.restore)
+
+    def finish_stack(self, stack: nn.Module, args: tuple, output: Any) -> Any:
+        return self._unfold_hidden_states(self.runs[_thread()], output)
 
     def finish_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
         run = self.runs[_thread()]
-        if run.clusters is None:
-            del self.runs[_thread()]
-            return output
         output = self._unfold_hidden_states(run, output)
-        if self.through_decoder:
-            run.tokens = run.merged = None
-        else:
+        if run.stage is None or not self.through_decoder:
             del self.runs[_thread()]
         return output
 
-    def add_decoder_bias(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return self._with_bias(args, kwargs, self.decoder_mask_position, 0, self.found.decoder_suffix)
+    def enter_decoder_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        run = self.runs.get(_thread())
+        if run is None or run.stage is None:
+            return args, kwargs
+        arguments = {**dict(zip(self.decoder_parameters[1:], args[1:])), **kwargs}
+        if arguments.get(self.decoder_bias_parameter) is not None:
+            raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
+        bias = run.stage.clusters.log_counts(0, self.found.decoder_suffix)[:, None, None, :]
+        arguments[self.decoder_bias_parameter] = bias.to(args[0].dtype)
+        return (args[0],), arguments
 
     def finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
         run = self.runs.pop(_thread(), None)
-        return output if run is None or run.clusters is None else run.clusters.unmerge(output)
+        return output if run is None or run.stage is None else run.stage.clusters.unmerge(output)
 
-    def _with_bias(self, args: tuple, kwargs: dict, position: int, prefix: int, suffix: int) -> tuple[tuple, dict]:
-        run = self.runs.get(_thread())
-        if run is None or run.clusters is None:
-            return args, kwargs
-        given = args[position] if len(args) > position else kwargs.get("attention_mask")
-        if given is not None:
-            raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
-        bias = run.clusters.log_counts(prefix, suffix)[:, None, None, :].to(args[0].dtype)
-        if len(args) > position:
-            return (*args[:position], bias, *args[position + 1 :]), kwargs
-        return args, {**kwargs, "attention_mask": bias}
-
-    def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        prefix = self.found.prefix
-        return hidden_states[:, :prefix], hidden_states[:, prefix:]
-
-    def _unfold(self, run: Run, hidden_states: Tensor) -> Tensor:
-        """All N tokens from Tensor[B, prefix + M, C]."""
-        assert run.clusters is not None
-        prefix, representatives = self._split(hidden_states)
-        if self.config.restore == "copy":
-            return torch.cat([prefix, run.clusters.unmerge(representatives)], 1)
-        assert run.tokens is not None and run.merged is not None
-        gained = run.clusters.unmerge(representatives - run.merged)
-        return torch.cat([prefix, run.tokens + gained], 1)
+    # Hidden states: transformers collects what layers put out, which is M long; they are unfolded once, where they leave.
 
     def _unfold_hidden_states(self, run: Run, output: Any) -> Any:
-        """The encoder's output, its hidden states all N tokens long."""
+        """The output with all hidden states that somebody reads N tokens long."""
+        if not run.stages or run.states_unfolded:
+            return output
         if isinstance(output, tuple):
             # return_dict=False: hidden states are the tuple of [B, L, C], attention maps that of [B, heads, L, L].
+            parts = [isinstance(part, tuple) and part[-1].ndim == 3 for part in output]
+            run.states_unfolded = any(parts)
             return tuple(
-                self._unfold_each(run, part) if isinstance(part, tuple) and part[-1].ndim == 3 else part
-                for part in output
+                self._unfold_each(run, part) if is_states else part
+                for part, is_states in zip(output, parts, strict=True)
             )
         if getattr(output, "hidden_states", None) is not None:
             output["hidden_states"] = self._unfold_each(run, output["hidden_states"])
+            run.states_unfolded = True
         return output
 
     def _unfold_each(self, run: Run, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        assert run.tokens is not None
         unfolded = []
         for location, state in enumerate(hidden_states):
-            if state is not None and state.shape[1] == self.found.prefix + run.num_clusters:
-                if location == self.config.cluster_location:
-                    state = torch.cat([self._split(state)[0], run.tokens], 1)
-                else:
-                    state = self._unfold(run, state)
+            is_read = run.wanted is None or location in run.wanted
+            if state is not None and is_read:
+                state = self._unfold_at(run, location, state)
             unfolded.append(state)
         return tuple(unfolded)
 
+    def _unfold_at(self, run: Run, location: int, state: Tensor) -> Tensor:
+        """The hidden state at a location, from what was collected there."""
+        first = run.stages[0]
+        if location == first.location == 0:
+            if state.shape[1] == self.found.prefix + run.num_tokens + run.suffix:
+                return state
+            # Collected as the first layer's input, which was merged already.
+            front, _, suffix = run.split(state, first.clusters.num_clusters)
+            return torch.cat([front, first.tokens, suffix], 1)
+        is_last = location == self.restore_location and not self.through_decoder
+        if is_last or location > self.restore_location or location - 1 in run.between:
+            return state
+        for stage in reversed(run.stages):
+            if stage.location < location:
+                return run.unfold(state, stage, self.config.restore)
+        return state
+
     def _pre_hook(self, module: nn.Module, hook: Any) -> None:
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _asks_for_states(module: nn.Module, kwargs: dict) -> bool:
+    asked = kwargs.get("output_hidden_states")
+    return bool(getattr(module.config, "output_hidden_states", False) if asked is None else asked)
 
 
 def _thread() -> int:

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ailurus_hf import TokenClusters
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.backend import attention_configs
-from ailurus_hf.vision.families import FoundEncoder
+from ailurus_hf.vision.finding import FoundEncoder
 
 from .hooks import Applied, Peer, attach
 
@@ -110,8 +110,8 @@ class ACT(Peer):
     def remove(self) -> None:
         for module in getattr(self, "modules", []):
             vars(module).pop("_act", None)
-        for config, implementation in self.previous_attention:
-            config._attn_implementation = implementation
+        for config, before, _ in self.previous_attention:
+            config._attn_implementation = before
         super().remove()
 
     def begin(self) -> None:

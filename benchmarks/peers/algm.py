@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ailurus_hf import TokenClusters
 from ailurus_hf.errors import AiluRusError
-from ailurus_hf.vision.families import FoundEncoder
+from ailurus_hf.vision.finding import FoundEncoder
 
 from .hooks import Applied, Peer, attach, copy_back
 
@@ -122,13 +122,13 @@ class ALGM(Peer):
             assignment = match_above(tokens, present, threshold)
         if (assignment == torch.arange(tokens.shape[1], device=tokens.device)).all():
             return sequence
-        # Padding stands behind the tokens and stays there; what the longest image has of it is cut off.
+        # Padding stands behind the tokens and stays there. What even the longest image has of it goes; it weighs nothing.
         count = int((assignment + 1).mul(present.long()).max())
-        assignment = assignment.clamp(max=count)
+        assignment = assignment.clamp(max=count - 1)
         weights = sizes[..., None].to(tokens.dtype)
-        clusters = TokenClusters.from_assignment(assignment, count + 1)
-        merged_sizes = (clusters.merge(sizes[..., None])[..., 0] * clusters.counts)[:, :count]
-        sums = (clusters.merge(tokens * weights) * clusters.counts[..., None].to(tokens.dtype))[:, :count]
+        clusters = TokenClusters.from_assignment(assignment, count)
+        merged_sizes = clusters.merge(sizes[..., None])[..., 0] * clusters.counts
+        sums = clusters.merge(tokens * weights) * clusters.counts[..., None].to(tokens.dtype)
         merged = sums / merged_sizes[..., None].clamp(min=1).to(tokens.dtype)
         self.sizes = merged_sizes.round()
         self.source = assignment if self.source is None else assignment.gather(1, self.source)

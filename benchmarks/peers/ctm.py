@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ailurus_hf import AiluRusConfig, TokenClusters
 from ailurus_hf.errors import AiluRusError
-from ailurus_hf.vision.families import FoundEncoder
+from ailurus_hf.vision.finding import FoundEncoder
 
 from .hooks import Applied, Peer, attach
 

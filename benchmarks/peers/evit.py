@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
-from ailurus_hf.vision.families import FoundEncoder
+from ailurus_hf.vision.finding import FoundEncoder
 
 from .hooks import Applied, Peer, attach, copy_back, rows
 

@@ -15,13 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
-from ailurus_hf.vision.backend import (
-    attention_configs,
-    attention_mask_position,
-    restore_attention,
-    use_ailurus_attention,
-)
-from ailurus_hf.vision.families import FoundEncoder, find_encoders
+from ailurus_hf.vision.adapters import relative_bias_modules
+from ailurus_hf.vision.backend import attention_configs, parameters_of, restore_attention, use_ailurus_attention
+from ailurus_hf.vision.finding import FoundEncoder, find_encoders
 from ailurus_hf.vision.installation import ATTRIBUTE
 
 RESTORE_PLACES = ("backbone", "decoder")
@@ -34,6 +30,7 @@ class Peer:
     def __init__(self, found: FoundEncoder, restore_at: str = "backbone") -> None:
         if restore_at not in RESTORE_PLACES:
             raise AiluRusError(f"restore_at must be one of {RESTORE_PLACES}, got {restore_at!r}")
+        _check_plain(found)
         self.found, self.layers, self.prefix = found, found.layers, found.prefix
         self.through_decoder = restore_at == "decoder" and found.decoder is not None
         self.handles: list[Any] = []
@@ -115,7 +112,7 @@ class Peer:
 
     def install(self) -> None:
         encoder = self.found.encoder
-        self.mask_position = attention_mask_position(self.layers[0])
+        self.mask_position = parameters_of(self.layers[0]).index("attention_mask")
         self._pre(encoder, self._begin)
         for location, layer in enumerate(self.layers, start=1):
             restores = location == len(self.layers) and not self.through_decoder
@@ -251,10 +248,19 @@ def rows(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)
 
 
+def _check_plain(found: FoundEncoder) -> None:
+    """Peers are written for tokens with a prefix and a mask, and nothing else beside them."""
+    family, parameters = found.family, parameters_of(found.layers[0])
+    around = [found.suffix, family.queries, family.reads, family.between, family.prepare, found.reader]
+    beside = "position_embeddings" in parameters or relative_bias_modules(found.encoder)
+    if any(around) or beside or "attention_mask" not in parameters:
+        raise UnsupportedModelError(f"the peers run on ViTs without anything beside tokens, not on {family.name}")
+
+
 def _mlp_parts(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The norm before a layer's MLP, and the last module before the MLP's output is added."""
     parts = dict(layer.named_children())
-    for norm, last in (("norm2", "layer_scale2"), ("layernorm_after", "mlp")):
+    for norm, last in (("norm2", "layer_scale2"), ("layernorm_after", "mlp"), ("layer_norm2", "mlp")):
         if norm in parts and last in parts:
             return parts[norm], parts[last]
     raise UnsupportedModelError(f"the MLP of {type(layer).__name__} is not known: it has {', '.join(parts)}")

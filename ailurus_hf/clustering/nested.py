@@ -1,0 +1,75 @@
+"""Clusters of clusters: a second reduction, whose clusters are made of whole clusters of the first."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..checks import check_num_clusters
+from ..clusters import TokenClusters
+from .density_peaks import density_peaks
+from .neighbours import DIRECT_DISTANCE_LIMIT, EQUALITY_TOLERANCE
+
+
+@torch.no_grad()
+def merge_clusters(
+    clusters: TokenClusters,
+    tokens: Tensor,
+    grid: tuple[int, ...],
+    num_clusters: int,
+    *,
+    num_spatial_neighbors: int = 50,
+    alpha: float = 0.9,
+    num_density_neighbors: int = 1,
+) -> TokenClusters:
+    """Joins M clusters to fewer by density peaks among their means, of which each stands at its cluster's centroid.
+
+    clusters: of the grid's N tokens. tokens: Tensor[B, N, C]; only the clusters' means matter.
+    num_clusters: clusters to leave, in [1, M]. The other settings are those of `spatial_density_peaks`.
+
+    Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster, and counts add up. The new
+    centres are centres of old clusters; None where those have none. Ranks are by distance between centroids. All pairs
+    of clusters are compared, in O(M²) memory.
+    """
+    batch, _, channels = tokens.shape
+    count = clusters.num_clusters
+    check_num_clusters(num_clusters, count)
+    means = clusters.merge(tokens.float())
+    places = torch.cartesian_prod(*(torch.arange(side, device=tokens.device).float() for side in grid))
+    centroids = clusters.merge(places.view(1, -1, len(grid)).expand(batch, -1, -1))
+
+    itself = torch.eye(count, dtype=torch.bool, device=tokens.device)
+    apart = _distances(centroids)
+    lam = max(1, min(num_spatial_neighbors or count - 1, count - 1))
+    near = apart.masked_fill(itself, math.inf).argsort(dim=-1, stable=True)[..., :lam]
+    index, by_index = near.sort(dim=-1)
+    sigma = _distances(means).gather(2, index) / math.sqrt(channels)
+    s = (1 - alpha) * (by_index + 1) / lam + alpha if num_spatial_neighbors else 1.0
+
+    # A mean of m tokens is as dense as they are: m - 1 neighbours as far away as they are from it on average.
+    k = min(num_density_neighbors, lam)
+    spread = torch.linalg.vector_norm(tokens.float() - clusters.unmerge(means), dim=-1, keepdim=True)
+    spread = clusters.merge(spread) / math.sqrt(channels)
+    others = torch.arange(k, device=tokens.device) < clusters.counts[..., None] - 1
+
+    def nearest_centre(is_centre: Tensor) -> Tensor:
+        return apart.masked_fill(~is_centre[:, None], math.inf).argmin(-1)
+
+    own = spread.expand(-1, -1, k).masked_fill(~others, math.inf)
+    joined = density_peaks(sigma * s, index, num_clusters, k, nearest_centre, own)
+    assert joined.centers is not None
+    centers = None if clusters.centers is None else clusters.centers.gather(1, joined.centers)
+    return TokenClusters.from_assignment(joined.assignment.gather(1, clusters.assignment), num_clusters, centers)
+
+
+def _distances(points: Tensor) -> Tensor:
+    """Euclidean distances of all pairs, Tensor[B, M, C] to [B, M, M]; by products where there are many (see neighbours.py)."""
+    if points.shape[1] ** 2 * points.shape[2] <= DIRECT_DISTANCE_LIMIT:
+        return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    points = points - points.mean(1, keepdim=True)
+    norms = points.square().sum(-1)
+    scale = norms[:, :, None] + norms[:, None]
+    squared = scale - 2 * points @ points.transpose(1, 2)
+    return torch.where(squared <= EQUALITY_TOLERANCE * scale, 0.0, squared).sqrt()
