@@ -6,6 +6,7 @@ stand the one that the FLOPs allow, the share of it that was reached, and how ne
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -71,6 +72,21 @@ class Row:
         return {name: round(v, 5) if isinstance(v, float) else v for name, v in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A method of METHODS behind layer `location`, with `keep` of the tokens."""
+
+    method: str
+    location: int
+    keep: float
+
+    def config(self) -> AiluRusConfig:
+        """Raises AiluRusError on what is out of range."""
+        if self.method not in METHODS:
+            raise AiluRusError(f"no method {self.method!r}: there are {', '.join(METHODS)}")
+        return AiluRusConfig(cluster_location=self.location, keep_ratio=self.keep, **METHODS[self.method])
+
+
 @dataclass
 class _Fidelity:
     """Sums over images."""
@@ -82,23 +98,16 @@ class _Fidelity:
     tokens: str | None = None
 
 
-def settings(methods: Iterable[str], locations: Iterable[int], keeps: Iterable[float]) -> dict[str, AiluRusConfig]:
-    """A config for every combination, by a name of its own; raises AiluRusError on what is out of range."""
-    found = {}
-    for method in methods:
-        if method not in METHODS:
-            raise AiluRusError(f"no method {method!r}: there are {', '.join(METHODS)}")
-        for location in locations:
-            for keep in keeps:
-                config = AiluRusConfig(cluster_location=location, keep_ratio=keep, **METHODS[method])
-                found[f"{method}, L {location}, keep {keep:g}"] = config
-    return found
+def settings(methods: Iterable[str], locations: Iterable[int], keeps: Iterable[float]) -> dict[Setting, AiluRusConfig]:
+    """Every combination with its config; raises AiluRusError on what is out of range."""
+    every = [Setting(*each) for each in itertools.product(methods, locations, keeps)]
+    return {setting: setting.config() for setting in every}
 
 
 def benchmark(
     loaded: LoadedModel,
     images: Sequence[Path],
-    configs: dict[str, AiluRusConfig],
+    configs: dict[Setting, AiluRusConfig],
     repeats: int,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[Row]:
@@ -108,7 +117,7 @@ def benchmark(
     """
     for config in configs.values():
         _switch(loaded, config)
-    fidelity = {name: _Fidelity() for name in configs}
+    fidelity = {setting: _Fidelity() for setting in configs}
     flops: dict[Any, int] = {}
     # The first pass also makes what depends on an image's size alone, so that no timed round has to.
     for path in progress(images):
@@ -123,14 +132,14 @@ def benchmark(
     _switch(loaded, None)
     plain, *reduced = (statistics.median(taken) for taken in times)
     rows = [Row("plain", None, None, None, plain, 1.0, 1.0, 1.0, None, 1.0)]
-    for (name, config), ms in zip(configs.items(), reduced, strict=True):
-        seen = fidelity[name]
+    for setting, ms in zip(configs, reduced, strict=True):
+        seen = fidelity[setting]
         ideal = seen.full / seen.reduced
         rows.append(
             Row(
-                method=name.split(",")[0],
-                location=config.cluster_location,
-                keep=config.keep_ratio,
+                method=setting.method,
+                location=setting.location,
+                keep=setting.keep,
                 tokens=seen.tokens,
                 ms=ms,
                 speed_up=plain / ms,
@@ -158,8 +167,8 @@ def _switch(loaded: LoadedModel, config: AiluRusConfig | None) -> None:
 def _compare(
     loaded: LoadedModel,
     inputs: dict[str, Tensor],
-    configs: dict[str, AiluRusConfig],
-    fidelity: dict[str, _Fidelity],
+    configs: dict[Setting, AiluRusConfig],
+    fidelity: dict[Setting, _Fidelity],
     flops: dict[Any, int],
 ) -> None:
     """Adds one image to every config's fidelity."""
@@ -169,10 +178,10 @@ def _compare(
     shape = tuple(seen["pixel_values"].shape)
     if shape not in flops:
         flops[shape] = counted_flops(loaded.model, seen)
-    for name, config in configs.items():
+    for setting, config in configs.items():
         _switch(loaded, config)
         reduced, _ = _prediction(loaded(inputs))
-        place, found = ailurus_status(loaded.model).places, fidelity[name]
+        place, found = ailurus_status(loaded.model).places, fidelity[setting]
         saved = sum((p.flops or 0.0) - (p.reduced_flops or 0.0) for p in place)
         found.full += flops[shape]
         found.reduced += flops[shape] - saved

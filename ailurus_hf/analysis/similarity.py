@@ -89,6 +89,5 @@ def pair_preservation(before: Tensor, after: Tensor, num_intervals: int = 10) ->
 
 def _interval(cosine: Tensor, count: int) -> Tensor:
     """The interval of each cosine, `count` for negative ones. Rounding may leave equal tokens a little past 1."""
-    # 0.3 · 10 is 3.0000000000000004: what is meant to lie on an edge belongs to the interval above it.
-    index = (cosine * count + 1e-5).floor().long().clamp(max=count - 1)
+    index = (cosine * count).floor().long().clamp(max=count - 1)
     return torch.where(cosine < 0, count, index)
