@@ -194,6 +194,8 @@ def _compare(
 def _prediction(outputs: Any) -> tuple[Tensor, bool]:
     """What a model is for, its values last, and whether they are scores of classes."""
     logits = getattr(outputs, "logits", None)
+    if logits is None and getattr(outputs, "last_hidden_state", None) is None:
+        raise AiluRusError(f"{type(outputs).__name__} holds neither logits nor hidden states to compare")
     if logits is None:
         return outputs.last_hidden_state.float(), False
     return (logits.movedim(1, -1) if logits.ndim == 4 else logits).float(), True

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ailurus_hf import AiluRusError, SegmenterImageProcessor
 from ailurus_hf.cli_support import load_model
-from benchmarks import clustering_cost, harness, methods, report, segmenter_quality, similarity, vit_speed
+from benchmarks import clustering_cost, datasets, harness, methods, report, segmenter_quality, similarity, vit_speed
 from benchmarks.peers.controls import grid_pooling, random_centers
 
 
@@ -67,7 +67,7 @@ def test_quality_of_every_method_on_two_images(tmp_path):
     contenders = {method: (method, 1, 0.25, None) for method in names}
     # Pictures of 32 x 48 pixels that the processor makes 64 x 96, and the labels stay 32 x 48.
     processor = SegmenterImageProcessor(do_resize=True, size={"shortest_edge": 64})
-    data = segmenter_quality.CamVid(tmp_path, "val")
+    data = datasets.SegmentationData("camvid", tmp_path)
     plain, *rows = segmenter_quality.measure(model, processor, data, contenders, repeats=1)
     assert plain["method"] == "plain" and len(rows) == len(names)
     for row in rows:
@@ -100,6 +100,58 @@ def test_peers_with_a_knob_are_turned_to_the_flops_of_the_paper(name):
     assert given.num_clusters() == 96 - 4 * 3 and given.settings == {"r": 3}
     given.undo()
     assert not model._forward_pre_hooks
+
+
+LAYOUTS = {
+    "camvid": ("val/images/a.jpg", "val/labels/a.png", None),
+    "ade20k": ("images/validation/a.jpg", "annotations/validation/a.png", None),
+    "cityscapes": ("leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png", None),
+    "pascal_context": ("JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt"),
+}
+# What a label map holds, and the classes that it means.
+MEANINGS = {
+    "camvid": ([0, 10, 11, 255], [0, 10, 255, 255]),
+    "ade20k": ([0, 1, 150, 151], [255, 0, 149, 255]),
+    "cityscapes": ([7, 33, 0, 9], [0, 18, 255, 255]),
+    "pascal_context": ([0, 59, 60, 255], [0, 59, 255, 255]),
+}
+
+
+@pytest.mark.parametrize("name", datasets.DATASETS)
+def test_data_sets_are_found_in_their_layout(name, tmp_path, monkeypatch):
+    image, label, listed = LAYOUTS[name]
+    held, classes = MEANINGS[name]
+    folder = tmp_path / name
+    for path in filter(None, (image, label, listed)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(AiluRusError, match="no val images"):
+        datasets.SegmentationData(name, folder)
+    Image.new("RGB", (2, 2)).save(folder / image)
+    if listed:
+        (folder / listed).write_text("a\n")
+    with pytest.raises(AiluRusError, match=r"a.*\.png is missing"):
+        datasets.SegmentationData(name, folder)
+    Image.fromarray(np.array(held, dtype=np.uint8).reshape(2, 2)).save(folder / label)
+    monkeypatch.setenv("AILURUS_DATA", str(tmp_path))
+    data = datasets.SegmentationData(name)
+    assert (
+        len(data) == 1 and data.image(0).size == (2, 2) and max(c for c in classes if c < 255) == data.num_classes - 1
+    )
+    assert data.label(0).tolist() == [classes[:2], classes[2:]]
+
+
+def test_quality_in_windows_is_that_of_their_average(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / "val" / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (32, 64, 3), dtype=np.uint8)).save(tmp_path / "val/images/a.jpg")
+    Image.fromarray(rng.integers(0, 11, (32, 64), dtype=np.uint8)).save(tmp_path / "val/labels/a.png")
+    model = segmenter("vit", decoder_config=DECODER, num_labels=11).eval()
+    processor = SegmenterImageProcessor(window_size=32, window_stride=16)
+    data = datasets.SegmentationData("camvid", tmp_path)
+    contenders = {"ours": (methods.PAPER, 1, 0.25, None)}
+    _, row = segmenter_quality.measure(model, processor, data, contenders, repeats=1)
+    assert row["num_clusters"] == 16 and row["ideal"] > 1  # of a window of 8 x 8 patches
 
 
 def test_tables_in_the_documents_are_what_the_result_files_say():
