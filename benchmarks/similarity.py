@@ -32,13 +32,18 @@ from ailurus_hf.vision.finding import find_encoders
 
 from .harness import environment, markdown, save
 from .methods import METHODS, OurReduction, PeerReduction, Reduction, Setting, apply_method, parsed
-from .peers import ctm, expedite
+from .peers import act, algm, ctm, evit, expedite, tome
 from .segmenter_quality import SHIPPED
 
 # What to time beside ours: a peer's own steps (every peer's unfolding is timed).
 STEPS = {
     "Expedite": [(expedite, "cluster", "cluster"), (expedite, "reconstruction", "unmerge")],
     "CTM": [(ctm, "dpc_knn", "cluster")],
+    "ToMe": [(tome, "bipartite_matching", "cluster"), (tome, "merge_matched", "merge")],
+    "EViT": [(evit, "cls_attention", "cluster")],
+    "EViT, fused": [(evit, "cls_attention", "cluster")],
+    "ALGM": [(algm, name, "cluster") for name in ("pair_cosines", "window_cosines", "merge_windows", "match_above")],
+    "ACT": [(act, "hashes", "cluster"), (act, "groups", "cluster")],
 }
 SETTING = {"method": "method", "location": "L", "keep_ratio": "keep", "num_clusters": "M"}
 STATISTICS = ("singletons", "unexplained", "similarity", "reach", "gap")

@@ -78,13 +78,14 @@ def latency_split(
         no measure of speed.
     timed: more to count, as (object, name of its function, part): what another method does beside AiluRus.
     """
+    parts = dict.fromkeys((*PARTS, "rest", *(part for _, _, part in timed)))
     taken: dict[str, list[float]] = defaultdict(list)
     for turn in range(warmup + repeats):
         watch = Stopwatch(next(model.parameters()).device)
         with _watched(model, watch, timed):
             watch.timed("rest", run)()
         if turn >= warmup:
-            for part in (*PARTS, "rest", *(part for _, _, part in timed)):
+            for part in parts:
                 taken[part].append(1e3 * watch.seconds[part])
             taken["total"].append(1e3 * sum(watch.seconds.values()))
     return {part: statistics.median(values) for part, values in taken.items()}
