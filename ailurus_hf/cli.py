@@ -77,6 +77,17 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument("--top", type=_positive, default=3, help="classes to show (default: %(default)s)")
     classify.set_defaults(run=_classify)
 
+    benchmark = commands.add_parser("benchmark", help="speed and fidelity of several settings on your model and images")
+    _add_images(benchmark)
+    _add_model(benchmark)
+    benchmark.add_argument(
+        "--methods", nargs="+", default=["density-peaks", "local-kmeans"], help="default: %(default)s"
+    )
+    benchmark.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25], help="ratios (default: %(default)s)")
+    benchmark.add_argument("--locations", nargs="+", type=int, default=[2], help="layers (default: %(default)s)")
+    benchmark.add_argument("--repeats", type=_positive, default=7, help="timed rounds (default: %(default)s)")
+    benchmark.set_defaults(run=_benchmark)
+
     visualize = commands.add_parser("visualize", help="draw which tokens were merged and what is left of the image")
     _add_images(visualize)
     _add_model(visualize)
@@ -203,6 +214,21 @@ def _classify(args: argparse.Namespace) -> int:
     else:
         for result in results:
             print(f"{result['image']}: " + ", ".join(f"{name} {score:.1%}" for name, score in result["scores"].items()))
+    return 0
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from . import benchmark
+    from . import cli_support as support
+
+    configs = benchmark.settings(args.methods, args.locations, args.keep)
+    images = support.find_images(args.images)
+    loaded = support.load_model(args.model, None, args.device, args.dtype, None)
+    rows = benchmark.benchmark(loaded, images, configs, args.repeats, support.progress)
+    if args.json:
+        _print_json(loaded, num_images=len(images), rows=[row.to_dict() for row in rows])
+    else:
+        print(benchmark.markdown(rows))
     return 0
 
 

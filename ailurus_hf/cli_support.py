@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,6 +24,7 @@ from .config import AiluRusConfig
 from .errors import AiluRusError
 from .visualization import draw_assignment, reconstruct_image
 
+Item = TypeVar("Item")
 # What the commands use where neither the options nor the model's config.json say anything.
 DEFAULT_FIELDS: dict[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -99,7 +100,7 @@ def make_folder(path: str) -> Path:
     return Path(path)
 
 
-def progress(paths: Sequence[Path]) -> Iterable[Path]:
+def progress(paths: Sequence[Item]) -> Iterable[Item]:
     """The paths, with a bar on stderr where they take more than two seconds and someone is watching."""
     from tqdm import tqdm
 

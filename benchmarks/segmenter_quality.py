@@ -2,9 +2,12 @@
 
     python -m benchmarks.segmenter_quality --data CAMVID                      # the shipped model, CamVid val
     python -m benchmarks.segmenter_quality --data CAMVID --model FOLDER --keep 0.5 0.25 --locations 2 3
+    python -m benchmarks.segmenter_quality --dataset ade20k --data ADE --model CONVERTED --methods ToMe:r=40 Expedite
 
 mIoU over whole images at native resolution, whatever size the model's image processor makes of them; agreement is the
-share of pixels with the plain model's label; speed is that of the whole model on one image. Controls: centres drawn at random, and the cells of a regular grid.
+share of pixels with the plain model's label; speed is that of the whole model on one image. Methods, controls and peers:
+benchmarks/methods.py; "NAME:key=value" sets a peer's own settings, and without them its FLOPs are matched to ours at the
+same L and keep ratio.
 """
 
 from __future__ import annotations
@@ -19,28 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, ailurus_status
-from ailurus_hf.clustering import Clustering
+from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.comparison import confusion, mean_iou
-from ailurus_hf.vision.installation import install
-from examples.camvid_data import CLASSES, CamVid, data_folder
+from ailurus_hf.segmenter import sliding_window_logits
 
+from .datasets import DATASETS, SegmentationData
 from .harness import environment, interleaved, markdown, model_flops, save
-from .peers.controls import grid_pooling, random_centers
+from .methods import METHODS, Reduction, Setting, apply_method, parsed
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "assets" / "segmenter-camvid"
-# Name: the config's clustering, or a control in its place; and the form of unfolding.
-METHODS: dict[str, tuple[str, Clustering | None, str]] = {
-    "density peaks, copy (the paper)": ("density_peaks", None, "copy"),
-    "density peaks, residual": ("density_peaks", None, "residual"),
-    "local k-means, copy": ("local_kmeans", None, "copy"),
-    "local k-means, residual": ("local_kmeans", None, "residual"),
-    "random centres, copy": ("density_peaks", random_centers, "copy"),
-    "random centres, residual": ("density_peaks", random_centers, "residual"),
-    "grid pooling, copy": ("density_peaks", grid_pooling, "copy"),
-    "grid pooling, residual": ("density_peaks", grid_pooling, "residual"),
-}
 COLUMNS = {
     "method": "method",
     "location": "L",
@@ -53,56 +45,73 @@ COLUMNS = {
 }
 
 
-def reduced_copy(model: nn.Module, method: str, location: int, keep: float, restore_location: int | None) -> nn.Module:
-    clustering, control, restore = METHODS[method]
-    twin = copy.deepcopy(model)
-    config = AiluRusConfig(
-        cluster_location=location,
-        keep_ratio=keep,
-        clustering=clustering,
-        restore=restore,
-        restore_location=restore_location,
-    )
-    install(twin, config, control)
-    return twin
+def reduced_copy(model: nn.Module, method: str, setting: Setting, images: list[Tensor]) -> tuple[nn.Module, Reduction]:
+    """A copy of the model with the method on, and the handle on it; images: to match FLOPs on.
+
+    Copies share the model's weights: where in memory weights lie moves a ratio by several percent.
+    """
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    return twin, apply_method(twin, method, setting, [lambda image=image: twin(image) for image in images])
 
 
-def pixel_values(processor: SegmenterImageProcessor, data: CamVid, index: int) -> Tensor:
-    return processor(images=data.images[index], return_tensors="pt")["pixel_values"]
+def pixel_values(processor: SegmenterImageProcessor, data: SegmentationData, index: int) -> Tensor:
+    return processor(images=data.image(index), return_tensors="pt")["pixel_values"]
+
+
+def first_window(processor: SegmenterImageProcessor, pixels: Tensor) -> Tensor:
+    """What the encoder sees at once: of an image seen in windows, one of them."""
+    window = getattr(processor, "window_size", None)
+    if window is None:
+        return pixels
+    height, width = (window, window) if isinstance(window, int) else window
+    return pixels[..., :height, :width]
+
+
+def outputs_of(model: nn.Module, processor: SegmenterImageProcessor, pixels: Tensor) -> SemanticSegmenterOutput:
+    """The model's output, as its processor says: of the whole image, or averaged over windows."""
+    window = getattr(processor, "window_size", None)
+    if window is None:
+        return model(pixels)
+    return SemanticSegmenterOutput(logits=sliding_window_logits(model, pixels, window, processor.window_stride))
 
 
 @torch.inference_mode()
-def label_maps(model: nn.Module, processor: SegmenterImageProcessor, data: CamVid) -> list[Tensor]:
+def label_maps(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> list[Tensor]:
     maps = []
-    for i, image in enumerate(data.images):
-        outputs = model(pixel_values(processor, data, i))
-        maps += processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
+    for i in range(len(data)):
+        outputs = outputs_of(model, processor, pixel_values(processor, data, i))
+        maps += processor.post_process_semantic_segmentation(outputs, target_sizes=[data.image(i).size[::-1]])
     return [labels.to(torch.uint8) for labels in maps]
 
 
-def miou(maps: list[Tensor], data: CamVid) -> float:
-    """Percent, over the labelled pixels of all images; the unlabelled are class ids past the last."""
-    matrices = (confusion(m.numpy().astype(int), data.label(i).numpy(), len(CLASSES)) for i, m in enumerate(maps))
+def miou(maps: list[Tensor], data: SegmentationData) -> float:
+    """Percent, over the labelled pixels of all images."""
+    matrices = (confusion(m.numpy().astype(int), data.label(i).numpy(), data.num_classes) for i, m in enumerate(maps))
     return round(100 * mean_iou(np.sum(list(matrices), axis=0)), 2)
 
 
 def measure(
     model: nn.Module,
     processor: SegmenterImageProcessor,
-    data: CamVid,
+    data: SegmentationData,
     contenders: dict[str, tuple[str, int, float, int | None]],
     repeats: int,
 ) -> list[dict[str, Any]]:
     """One row a contender (method, L, keep ratio, restore_location), after one for the plain model."""
-    image = pixel_values(processor, data, 0)
+    image = first_window(processor, pixel_values(processor, data, 0))
     full = model_flops(lambda: model(image))
     plain_maps = label_maps(model, processor, data)
     plain = miou(plain_maps, data)
-    twins = {name: reduced_copy(model, *fields) for name, fields in contenders.items()}
+    chosen = range(0, len(data), max(len(data) // 2, 1))
+    samples = [first_window(processor, pixel_values(processor, data, i)) for i in chosen]
+    reduced = {
+        name: reduced_copy(model, method, Setting(*fields), samples) for name, (method, *fields) in contenders.items()
+    }
+    twins = {name: twin for name, (twin, _) in reduced.items()}
     rows: list[dict[str, Any]] = [{"method": "plain", "miou": plain, "speed_up": 1.0, "agreement": 1.0}]
     for name, twin in tqdm(twins.items(), desc="quality"):
         maps = label_maps(twin, processor, data)
-        place = ailurus_status(twin).places[0]
+        reduction = reduced[name][1]
         same = sum((a == b).float().mean().item() for a, b in zip(maps, plain_maps, strict=True)) / len(maps)
         method, location, keep, restore_location = contenders[name]
         value = miou(maps, data)
@@ -112,16 +121,20 @@ def measure(
                 "location": location,
                 "keep_ratio": keep,
                 "restore_location": restore_location,
-                "num_clusters": place.num_clusters,
+                "settings": reduction.settings,
+                "num_clusters": reduction.num_clusters(),
                 "miou": value,
                 "lost": plain - value,
                 "agreement": same,
-                "ideal": full / (full - place.flops + place.reduced_flops),
+                "ideal": full / reduction.flops(full, lambda twin=twin: twin(image)),
             }
         )
     images = [pixel_values(processor, data, i) for i in range(0, len(data), 7)]
     with torch.inference_mode():
-        runs = {name: (lambda n, m=m: m(images[n % len(images)])) for name, m in {"plain": model, **twins}.items()}
+        runs = {
+            name: (lambda n, m=m: outputs_of(m, processor, images[n % len(images)]))
+            for name, m in {"plain": model, **twins}.items()
+        }
         seconds = interleaved(runs, repeats, warmup=3)
     for row, name in zip(rows, ["plain", *twins], strict=True):
         row["ms"] = 1e3 * seconds[name]
@@ -132,9 +145,10 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="CamVid folder (default: camvid/ in AILURUS_DATA)")
+    parser.add_argument("--dataset", default="camvid", choices=DATASETS)
+    parser.add_argument("--data", help="its folder (default: the one of its name in AILURUS_DATA)")
     parser.add_argument("--model", default=str(SHIPPED), help="Segmenter folder or Hub name (default: the shipped one)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=", ".join(METHODS))
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.12])
     parser.add_argument("--locations", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, with residual")
@@ -145,19 +159,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = SegmenterImageProcessor.from_pretrained(args.model)
-    data = CamVid(data_folder(args.data), "val")
-    if args.limit:
-        data.images, data.labels = data.images[: args.limit], data.labels[: args.limit]
+    data = SegmentationData(args.dataset, args.data, limit=args.limit)
     contenders = {}
     for location in args.locations:
         for keep in args.keep:
             for method in args.methods:
-                places = [None] + (args.restore_locations if METHODS[method][2] == "residual" else [])
+                places = [None] + (args.restore_locations if METHODS[parsed(method)[0]].takes_restore_location else [])
                 for restore_location in places:
                     key = f"{method}, L={location}, keep={keep}, R={restore_location}"
                     contenders[key] = (method, location, keep, restore_location)
     rows = measure(model, processor, data, contenders, args.repeats)
-    save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), "images": len(data)})
+    save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), "dataset": args.dataset, "images": len(data)})
     print(markdown(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
 
 

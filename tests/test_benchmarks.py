@@ -6,11 +6,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import DECODER, SIZES, segmenter
+from models import DECODER, SIZES, images, make_model, run, segmenter
 from PIL import Image
 
-from ailurus_hf import SegmenterImageProcessor
-from benchmarks import clustering_cost, families_speed, harness, report, segmenter_quality, vit_speed
+from ailurus_hf import AiluRusError, SegmenterImageProcessor
+from ailurus_hf.cli_support import load_model
+from benchmarks import (
+    clustering_cost,
+    datasets,
+    families_speed,
+    harness,
+    methods,
+    report,
+    segmenter_quality,
+    similarity,
+    vit_speed,
+)
 from benchmarks.peers.controls import grid_pooling, random_centers
 
 
@@ -69,18 +80,131 @@ def test_quality_of_every_method_on_two_images(tmp_path):
         Image.fromarray(rng.integers(0, 11, (32, 48), dtype=np.uint8)).save(tmp_path / f"val/labels/{name}.png")
     model = segmenter("vit", decoder_config=DECODER, num_labels=11).eval()
     assert SIZES["patch_size"] == 4
-    contenders = {method: (method, 1, 0.25, None) for method in segmenter_quality.METHODS}
+    # Those that are turned to their FLOPs are tested by themselves.
+    names = [name for name, method in methods.METHODS.items() if not isinstance(method, methods.Matched)]
+    names += ["ToMe:r=40", "EViT:keep=0.5"]
+    contenders = {method: (method, 1, 0.25, None) for method in names}
     # Pictures of 32 x 48 pixels that the processor makes 64 x 96, and the labels stay 32 x 48.
     processor = SegmenterImageProcessor(do_resize=True, size={"shortest_edge": 64})
-    data = segmenter_quality.CamVid(tmp_path, "val")
+    data = datasets.SegmentationData("camvid", tmp_path)
     plain, *rows = segmenter_quality.measure(model, processor, data, contenders, repeats=1)
-    assert plain["method"] == "plain" and len(rows) == 8
+    assert plain["method"] == "plain" and len(rows) == len(names)
     for row in rows:
-        assert row["num_clusters"] == 96 and 0 <= row["agreement"] <= 1 and row["ideal"] > 1
+        assert row["num_clusters"] == {"ToMe:r=40": 384 - 4 * 40, "EViT:keep=0.5": 50}.get(row["method"], 96)
+        assert 0 <= row["agreement"] <= 1 and row["ideal"] > 1
         assert row["lost"] == pytest.approx(plain["miou"] - row["miou"])
+
+
+def test_methods_read_their_settings():
+    assert methods.parsed("ToMe") == ("ToMe", {})
+    assert methods.parsed("ToMe:r=8,restore_at=decoder") == ("ToMe", {"r": 8, "restore_at": "decoder"})
+    assert methods.parsed("Expedite:cells=(4, 6),tau=0.1") == ("Expedite", {"cells": (4, 6), "tau": 0.1})
+    for wrong in ("ToMee", "ToMe:8", "ToMe:r=", "ToMe:r=f(1)"):
+        with pytest.raises(AiluRusError, match="ToMe"):
+            methods.parsed(wrong)
+
+
+@pytest.mark.parametrize("name", ["ToMe", "EViT", "EViT, fused", "ALGM"])
+def test_peers_with_a_knob_are_turned_to_the_flops_of_the_paper(name):
+    model, x = make_model("ViTModel"), images(1)
+    setting, runs = methods.Setting(1, 0.5), [lambda: run(model, x)]
+    goal = methods.flops_with(methods.METHODS[methods.PAPER], model, setting, runs, {})
+    full = harness.model_flops(runs[0])
+    reduction = methods.apply_method(model, name, setting, runs)
+    # As near below as a step of r, or one threshold, allows.
+    assert 0.9 * goal < reduction.flops(full, runs[0]) <= goal < 0.75 * full
+    reduction.undo()
+    given = methods.apply_method(model, "ToMe:r=3", setting, runs)
+    runs[0]()
+    assert given.num_clusters() == 96 - 4 * 3 and given.settings == {"r": 3}
+    given.undo()
+    assert not model._forward_pre_hooks
+
+
+LAYOUTS = {
+    "camvid": ("val/images/a.jpg", "val/labels/a.png", None),
+    "ade20k": ("images/validation/a.jpg", "annotations/validation/a.png", None),
+    "cityscapes": ("leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png", None),
+    "pascal_context": ("JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt"),
+}
+# What a label map holds, and the classes that it means.
+MEANINGS = {
+    "camvid": ([0, 10, 11, 255], [0, 10, 255, 255]),
+    "ade20k": ([0, 1, 150, 151], [255, 0, 149, 255]),
+    "cityscapes": ([7, 33, 0, 9], [0, 18, 255, 255]),
+    "pascal_context": ([0, 59, 60, 255], [0, 59, 255, 255]),
+}
+
+
+@pytest.mark.parametrize("name", datasets.DATASETS)
+def test_data_sets_are_found_in_their_layout(name, tmp_path, monkeypatch):
+    image, label, listed = LAYOUTS[name]
+    held, classes = MEANINGS[name]
+    folder = tmp_path / name
+    for path in filter(None, (image, label, listed)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(AiluRusError, match="no val images"):
+        datasets.SegmentationData(name, folder)
+    Image.new("RGB", (2, 2)).save(folder / image)
+    if listed:
+        (folder / listed).write_text("a\n")
+    with pytest.raises(AiluRusError, match=r"a.*\.png is missing"):
+        datasets.SegmentationData(name, folder)
+    Image.fromarray(np.array(held, dtype=np.uint8).reshape(2, 2)).save(folder / label)
+    monkeypatch.setenv("AILURUS_DATA", str(tmp_path))
+    data = datasets.SegmentationData(name)
+    assert (
+        len(data) == 1 and data.image(0).size == (2, 2) and max(c for c in classes if c < 255) == data.num_classes - 1
+    )
+    assert data.label(0).tolist() == [classes[:2], classes[2:]]
+
+
+def test_quality_in_windows_is_that_of_their_average(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / "val" / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (32, 64, 3), dtype=np.uint8)).save(tmp_path / "val/images/a.jpg")
+    Image.fromarray(rng.integers(0, 11, (32, 64), dtype=np.uint8)).save(tmp_path / "val/labels/a.png")
+    model = segmenter("vit", decoder_config=DECODER, num_labels=11).eval()
+    processor = SegmenterImageProcessor(window_size=32, window_stride=16)
+    data = datasets.SegmentationData("camvid", tmp_path)
+    contenders = {"ours": (methods.PAPER, 1, 0.25, None)}
+    _, row = segmenter_quality.measure(model, processor, data, contenders, repeats=1)
+    assert row["num_clusters"] == 16  # of a window of 8 x 8 patches
+    for path in data.pairs[0]:
+        Image.open(path).crop((0, 0, 32, 32)).save(path)
+    _, whole = segmenter_quality.measure(model, SegmenterImageProcessor(), data, contenders, repeats=1)
+    assert whole["num_clusters"] == 16 and whole["ideal"] == row["ideal"] > 1
 
 
 def test_tables_in_the_documents_are_what_the_result_files_say():
     for document in report.DOCUMENTS:
         text = (report.ROOT / document).read_text()
         assert report.rewritten(text) == text, f"{document}: run python -m benchmarks.report"
+
+
+def test_similarity_of_every_method_on_two_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    model = make_model("Segmenter(ViT, mask transformer)")
+    model.save_pretrained(tmp_path / "model")
+    SegmenterImageProcessor().save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"), None, "cpu", "float32", None)
+    paths = sorted(tmp_path.glob("*.png"))
+    gradual = ["ToMe:r=5", "EViT:keep=0.5", "ALGM:sigmas=0.5", "ACT:interval=9.0"]
+    ours = [methods.PAPER, "local k-means, residual"]
+    names = [*ours, "Expedite", "CTM", *gradual, "Expedite:cells=(8, 12)"]
+    rows, pairs = similarity.measure(loaded, paths, names, [methods.Setting(1, 0.25)], repeats=1)
+    assert [row["method"] for row in rows] == names and len(pairs) == 1
+    for row in rows[:-1]:
+        assert len(row["layers"]) == 5 and row["layers"][0] == pytest.approx(1) and row["last"] < 0.9999
+        assert row["ms"]["cluster"] > 0
+        assert (row["ms"]["unmerge"] > 0) == (not row["method"].startswith("ACT"))
+        assert (row["at_location"] is None) == (row["method"] in gradual)
+        assert bool(row["assignment"]) == (row["method"] in ours)
+        assert sum(row["sizes"].values()) == (2 * 24 if row["method"] in ours else 0)
+    assert rows[-1]["layers"] == pytest.approx([1] * 5)  # as many cells as tokens
+    assert 0 < sum(pairs[0]["pairs"]) <= 2 * 96 * 95 // 2
+    text = similarity.tables(rows, pairs)
+    assert text.count("\n| Expedite | 1 | 0.25 | 24 |") == 2 and "| 0.9-1.0 |" in text

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, config, doctor
 from ailurus_hf.cli import AILURUS_FIELDS, build_parser, main
@@ -119,6 +119,48 @@ def test_comparing_a_model_that_keeps_all_tokens_agrees_everywhere(
     assert found["images"][0]["plain_miou"] is None
 
 
+BENCHMARK = ["benchmark", "images", "--repeats", "2", "--locations", "1", "--keep", "1", "0.5"]
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("segmenter", "40 → 20"), ("vit", "64 → 32")])
+def test_benchmark_measures_every_setting(model: str, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*BENCHMARK, "--model", model, "--methods", "paper", "local-kmeans"]
+    found = run_json(capsys, *arguments)
+    assert found["num_images"] == 2 and found["model"] == model and found["ailurus"] is None
+    plain, *rows = found["rows"]
+    assert plain["method"] == "plain" and plain["speed_up"] == plain["ideal"] == plain["cosine"] == 1
+    kept = [(row["method"], row["location"], row["keep"]) for row in rows]
+    assert kept == [(method, 1, keep) for method in ("paper", "local-kmeans") for keep in (1, 0.5)]
+    for row in rows:
+        assert row["speed_up"] == pytest.approx(plain["ms"] / row["ms"], rel=1e-3)
+        assert row["share"] == pytest.approx(row["speed_up"] / row["ideal"], rel=1e-3)
+        if row["keep"] == 1:  # nothing is reduced: the same outputs
+            assert (row["agreement"], row["ideal"], row["cosine"]) == (1, 1, pytest.approx(1))
+        else:
+            assert row["tokens"] == tokens and 1.2 < row["ideal"] < 2.5 and 0.1 < row["cosine"] < 0.99999
+    assert main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 5 and table[0].startswith("| method | location | keep | tokens | ms | speed-up | ideal |")
+    assert table[2].startswith("| plain | – | – | – |") and f"| paper | 1 | 0.5 | {tokens} |" in table[4]
+
+
+def test_benchmark_of_a_backbone_and_of_windows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ViTModel(ViTConfig(**TINY, image_size=64)).save_pretrained(tmp_path / "backbone")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "backbone")
+    row = run_json(capsys, *BENCHMARK, "--model", str(tmp_path / "backbone"))["rows"][2]
+    assert row["agreement"] is None and row["cosine"] < 1
+    assert main([*BENCHMARK, "--model", str(tmp_path / "backbone")]) == 0
+    assert "| – |" in capsys.readouterr().out.splitlines()[3]
+    model = SegmenterForSemanticSegmentation.from_pretrained("segmenter")
+    model.save_pretrained(tmp_path / "windows")
+    SegmenterImageProcessor(window_size=32, window_stride=16).save_pretrained(tmp_path / "windows")
+    row = run_json(capsys, *BENCHMARK, "--model", str(tmp_path / "windows"))["rows"][2]
+    (tmp_path / "one").mkdir()
+    Image.open("images/b.png").crop((0, 0, 32, 32)).save(tmp_path / "one/window.png")
+    whole = run_json(capsys, "benchmark", str(tmp_path / "one"), *BENCHMARK[2:], "--model", "segmenter")["rows"][2]
+    assert row["tokens"] == whole["tokens"] == "16 → 8" and row["ideal"] == whole["ideal"] > 1
+
+
 def test_classify_gives_the_best_classes(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "classify", "images/a.png", "--model", "vit", "--num-clusters", "16", "--top", "2")
     assert len(found["images"][0]["scores"]) == 2
@@ -208,6 +250,11 @@ SEGMENT = ["segment", "images/a.png", "--model", "segmenter"]
         ([*SEGMENT, "--output", "text.jpg"], "text.jpg"),
         ([*SEGMENT, "--device", "abacus"], "abacus"),
         ([*SEGMENT, "--repeats", "0"], "'0'"),
+        ([*BENCHMARK, "--model", "vit", "--methods", "magic"], "no method 'magic'"),
+        ([*BENCHMARK, "--model", "vit", "--locations", "9"], "cluster_location 9"),
+        ([*BENCHMARK, "--model", "vit", "--keep", "1.5"], "1.5"),
+        ([*BENCHMARK, "--model", "bert"], "bert"),
+        (["benchmark", "empty", "--model", "vit"], "no image in folder empty"),
         (["convert-segmenter", "nowhere/nothing.pth", "out"], "nowhere"),
         (["convert-segmenter", "official/text.pth", "out"], "text.pth"),
         (["convert-segmenter", "official/text.pth", "text.jpg"], "text.jpg is a file"),

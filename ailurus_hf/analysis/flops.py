@@ -1,10 +1,11 @@
-"""FLOPs of transformer layers as a function of their number of tokens (a multiply-add is two)."""
+"""FLOPs: of transformer layers as a function of their number of tokens, and of whole models (a multiply-add is two)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def layer_flops(layer: nn.Module, num_tokens: int) -> float:
@@ -19,3 +20,19 @@ def layer_flops(layer: nn.Module, num_tokens: int) -> float:
 def layers_flops(layers: Iterable[nn.Module], num_tokens: int) -> float:
     """FLOPs of several layers on one sequence of `num_tokens`."""
     return sum(layer_flops(layer, num_tokens) for layer in layers)
+
+
+def counted_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """FLOPs of a whole forward on a model's inputs, counted by torch on shapes alone: nothing is computed.
+
+    Attention counts as its two products, since torch does not know the fused kernels of all devices.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        shapes = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+        with FlopCounterMode(display=False) as counter:
+            model(**shapes)
+    return counter.get_total_flops()

@@ -1,0 +1,227 @@
+"""Speed and fidelity of several settings on one's own model and images: what `ailurus-hf benchmark` measures.
+
+Plain and all settings take turns on the same image; each is taken off before the next one's turn. Beside each speed-up
+stand the one that the FLOPs allow, the share of it that was reached, and how near the output stays to the plain one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .analysis import counted_flops
+from .apply import ailurus_status, apply_ailurus, remove_ailurus
+from .comparison import median_times
+from .config import AiluRusConfig
+from .errors import AiluRusError
+
+if TYPE_CHECKING:
+    from .cli_support import LoadedModel
+
+# What `--methods` takes: fields of AiluRusConfig.
+METHODS: dict[str, dict[str, Any]] = {
+    "paper": {"clustering": "density_peaks", "restore": "copy"},
+    "density-peaks": {"clustering": "density_peaks", "restore": "residual"},
+    "local-kmeans": {"clustering": "local_kmeans", "restore": "residual"},
+    "local-kmeans-copy": {"clustering": "local_kmeans", "restore": "copy"},
+}
+COLUMNS = {
+    "method": "{}",
+    "location": "{}",
+    "keep": "{:g}",
+    "tokens": "{}",
+    "ms": "{:.1f}",
+    "speed-up": "{:.2f}×",
+    "ideal": "{:.2f}×",
+    "share": "{:.2f}",
+    "agreement": "{:.2%}",
+    "cosine": "{:.4f}",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting. tokens: patches and representatives of the last image; ms: median of a forward.
+
+    ideal: speed-up by FLOPs alone; share: of it. agreement: share of equal labels (pixels, or images), None without labels;
+    cosine: mean over pixels, images or tokens of that between plain and reduced outputs.
+    """
+
+    method: str
+    location: int | None
+    keep: float | None
+    tokens: str | None
+    ms: float
+    speed_up: float
+    ideal: float
+    share: float
+    agreement: float | None
+    cosine: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rounded, for JSON."""
+        return {name: round(v, 5) if isinstance(v, float) else v for name, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method of METHODS behind layer `location`, with `keep` of the tokens."""
+
+    method: str
+    location: int
+    keep: float
+
+    def config(self) -> AiluRusConfig:
+        """Raises AiluRusError on what is out of range."""
+        if self.method not in METHODS:
+            raise AiluRusError(f"no method {self.method!r}: there are {', '.join(METHODS)}")
+        return AiluRusConfig(cluster_location=self.location, keep_ratio=self.keep, **METHODS[self.method])
+
+
+@dataclass
+class _Fidelity:
+    """Sums over images."""
+
+    agreement: list[float] = field(default_factory=list)
+    cosine: list[float] = field(default_factory=list)
+    full: float = 0.0
+    reduced: float = 0.0
+    tokens: str | None = None
+
+
+def settings(methods: Iterable[str], locations: Iterable[int], keeps: Iterable[float]) -> dict[Setting, AiluRusConfig]:
+    """Every combination with its config; raises AiluRusError on what is out of range."""
+    every = [Setting(*each) for each in itertools.product(methods, locations, keeps)]
+    return {setting: setting.config() for setting in every}
+
+
+def benchmark(
+    loaded: LoadedModel,
+    images: Sequence[Path],
+    configs: dict[Setting, AiluRusConfig],
+    repeats: int,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[Row]:
+    """Measures plain and every config on the images; `repeats` timed rounds, each on another image.
+
+    Raises AiluRusError where the model cannot be reduced so, before the first image is read.
+    """
+    for config in configs.values():
+        _switch(loaded, config)
+    fidelity = {setting: _Fidelity() for setting in configs}
+    flops: dict[Any, int] = {}
+    # The first pass also makes what depends on an image's size alone, so that no timed round has to.
+    for path in progress(images):
+        _compare(loaded, _inputs(loaded, path), configs, fidelity, flops)
+
+    times: list[list[float]] = [[] for _ in range(1 + len(configs))]
+    for turn in progress(range(repeats)):
+        inputs = _inputs(loaded, images[turn % len(images)])
+        runs = [(partial(_switch, loaded, config), partial(loaded, inputs)) for config in (None, *configs.values())]
+        for taken, ms in zip(times, median_times(runs, 1, loaded.device), strict=True):
+            taken.append(ms)
+    _switch(loaded, None)
+    plain, *reduced = (statistics.median(taken) for taken in times)
+    rows = [Row("plain", None, None, None, plain, 1.0, 1.0, 1.0, None, 1.0)]
+    for setting, ms in zip(configs, reduced, strict=True):
+        seen = fidelity[setting]
+        ideal = seen.full / seen.reduced
+        rows.append(
+            Row(
+                method=setting.method,
+                location=setting.location,
+                keep=setting.keep,
+                tokens=seen.tokens,
+                ms=ms,
+                speed_up=plain / ms,
+                ideal=ideal,
+                share=plain / ms / ideal,
+                agreement=statistics.fmean(seen.agreement) if seen.agreement else None,
+                cosine=statistics.fmean(seen.cosine),
+            )
+        )
+    return rows
+
+
+def _inputs(loaded: LoadedModel, path: Path) -> dict[str, Tensor]:
+    from .cli_support import read_image
+
+    return loaded.prepare(read_image(path))
+
+
+def _switch(loaded: LoadedModel, config: AiluRusConfig | None) -> None:
+    remove_ailurus(loaded.model)
+    if config is not None:
+        apply_ailurus(loaded.model, config)
+
+
+def _compare(
+    loaded: LoadedModel,
+    inputs: dict[str, Tensor],
+    configs: dict[Setting, AiluRusConfig],
+    fidelity: dict[Setting, _Fidelity],
+    flops: dict[Any, int],
+) -> None:
+    """Adds one image to every config's fidelity."""
+    _switch(loaded, None)
+    plain, has_labels = _prediction(loaded(inputs))
+    seen = _one_sequence(loaded, inputs)
+    shape = tuple(seen["pixel_values"].shape)
+    if shape not in flops:
+        flops[shape] = counted_flops(loaded.model, seen)
+    for setting, config in configs.items():
+        _switch(loaded, config)
+        reduced, _ = _prediction(loaded(inputs))
+        place, found = ailurus_status(loaded.model).places, fidelity[setting]
+        saved = sum((p.flops or 0.0) - (p.reduced_flops or 0.0) for p in place)
+        found.full += flops[shape]
+        found.reduced += flops[shape] - saved
+        found.tokens = f"{place[0].num_tokens} → {place[0].num_clusters}"
+        found.cosine.append(F.cosine_similarity(plain, reduced, dim=-1).mean().item())
+        if has_labels:
+            found.agreement.append((plain.argmax(-1) == reduced.argmax(-1)).float().mean().item())
+
+
+def _prediction(outputs: Any) -> tuple[Tensor, bool]:
+    """What a model is for, its values last, and whether they are scores of classes."""
+    logits = getattr(outputs, "logits", None)
+    if logits is None and getattr(outputs, "last_hidden_state", None) is None:
+        raise AiluRusError(f"{type(outputs).__name__} holds neither logits nor hidden states to compare")
+    if logits is None:
+        return outputs.last_hidden_state.float(), False
+    return (logits.movedim(1, -1) if logits.ndim == 4 else logits).float(), True
+
+
+def _one_sequence(loaded: LoadedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs as the encoder gets them: of an image that is seen in windows, one window."""
+    window = getattr(loaded.processor, "window_size", None)
+    if window is None:
+        return inputs
+    height, width = (window, window) if isinstance(window, int) else window
+    return inputs | {"pixel_values": inputs["pixel_values"][..., :height, :width]}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in rows:
+        values = {name.replace("_", "-"): value for name, value in asdict(row).items()}
+        cells = [
+            "–" if values[name] is None or _is_nan(values[name]) else form.format(values[name])
+            for name, form in COLUMNS.items()
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,266 @@
+"""What the peers share: hooks on one encoder that shorten its token sequence and fill all N places again at the end.
+
+A peer says where tokens are merged: before a layer (`merge_before`) or between a layer's attention and its MLP
+(`merge_inside`). It sets `bias` (added to the logits of the present keys) and `unfold` (from the present patch tokens
+to all N). Everything else is here: finding encoders, hooks, decoders, hidden states, undoing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ailurus_hf.errors import AiluRusError, UnsupportedModelError
+from ailurus_hf.vision.adapters import relative_bias_modules
+from ailurus_hf.vision.backend import attention_configs, parameters_of, restore_attention, use_ailurus_attention
+from ailurus_hf.vision.finding import FoundEncoder, find_encoders
+from ailurus_hf.vision.installation import ATTRIBUTE
+
+RESTORE_PLACES = ("backbone", "decoder")
+Unfold = Callable[[Tensor], Tensor]
+
+
+class Peer:
+    """One method on one encoder. `restore_at`: fill the N places after the backbone, or after a decoder on tokens."""
+
+    def __init__(self, found: FoundEncoder, restore_at: str = "backbone") -> None:
+        if restore_at not in RESTORE_PLACES:
+            raise AiluRusError(f"restore_at must be one of {RESTORE_PLACES}, got {restore_at!r}")
+        _check_plain(found)
+        self.found, self.layers, self.prefix = found, found.layers, found.prefix
+        self.through_decoder = restore_at == "decoder" and found.decoder is not None
+        self.handles: list[Any] = []
+        self.previous_attention: list[Any] = []
+        # Of the last forward: patch tokens after each layer, the first entry before all of them.
+        self.token_counts: list[int] = []
+
+    def place(self) -> None:
+        """The method's own hooks."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Called at the start of a forward; `grid` and `num_tokens` are known then."""
+
+    # What methods use.
+
+    def merge_before(self, index: int, merge: Callable[[Tensor], Tensor]) -> None:
+        """Patch tokens Tensor[B, N, C] through `merge` before layer `index` (0: the embeddings)."""
+
+        def hook(layer: nn.Module, args: tuple) -> tuple:
+            prefix, tokens = self.split(args[0])
+            merged = merge(tokens)
+            if merged is not tokens and index == 0:
+                # transformers records the first layer's input, which is merged by then, as the embeddings.
+                self.history[0] = lambda _: tokens
+            return (args[0] if merged is tokens else torch.cat([prefix, merged], 1), *args[1:])
+
+        self.handles.append(self.layers[index].register_forward_pre_hook(hook))
+
+    def merge_inside(self, index: int, merge: Callable[[Tensor, int], Tensor]) -> None:
+        """The whole sequence Tensor[B, L, C] through `merge(sequence, index)` between attention and MLP of a layer.
+
+        The layer adds its MLP's output to what it had before the merge. So the MLP's output is held back, a zero goes in
+        its place, and the sum of the right two becomes the layer's output.
+        """
+        held: dict[str, Tensor] = {}
+
+        def before_mlp(norm: nn.Module, args: tuple) -> tuple | None:
+            held.clear()
+            merged = merge(args[0], index)
+            if merged is args[0]:
+                return None
+            held["merged"] = merged
+            return (merged,)
+
+        def after_mlp(mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if not held:
+                return None
+            held["output"] = output
+            return output.new_zeros(())
+
+        def after_layer(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            return held["merged"] + held.pop("output") if held else None
+
+        layer = self.layers[index]
+        norm, last = _mlp_parts(layer)
+        self.handles.append(norm.register_forward_pre_hook(before_mlp))
+        self.handles.append(last.register_forward_hook(after_mlp))
+        # Prepended, so that what records hidden states sees the merged ones.
+        self.handles.append(layer.register_forward_hook(after_layer, prepend=True))
+
+    def watch(self, index: int, name: str) -> dict[str, Tensor]:
+        """A dict whose "output" is the last output of a layer's submodule, such as "k_proj": Tensor[B, L, C]."""
+        seen: dict[str, Tensor] = {}
+        modules = [m for path, m in self.layers[index].named_modules() if path.rsplit(".", 1)[-1] == name]
+        if len(modules) != 1:
+            raise UnsupportedModelError(f"{type(self.layers[index]).__name__} has {len(modules)} {name}, not one")
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            seen["output"] = output
+
+        self.handles.append(modules[0].register_forward_hook(hook))
+        return seen
+
+    def split(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
+        return sequence[:, : self.prefix], sequence[:, self.prefix :]
+
+    # The forward.
+
+    def install(self) -> None:
+        encoder = self.found.encoder
+        self.mask_position = parameters_of(self.layers[0]).index("attention_mask")
+        self._pre(encoder, self._begin)
+        for location, layer in enumerate(self.layers, start=1):
+            restores = location == len(self.layers) and not self.through_decoder
+            hook = self._restore if restores else self._remember(location)
+            self.handles.append(layer.register_forward_hook(hook, prepend=True))
+        # Its hooks behind layers are prepended too, and so run before those above.
+        self.place()
+        # After the method's own: a merge before a layer changes the length that the bias has to have.
+        for layer in self.layers:
+            self._pre(layer, self._add_bias)
+        self.handles.append(encoder.register_forward_hook(self._finish))
+        layers: list[nn.Module] = list(self.layers)
+        if self.through_decoder:
+            assert self.found.decoder is not None
+            for layer in self.found.decoder_layers:
+                self._pre(layer, self._add_decoder_bias)
+            self.handles.append(self.found.decoder.register_forward_hook(self._finish_decoder))
+            layers += self.found.decoder_layers
+        self.previous_attention = use_ailurus_attention(attention_configs(layers))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        restore_attention(self.previous_attention)
+        self.previous_attention = []
+
+    def _begin(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        pixel_values = args[0] if args else kwargs["pixel_values"]
+        self.grid = tuple(self.found.family.grid(encoder, pixel_values))
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.bias: Tensor | None = None
+        self.unfold: Unfold | None = None
+        self.history: dict[int, Unfold | None] = {}
+        self.token_counts = [self.num_tokens]
+        self.begin()
+
+    def _add_bias(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return self._with_bias(args, kwargs, 0) if self.bias is not None else None
+
+    def _add_decoder_bias(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return self._with_bias(args, kwargs, self.found.decoder_suffix, decoder=True) if self.bias is not None else None
+
+    def _with_bias(self, args: tuple, kwargs: dict, suffix: int, decoder: bool = False) -> tuple[tuple, dict]:
+        assert self.bias is not None
+        bias = F.pad(self.bias, (0 if decoder else self.prefix, suffix))[:, None, None].to(args[0].dtype)
+        if len(args) > self.mask_position:
+            return (*args[: self.mask_position], bias, *args[self.mask_position + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": bias}
+
+    def _remember(self, location: int) -> Callable:
+        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
+            self.history[location] = self.unfold
+            self.token_counts.append(output.shape[1] - self.prefix)
+
+        return hook
+
+    def _restore(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        self.token_counts.append(output.shape[1] - self.prefix)
+        return self._unfolded(output, self.unfold)
+
+    def _unfolded(self, sequence: Tensor, unfold: Unfold | None) -> Tensor:
+        if unfold is None:
+            return sequence
+        prefix, tokens = self.split(sequence)
+        return torch.cat([prefix, self.back(tokens, unfold)], 1)
+
+    def back(self, tokens: Tensor, unfold: Unfold) -> Tensor:
+        """Every unfolding goes through here, so that it can be timed."""
+        return unfold(tokens)
+
+    def _finish(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            output["hidden_states"] = tuple(
+                None if state is None else self._unfolded(state, self.history.get(location))
+                for location, state in enumerate(states)
+            )
+        return output
+
+    def _finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output if self.unfold is None else self.back(output, self.unfold)
+
+    def _pre(self, module: nn.Module, hook: Any) -> None:
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+class Applied:
+    """A peer on a model. `undo`, or the end of a `with`, leaves no trace of it."""
+
+    def __init__(self, peers: Sequence[Peer]) -> None:
+        self.peers = list(peers)
+
+    def undo(self) -> None:
+        for peer in self.peers:
+            peer.remove()
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def attach(model: nn.Module, method: type[Peer], **settings: Any) -> Applied:
+    """Puts a method on every encoder in a model. Refused where AiluRus or a peer is on already."""
+    peers = [method(found, **settings) for found in find_encoders(model)]
+    for peer in peers:
+        encoder = peer.found.encoder
+        owners = [getattr(hook, "__self__", None) for hook in encoder._forward_pre_hooks.values()]
+        if ATTRIBUTE in vars(encoder) or any(isinstance(owner, Peer) for owner in owners):
+            raise AiluRusError(f"{type(encoder).__name__} is reduced already: undo that first")
+    applied = Applied([])
+    try:
+        for peer in peers:
+            applied.peers.append(peer)
+            peer.install()
+    except Exception:
+        applied.undo()
+        raise
+    return applied
+
+
+def copy_back(source: Tensor) -> Unfold:
+    """The unfolding that gives each of N places the value of the token it is in now: LongTensor[B, N]."""
+    return lambda tokens: rows(tokens, source)
+
+
+def rows(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens[b, index[b, i]]: Tensor[B, L, C], LongTensor[B, I] to [B, I, C]."""
+    batch, length, channels = tokens.shape
+    flat = index + torch.arange(batch, device=index.device)[:, None] * length
+    return tokens.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)
+
+
+def _check_plain(found: FoundEncoder) -> None:
+    """Peers are written for tokens with a prefix and a mask, and nothing else beside them."""
+    family, parameters = found.family, parameters_of(found.layers[0])
+    around = [found.suffix, family.queries, family.reads, family.between, family.prepare, found.reader]
+    beside = "position_embeddings" in parameters or relative_bias_modules(found.encoder)
+    if any(around) or beside or "attention_mask" not in parameters:
+        raise UnsupportedModelError(f"the peers run on ViTs without anything beside tokens, not on {family.name}")
+
+
+def _mlp_parts(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The norm before a layer's MLP, and the last module before the MLP's output is added."""
+    parts = dict(layer.named_children())
+    for norm, last in (("norm2", "layer_scale2"), ("layernorm_after", "mlp"), ("layer_norm2", "mlp")):
+        if norm in parts and last in parts:
+            return parts[norm], parts[last]
+    raise UnsupportedModelError(f"the MLP of {type(layer).__name__} is not known: it has {', '.join(parts)}")
