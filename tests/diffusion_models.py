@@ -134,6 +134,8 @@ def sharpen(network):
                 parameter.normal_(std=0.2)
             if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
                 parameter.mul_(6)
+            if name.endswith("attn2.to_v.weight"):
+                parameter.mul_(12)
     return network.eval()
 
 
@@ -177,7 +179,8 @@ def make_vae():
 
 
 def scheduler():
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(**betas, clip_sample=False, steps_offset=1)
 
 
 def make_pipeline(kind, network="UNet", **parts):

