@@ -161,19 +161,30 @@ def pairs_halves(pipeline: Any, call: Call, args: tuple, kwargs: dict) -> bool:
     return not perturbed and not hasattr(pipeline, "image_guidance_scale")
 
 
-def block_flops(block: nn.Module, queries: int, keys: int, others: int) -> float:
-    """FLOPs of a block on one image, by its tokens: queries and keys of self-attention, and those of all the rest.
+# What FLOPs of cross-attention are counted for: the length of CLIP's texts.
+TEXT_TOKENS = 77
 
-    What depends on the length of the text is left out.
-    """
+
+def block_flops(block: nn.Module, queries: int, keys: int, others: int) -> float:
+    """FLOPs of a block on one image, by its tokens: queries and keys of self-attention, and those of all the rest."""
     attention, cross = block.attn1, getattr(block, "attn2", None)
     rest = [block.ff] if cross is None else [block.ff, cross.to_q, cross.to_out]
-    dense = (
+    flops: float = (
         queries * _linear_flops([attention.to_q, attention.to_out])  # type: ignore
         + keys * _linear_flops([attention.to_k, attention.to_v])  # type: ignore
         + others * _linear_flops(rest)  # type: ignore
+        + 4.0 * queries * keys * attention.inner_dim  # type: ignore
     )
-    return dense + 4.0 * queries * keys * attention.inner_dim  # type: ignore
+    if cross is not None:
+        flops += TEXT_TOKENS * (_linear_flops([cross.to_k, cross.to_v]) + 4.0 * others * cross.inner_dim)
+    return flops
+
+
+def projection_flops(stack: Stack, num_tokens: int) -> float:
+    """FLOPs of the linear maps into and out of a stack; 0 where there are none."""
+    if not stack.on_maps:
+        return 0.0
+    return 4.0 * stack.module.config.in_channels * stack.blocks[0].attn1.inner_dim * num_tokens  # type: ignore
 
 
 def _linear_flops(parts: Iterable[nn.Module]) -> float:

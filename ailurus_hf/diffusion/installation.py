@@ -11,7 +11,7 @@ from ..clustering import Clustering, configured
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..status import Place, Status
-from .backend import Stack, block_flops, find_networks, find_stacks, modules_of, self_attentions
+from .backend import Stack, block_flops, find_networks, find_stacks, modules_of, projection_flops, self_attentions
 from .processor import AiluRusProcessor
 from .reducer import NetworkReducer
 from .stacks import StackHooks
@@ -99,8 +99,11 @@ def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Pla
         tokens, clusters = record.last_tokens, record.last_clusters_count
         others = tokens if config.scope == "attention" else clusters
         queries = tokens if config.reduce == "kv" else clusters
+        projected = clusters if config.scope == "blocks" and config.projections == "merged" else tokens
         full = sum(block_flops(block, tokens, tokens, tokens) for block in stack.blocks)
+        full += projection_flops(stack, tokens)
         reduced = sum(block_flops(block, queries, clusters, others) for block in stack.blocks)
+        reduced += projection_flops(stack, projected)
     return Place(
         where=".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__,
         location=number,
