@@ -72,7 +72,7 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
     if not NETWORKS[name].maps:
         # At the size it was made for, places are in a buffer.
         network.pos_embed.pos_embed.zero_()
-        doubled = latents((4, 4, 4)).repeat_interleave(4, -1).repeat_interleave(4, -2)
+        doubled = duplicated(latents((4, 4, 4)), 4)
         reduced = predict(network, name, doubled)
         assert [p.num_clusters for p in ailurus_status(network).places] == [16]
         plain = predict(remove_ailurus(network), name, doubled)
@@ -83,7 +83,7 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
 
     def run(stack):
         small = latents((stack.module.config.in_channels, LATENTS[0] // 2, LATENTS[1] // 2))
-        doubled = small.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        doubled = duplicated(small, 2)
         with torch.no_grad():
             return stack.module(doubled, encoder_hidden_states=text_of(network), return_dict=False)[0]
 
@@ -96,6 +96,43 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
     for stack in reducer.stacks:
         plain = run(stack)
         torch.testing.assert_close(reduced[stack.name], plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+def duplicated(small, times):
+    """Every pixel several times, and every fourth column like the one before, so that clusters differ in size."""
+    small[..., 1::4] = small[..., 0::4]
+    return small.repeat_interleave(times, -1).repeat_interleave(times, -2)
+
+
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
+def test_tokens_keep_what_sets_them_apart_from_their_cluster(name):
+    network, seen = make_network(name), []
+    path = {"UNet": "down_blocks.0.attentions.0.", "SDXL UNet": "down_blocks.1.attentions.0.", "PixArt": ""}[name]
+    blocks = network.get_submodule(f"{path}transformer_blocks")
+    # Hooks that were there before see all tokens.
+    blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    apply_ailurus(network, **SETTINGS)
+    predict(network, name, sample(name))
+    clusters = max((r.last_clusters for r in reducers_of(network)[0][1].records.values()), key=lambda c: c.num_tokens)
+    before, after = seen[:2]
+    gained = after - before
+    torch.testing.assert_close(clusters.unmerge(clusters.merge(gained)), gained, rtol=1e-4, atol=1e-4)
+    assert (clusters.unmerge(clusters.merge(after)) - after).abs().max() > 1e-2
+
+
+def test_pixels_keep_what_sets_them_apart_where_projections_are_merged():
+    network, seen = make_network("UNet"), []
+    apply_ailurus(network, **SETTINGS, projections="merged")
+    stack = reducers_of(network)[0][1].stacks[0].module
+    stack.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=True)
+    stack.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    predict(network, "UNet", sample("UNet"))
+    clusters = ailurus_status(network).last_clusters
+    before, after = seen[0].flatten(2).transpose(1, 2), seen[-1].flatten(2).transpose(1, 2)
+    gained = after - before
+    assert gained.shape[1] == 96
+    torch.testing.assert_close(clusters.unmerge(clusters.merge(gained)), gained, rtol=1e-4, atol=1e-4)
 
 
 def text_of(network):
