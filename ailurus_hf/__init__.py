@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AiluRusConfig": "config",
+    "AiluRusDiffusionConfig": "config",
     "AiluRusError": "errors",
     "AiluRusModel": "vision.auto",
     "AiluRusModelForDepthEstimation": "vision.auto",
     "AiluRusModelForImageClassification": "vision.auto",
     "AiluRusModelForObjectDetection": "vision.auto",
     "AiluRusModelForSemanticSegmentation": "vision.auto",
+    "AiluRusProcessor": "diffusion.processor",
     "SegmenterConfig": "segmenter",
     "SegmenterForSemanticSegmentation": "segmenter",
     "SegmenterImageProcessor": "segmenter",
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
     from .attention import count_weighted_attention
     from .clustering import local_kmeans, spatial_density_peaks
     from .clusters import TokenClusters
-    from .config import AiluRusConfig
+    from .config import AiluRusConfig, AiluRusDiffusionConfig
+    from .diffusion.processor import AiluRusProcessor
     from .errors import AiluRusError, UnsupportedModelError
     from .segmenter import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
     from .vision.auto import (
@@ -56,7 +59,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == __name__:
             raise
-        raise ImportError(f"{error}. {name} needs: pip install 'ailurus-hf[vision]'") from error
+        extra = "diffusion" if _HOME[name].startswith("diffusion") else "vision"
+        raise ImportError(f"{error}. {name} needs: pip install 'ailurus-hf[{extra}]'") from error
 
 
 def __dir__() -> list[str]:

@@ -7,59 +7,81 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .config import AiluRusConfig
+from .config import AiluRusConfig, AiluRusDiffusionConfig
 from .errors import AiluRusError, UnsupportedModelError
 from .status import Status
 
-Target = TypeVar("Target", bound=nn.Module)
+Target = TypeVar("Target")
+Config = AiluRusConfig | AiluRusDiffusionConfig
 
 
-def apply_ailurus(target: Target, config: AiluRusConfig | None = None, **config_fields: Any) -> Target:
-    """Runs the later layers of a transformers model on M representative tokens instead of N. No weights change.
+def apply_ailurus(target: Target, config: Config | None = None, **config_fields: Any) -> Target:
+    """Runs a transformers model, or a diffusers pipeline, on representative tokens instead of all. No weights change.
 
-    target: a model, or an encoder inside one; it is changed in place and returned. Applying again replaces.
-    config, config_fields: an `AiluRusConfig`, or its fields, or both (the fields win).
+    target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt
+        transformer; it is changed in place and returned. Applying again replaces.
+    config, config_fields: an `AiluRusConfig` (for diffusers an `AiluRusDiffusionConfig`), or its fields, or both (the
+        fields win).
     Raises UnsupportedModelError where nothing in the target can be reduced, AiluRusError on wrong settings; the target
     is then as it was.
 
         model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")
         apply_ailurus(model, cluster_location=2, keep_ratio=0.5)
+
+        pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        apply_ailurus(pipe, keep_ratio=0.25)
     """
-    _vision(target).install(target, _combined(config, config_fields))
+    installation = _installation(target)
+    kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
+    installation.install(target, _combined(kind, config, config_fields))
     return target
 
 
 def remove_ailurus(target: Target) -> Target:
     """Takes token reduction off: outputs are bit for bit those from before, and no hook or attribute is left."""
-    _vision(target).uninstall(target)
+    _installation(target).uninstall(target)
     return target
 
 
-def ailurus_status(target: nn.Module) -> Status:
+def ailurus_status(target: Any) -> Status:
     """What is on, where, N → M in the last forward, how often it clustered and the FLOPs saved; prints as a table."""
-    status: Status = _vision(target).status(target)
+    status: Status = _installation(target).status(target)
     return status
 
 
-def _combined(config: AiluRusConfig | None, fields: dict[str, Any]) -> AiluRusConfig:
-    if config is not None and not isinstance(config, AiluRusConfig):
-        raise AiluRusError(f"config must be an AiluRusConfig, got {type(config).__name__}")
+def _combined(kind: type[Config], config: Config | None, fields: dict[str, Any]) -> Config:
+    if config is not None and not isinstance(config, kind):
+        raise AiluRusError(f"config must be an {kind.__name__}, got {type(config).__name__}")
     given = {} if config is None else config.to_dict()
     # num_clusters and keep_ratio exclude each other: a new one takes the other's place.
     for one, other in (("num_clusters", "keep_ratio"), ("keep_ratio", "num_clusters")):
         if one in fields and other not in fields:
             given.pop(other, None)
     try:
-        return AiluRusConfig(**{**given, **fields})
+        return kind(**{**given, **fields})
     except TypeError as error:
-        raise AiluRusError(f"{error}; the fields are {', '.join(AiluRusConfig.__dataclass_fields__)}") from None
+        raise AiluRusError(f"{error}; the fields are {', '.join(kind.__dataclass_fields__)}") from None
 
 
-def _vision(target: nn.Module) -> ModuleType:
-    if not isinstance(target, nn.Module):
-        raise UnsupportedModelError(f"{type(target).__name__} is no torch module: give a transformers model")
+def _is_diffusers(target: Any) -> bool:
+    """Whether a target, or a part of it, is of a class that diffusers defines; this does not import diffusers."""
+    parts = target.modules() if isinstance(target, nn.Module) else [target]
+    return any(base.__module__.startswith("diffusers.") for part in parts for base in type(part).__mro__)
+
+
+def _installation(target: Any) -> ModuleType:
+    """What installs on the target's kind: transformers models or diffusers pipelines and networks."""
+    diffusers = _is_diffusers(target)
+    if not diffusers and not isinstance(target, nn.Module):
+        raise UnsupportedModelError(
+            f"{type(target).__name__} is no torch module: give a transformers model, or a diffusers pipeline or network"
+        )
     try:
-        from .vision import installation
+        if diffusers:
+            from .diffusion import installation
+        else:
+            from .vision import installation  # type: ignore[no-redef]
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error}. Transformers models need: pip install 'ailurus-hf[vision]'") from error
+        kind, extra = ("Diffusers pipelines", "diffusion") if diffusers else ("Transformers models", "vision")
+        raise ImportError(f"{error}. {kind} need: pip install 'ailurus-hf[{extra}]'") from error
     return installation

@@ -45,7 +45,9 @@ def biased_attention(
         mask = key_bias[:, None, None, :].to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     if form == "channel":
-        return _with_extra_channel(query, key, value, key_bias, scale, dropout)
+        width = value.shape[-1]
+        query, key, value = with_extra_channel(query, key, value, key_bias, scale)
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)[..., :width]
     raise AiluRusError(f"form must be 'auto', 'mask' or 'channel', got {form!r}")
 
 
@@ -58,16 +60,15 @@ def preferred_form(query: Tensor) -> str:
     return "channel" if query.device.type == "cuda" and half else "mask"
 
 
-def _with_extra_channel(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float, dropout: float
-) -> Tensor:
-    width = query.shape[-1]
-    extra = 8 - width % 8
+def with_extra_channel(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a wider head whose attention includes the bias; the values' first channels are the result."""
+    extra = 8 - query.shape[-1] % 8
     # A key is a factor of products, so what has no weight gets a number as low as its type allows, and not -inf.
     bias = (key_bias / scale).clamp(min=torch.finfo(key.dtype).min / 2).to(key.dtype)
     ones = query.new_ones(*query.shape[:-1], 1)
     query = torch.cat([query, F.pad(ones, (0, extra - 1))], -1)
     channel = bias[:, None, :, None].expand(-1, key.shape[1], -1, -1)
     key = torch.cat([key, F.pad(channel, (0, extra - 1))], -1)
-    value = F.pad(value, (0, extra))
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)[..., :width]
+    return query, key, F.pad(value, (0, extra))

@@ -1,10 +1,11 @@
-"""What to reduce, where and how: AiluRusConfig for vision transformers."""
+"""What to reduce, where and how: AiluRusConfig for vision transformers, AiluRusDiffusionConfig for diffusion."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,9 @@ from .errors import AiluRusError
 CLUSTERINGS = ("density_peaks", "local_kmeans")
 RESTORES = ("copy", "residual")
 RESTORE_PLACES = (None, "backbone", "decoder")
+SCOPES = ("blocks", "attention")
+REDUCES = ("qkv", "kv")
+PROJECTIONS = ("all", "merged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,84 @@ class AiluRusConfig:
         if unknown:
             warnings.warn(f"ignoring unknown AiluRusConfig fields {unknown}", stacklevel=2)
         return cls(**{name: value for name, value in fields.items() if name in known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AiluRusDiffusionConfig:
+    """How the image tokens of a diffusion network are reduced; checked when made.
+
+    keep_ratio: M = round(keep_ratio · N) at every resolution; or a dict from how many times smaller than the latents a
+        resolution's sides are (1, 2, 4, 8) to its ratio: resolutions that it leaves out run unreduced.
+    min_tokens: grids of fewer tokens run unreduced.
+    scope: "blocks" (whole stacks of transformer blocks run on M tokens: self-attention with counts, cross-attention and
+        MLP; each token then adds what its representative gained) or "attention" (self-attention alone).
+    reduce: with scope="attention", "qkv", or "kv" (every token still asks; only keys and values are merged).
+    projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that what
+        sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack only).
+        Transformers on patches (PixArt, DiT) have no such maps.
+    refresh_every: denoising steps that share an assignment. Within a step, all stacks of a resolution always do.
+    share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
+        pipeline says that its batches are such; False: never.
+    unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline, which
+        knows how many there are.
+    clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in `AiluRusConfig`.
+    """
+
+    keep_ratio: float | Mapping[int, float] = 0.5
+    min_tokens: int = 1024
+    scope: str = "blocks"
+    reduce: str = "qkv"
+    projections: str = "all"
+    refresh_every: int = 1
+    share_cfg: bool | None = None
+    unreduced_first_steps: int = 0
+    unreduced_last_steps: int = 0
+    clustering: str = "local_kmeans"
+    alpha: float = 0.9
+    num_spatial_neighbors: int = 50
+    num_density_neighbors: int = 1
+    check_finite: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep_ratio, Mapping):
+            # JSON knows no whole numbers as keys.
+            levels = {int(level): float(ratio) for level, ratio in self.keep_ratio.items()}
+            object.__setattr__(self, "keep_ratio", levels)
+            wrong = sorted(level for level in levels if level < 1 or level & (level - 1))
+            if wrong or not levels:
+                raise AiluRusError(f"keep_ratio's keys must be of 1, 2, 4, 8, ..., got {wrong or 'none'}")
+        for ratio in self.keep_ratio.values() if isinstance(self.keep_ratio, Mapping) else [self.keep_ratio]:
+            if not 0 < ratio <= 1:
+                raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {ratio}")
+        for name, least in (("min_tokens", 1), ("refresh_every", 1)):
+            if getattr(self, name) < least:
+                raise AiluRusError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("unreduced_first_steps", "unreduced_last_steps"):
+            if getattr(self, name) < 0:
+                raise AiluRusError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_settings(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
+        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("reduce", self.reduce, REDUCES)
+        _check_choice("projections", self.projections, PROJECTIONS)
+        _check_choice("clustering", self.clustering, CLUSTERINGS)
+        if self.reduce == "kv" and self.scope == "blocks":
+            raise AiluRusError("reduce='kv' keeps every token's query: use scope='attention', got 'blocks'")
+
+    def clusters_for(self, num_tokens: int, level: int) -> int:
+        """M for a grid of N tokens whose sides are `level` times smaller than the latents'; N where it runs unreduced."""
+        ratio = self.keep_ratio.get(level, 1.0) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
+        if num_tokens < self.min_tokens:
+            return num_tokens
+        return min(max(math.floor(ratio * num_tokens + 0.5), 1), num_tokens)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a forward depends on those before it."""
+        return self.refresh_every > 1 or self.unreduced_first_steps > 0 or self.unreduced_last_steps > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-serialisable dict; `AiluRusDiffusionConfig(**fields)` reads it."""
+        return dataclasses.asdict(self)
 
 
 def _each(value: Any) -> tuple:

@@ -22,11 +22,19 @@ class Record:
     last_clusters: TokenClusters | None = None
     last_grid: tuple[int, ...] | None = None
 
-    def reduced(self, num_tokens: int, num_clusters: int, clusters: TokenClusters, grid: tuple[int, ...]) -> None:
+    def reduced(
+        self,
+        num_tokens: int,
+        num_clusters: int,
+        clusters: TokenClusters,
+        grid: tuple[int, ...],
+        clustered: bool = True,
+    ) -> None:
+        """clustered: whether it was clustered here, or the clusters of another place or step were taken."""
         if torch.compiler.is_compiling():
             return
         self.forwards += 1
-        self.clusterings += 1
+        self.clusterings += clustered
         self.last_tokens, self.last_clusters_count = num_tokens, num_clusters
         self.last_clusters, self.last_grid = clusters, grid
 

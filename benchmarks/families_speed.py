@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,12 +131,15 @@ def measure(
             settings[row["place"]] = fields
     remove_ailurus(model)
 
-    def prepare(key: str) -> None:
-        fields = settings[key]
-        remove_ailurus(model) if fields is None else apply_ailurus(model, **fields)
+    @contextmanager
+    def switched_on(key: str) -> Iterator[None]:
+        if (fields := settings[key]) is not None:
+            apply_ailurus(model, **fields)
+        yield
+        remove_ailurus(model)
 
     run = {key: lambda n: model(images[n % len(images)]) for key in settings}
-    seconds = interleaved(run, repeats, prepare=prepare)
+    seconds = interleaved(run, repeats, around=switched_on)
     for row in rows:
         row["plain_ms"], row["reduced_ms"] = 1e3 * seconds["plain"], 1e3 * seconds[row["place"]]
         row["speed_up"] = row["plain_ms"] / row["reduced_ms"]

@@ -7,11 +7,14 @@ import importlib.metadata
 import json
 import logging
 import platform
+import resource
 import shlex
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +31,23 @@ def interleaved(
     repeats: int = 7,
     warmup: int = 2,
     device: torch.device | None = None,
-    prepare: Callable[[str], Any] | None = None,
+    around: Callable[[str], AbstractContextManager] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each contender, run in turn; each gets the number of the round, to take another image.
 
-    prepare: called with a contender's name before its turn, not timed.
+    around: a context for each contender's turn, to switch something on and off outside of what is timed.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(warmup + repeats):
         for name, run in contenders.items():
-            if prepare is not None:
-                prepare(name)
-            _synchronize(device)
-            start = time.perf_counter()
-            run(round_number)
-            _synchronize(device)
+            with around(name) if around is not None else nullcontext():
+                _synchronize(device)
+                start = time.perf_counter()
+                run(round_number)
+                _synchronize(device)
+                seconds = time.perf_counter() - start
             if round_number >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -53,6 +56,36 @@ def model_flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         run()
     return counter.get_total_flops()
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Memory that a call needs at most beyond what was held before. On a CPU sampled every millisecond, on Linux only."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return None
+    resident = lambda: int(pages.read_text().split()[1]) * resource.getpagesize()  # noqa: E731
+    before, done = resident(), threading.Event()
+    seen = [before]
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            seen.append(resident())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        run()
+    finally:
+        done.set()
+        sampler.join()
+    return max(seen) - before
 
 
 def _synchronize(device: torch.device | None) -> None:

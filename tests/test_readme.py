@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusion_models import UNET, UP, make_vae, scheduler
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
+from ailurus_hf import ailurus_status
 from ailurus_hf.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -29,15 +39,45 @@ def stand_in(tmp_path: Path) -> Path:
     return tmp_path / "vit"
 
 
+@pytest.fixture
+def diffusion_stand_in(tmp_path: Path) -> Path:
+    """A tiny Stable Diffusion with new weights, whose texts are bytes."""
+    torch.manual_seed(0)
+    alphabet = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), **sizes, **ends))
+    unet = UNet2DConditionModel(**{**UNET, "sample_size": 32}, **UP, attention_head_dim=2)
+    parts = {"vae": make_vae(), "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    parts |= {"scheduler": scheduler(), "safety_checker": None, "feature_extractor": None}
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "diffusion")
+    return tmp_path / "diffusion"
+
+
 def test_the_python_blocks_run_in_order(
-    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stand_in: Path,
+    diffusion_stand_in: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")  # so that what the README writes is not left in the checkout
     monkeypatch.chdir(tmp_path)
     names: dict = {}
+    here = {
+        "google/vit-base-patch16-224": stand_in,
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": diffusion_stand_in,
+    }
     for block in blocks("python"):
-        exec(compile(block.replace("google/vit-base-patch16-224", str(stand_in)), "README.md", "exec"), names)
-    assert "196" in capsys.readouterr().out  # the status table: 224² in patches of 16
+        for name, folder in here.items():
+            block = block.replace(name, str(folder))
+        exec(compile(block, "README.md", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "196" in shown  # the status table: 224² in patches of 16
+    assert "1024 → 256" in shown and "2 of 4 forwards" in shown
+    assert names["picture"].size == (64, 64) and ailurus_status(names["pipe"]).active
     assert names["labels"].shape == names["street"].size[::-1]
     assert names["representatives"].shape == (2, 192, 64)
 

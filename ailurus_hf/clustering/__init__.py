@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from ..clusters import TokenClusters
-from ..config import AiluRusConfig
+from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from .density_peaks import spatial_density_peaks
 from .local_kmeans import local_kmeans
 from .nested import merge_clusters
@@ -20,7 +20,7 @@ Clustering = Callable[[Tensor, tuple[int, ...], int], TokenClusters]
 Nesting = Callable[[TokenClusters, Tensor, tuple[int, ...], int], TokenClusters]
 
 
-def configured(config: AiluRusConfig) -> Clustering:
+def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:
     """The clustering that a config asks for, with its settings."""
     if config.clustering == "local_kmeans":
         return partial(local_kmeans, check_finite=config.check_finite)

@@ -1,0 +1,1 @@
+"""Token reduction in diffusers' UNets, ControlNets and patch transformers."""

@@ -1,0 +1,131 @@
+"""Installation: one `apply_ailurus` on a pipeline or network, remembered on its networks so that it can be undone."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from ..clustering import Clustering, configured
+from ..config import AiluRusDiffusionConfig
+from ..errors import AiluRusError
+from ..status import Place, Status
+from .backend import Stack, block_flops, find_networks, find_stacks, modules_of, projection_flops, self_attentions
+from .processor import AiluRusProcessor
+from .reducer import NetworkReducer
+from .stacks import StackHooks
+
+# The attribute on a network that holds its reducer; gone again after `uninstall`.
+ATTRIBUTE = "_ailurus_reducer"
+
+
+def install(target: Any, config: AiluRusDiffusionConfig, clustering: Clustering | None = None) -> None:
+    """Reduces every supported network in `target`; replaces what was on. On an error all is as it was before.
+
+    clustering: another way to cluster than the config's, to compare with.
+    """
+    pipeline = None if isinstance(target, nn.Module) else weakref.ref(target)
+    if config.unreduced_last_steps and pipeline is None:
+        raise AiluRusError(
+            f"unreduced_last_steps={config.unreduced_last_steps} needs a pipeline, which knows how many steps there "
+            f"are: apply it to the pipeline, got {type(target).__name__}"
+        )
+    reducers = [
+        NetworkReducer(network, config, find_stacks(network), clustering or configured(config), pipeline)
+        for network in find_networks(target)
+    ]
+    uninstall(target)
+    for reducer in reducers:
+        reducer.install()
+        for stack in reducer.stacks:
+            StackHooks(reducer, stack).install()
+        if config.scope == "attention":
+            fields = {name: value for name, value in config.to_dict().items() if name in AiluRusProcessor.FIELDS}
+            reducer.set_processor(AiluRusProcessor(**fields, assign=reducer.assign_current))
+        setattr(reducer.network, ATTRIBUTE, reducer)
+
+
+def uninstall(target: Any) -> None:
+    """Takes every reduction off `target` and its parts; nothing to do is no error."""
+    for _, reducer in reducers_of(target):
+        reducer.remove()
+        delattr(reducer.network, ATTRIBUTE)
+
+
+def reducers_of(target: Any) -> list[tuple[str, NetworkReducer]]:
+    """The reducers on `target` and its parts with their paths, each once."""
+    found = {
+        id(vars(module)[ATTRIBUTE]): (".".join(filter(None, (part, path))), vars(module)[ATTRIBUTE])
+        for part, root in modules_of(target)
+        for path, module in root.named_modules()
+        if ATTRIBUTE in vars(module)
+    }
+    return list(found.values())
+
+
+def status(target: Any) -> Status:
+    """What is on in `target`, and what its last forward did."""
+    name, found = type(target).__name__, reducers_of(target)
+    if not found:
+        return _status_of_processors(target)
+    places = [
+        _place(path, reducer, number, stack) for path, reducer in found for number, stack in enumerate(reducer.stacks)
+    ]
+    records = [
+        record for _, reducer in found for record in reducer.records.values() if record.last_clusters is not None
+    ]
+    last = max(records, key=lambda record: record.last_tokens or 0, default=None)
+    return Status(
+        name,
+        found[0][1].config.to_dict(),
+        places,
+        None if last is None else last.last_clusters,
+        None if last is None else last.last_grid,
+    )
+
+
+def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Place:
+    record, config = reducer.records[stack.name], reducer.config
+    if config.scope == "attention":
+        restored = "after self-attention (copy)"
+        if set(reducer.without_processor()) & set(self_attentions([stack])):
+            restored = "processor lost"
+    else:
+        around = config.projections == "merged" and stack.on_maps
+        restored = f"{'around the stack' if around else 'after the last block'} (residual)"
+    full = reduced = None
+    if record.last_tokens is not None and record.last_clusters_count is not None:
+        tokens, clusters = record.last_tokens, record.last_clusters_count
+        others = tokens if config.scope == "attention" else clusters
+        queries = tokens if config.reduce == "kv" else clusters
+        projected = clusters if config.scope == "blocks" and config.projections == "merged" else tokens
+        full = sum(block_flops(block, tokens, tokens, tokens) for block in stack.blocks)
+        full += projection_flops(stack, tokens)
+        reduced = sum(block_flops(block, queries, clusters, others) for block in stack.blocks)
+        reduced += projection_flops(stack, projected)
+    return Place(
+        where=".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__,
+        location=number,
+        restored=restored,
+        num_tokens=record.last_tokens,
+        num_clusters=record.last_clusters_count,
+        forwards=record.forwards,
+        clusterings=record.clusterings,
+        flops=full,
+        reduced_flops=reduced,
+    )
+
+
+def _status_of_processors(target: Any) -> Status:
+    """Processors that `set_attn_processor` put there; they keep no records."""
+    on = [
+        (".".join(filter(None, (part, path))), module.processor)
+        for part, root in modules_of(target)
+        for path, module in root.named_modules()
+        if isinstance(getattr(module, "processor", None), AiluRusProcessor) and not module.is_cross_attention
+    ]
+    config = on[0][1].config.to_dict() if on else None
+    restored = "after self-attention (copy)"
+    places = [Place(path, n, restored, None, None, 0, 0, None, None) for n, (path, _) in enumerate(on)]
+    return Status(type(target).__name__, config, places)

@@ -1,0 +1,146 @@
+"""AiluRusProcessor: a diffusers attention processor that runs self-attention on representatives.
+
+    pipe.unet.set_attn_processor(AiluRusProcessor(keep_ratio=0.5))
+
+One instance serves all layers and holds no state of theirs. Alone it clusters in every layer; `apply_ailurus` with
+scope="attention" makes one that shares assignments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..clustering import configured
+from ..clusters import TokenClusters
+from ..config import AiluRusDiffusionConfig
+from ..errors import AiluRusError, UnsupportedModelError
+from .backend import attend
+from .reducer import cluster_tokens
+
+# The clusters of Tensor[B, N, C], or None where a layer runs unreduced.
+Assign = Callable[[Tensor], TokenClusters | None]
+
+
+class AiluRusProcessor:
+    """Self-attention on M of N tokens, weighted by how many each stands for; cross-attention as it is.
+
+    keep_ratio: M = round(keep_ratio · N).
+    grid: (H, W) of the latents; layers at half, a quarter, ... of it are known by their number of tokens, and one that
+        fits none of them is an error. None: grids are square, and a number of tokens that is no square is an error.
+    min_tokens, reduce, clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in
+        `AiluRusDiffusionConfig`.
+    """
+
+    FIELDS = (
+        *("keep_ratio", "min_tokens", "reduce", "clustering", "alpha"),
+        *("num_spatial_neighbors", "num_density_neighbors", "check_finite"),
+    )
+    # Where diffusers' set_attention_backend and context parallelism write to.
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(
+        self,
+        keep_ratio: float | Mapping[int, float] = 0.5,
+        grid: Sequence[int] | None = None,
+        *,
+        assign: Assign | None = None,
+        **config_fields: Any,
+    ) -> None:
+        if assign is None and isinstance(keep_ratio, Mapping):
+            raise AiluRusError(f"a processor knows no resolutions: keep_ratio must be one number, got {keep_ratio!r}")
+        unknown = sorted(set(config_fields) - set(self.FIELDS))
+        if unknown:
+            raise AiluRusError(f"AiluRusProcessor has no fields {unknown}; it has grid, {', '.join(self.FIELDS)}")
+        self.config = AiluRusDiffusionConfig(keep_ratio=keep_ratio, scope="attention", **config_fields)
+        if grid is not None and (len(grid) != 2 or min(grid) < 1):
+            raise AiluRusError(f"grid must be (H, W) with sides of at least 1, got {tuple(grid)}")
+        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
+        self.clustering = configured(self.config)
+        self.assign = assign or self.cluster
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states: Tensor[B, N, C] or [B, C, H, W]; the result has its shape. A mask on self-attention: unreduced."""
+        if attn.added_kv_proj_dim is not None:
+            raise UnsupportedModelError(
+                "attention over image and added text keys at once cannot be reduced: use AiluRusProcessor on layers "
+                "whose self-attention stands alone"
+            )
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if residual.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        clusters, asking, answering = None, hidden_states, encoder_hidden_states
+        if answering is None:
+            clusters = self.assign(hidden_states) if attention_mask is None else None
+            answering = hidden_states if clusters is None else clusters.merge(hidden_states)
+            if self.config.reduce == "qkv":
+                asking = answering
+        elif attn.norm_cross:
+            answering = attn.norm_encoder_hidden_states(answering)
+        hidden_states = self._attention(attn, asking, answering, attention_mask, clusters)
+        if clusters is not None and self.config.reduce == "qkv":
+            hidden_states = clusters.unmerge(hidden_states)
+
+        if residual.ndim == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        scaled: Tensor = hidden_states / attn.rescale_output_factor
+        return scaled
+
+    def _attention(
+        self, attn: Any, asking: Tensor, answering: Tensor, mask: Tensor | None, clusters: TokenClusters | None
+    ) -> Tensor:
+        batch, keys = answering.shape[:2]
+        query, key, value = (
+            part.view(batch, -1, attn.heads, part.shape[-1] // attn.heads).transpose(1, 2)
+            for part in (attn.to_q(asking), attn.to_k(answering), attn.to_v(answering))
+        )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, keys, batch).view(batch, attn.heads, -1, keys)
+        bias = None if clusters is None else clusters.log_counts()
+        out = attend(query, key, value, mask=mask, key_bias=bias, backend=self._attention_backend)
+        out = out.transpose(1, 2).flatten(2).to(query.dtype)
+        projected: Tensor = attn.to_out[1](attn.to_out[0](out))
+        return projected
+
+    def cluster(self, tokens: Tensor) -> TokenClusters | None:
+        """Clusters of Tensor[B, N, C] from nothing but themselves; None where all N are kept."""
+        num_tokens = tokens.shape[1]
+        num_clusters = self.config.clusters_for(num_tokens, level=1)
+        if num_clusters == num_tokens:
+            return None
+        return cluster_tokens(self.clustering, tokens, self._grid(num_tokens), num_clusters)
+
+    def _grid(self, num_tokens: int) -> tuple[int, int]:
+        if self.grid is None:
+            side = math.isqrt(num_tokens)
+            if side * side != num_tokens:
+                raise AiluRusError(
+                    f"{num_tokens} tokens are no square: give grid=(H, W) of the latents, or use apply_ailurus"
+                )
+            return side, side
+        grid = self.grid
+        while math.prod(grid) > num_tokens:
+            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+        if math.prod(grid) != num_tokens:
+            raise AiluRusError(f"no level of latents of {self.grid} has {num_tokens} tokens: give their grid=(H, W)")
+        return grid

@@ -1,0 +1,193 @@
+"""NetworkReducer: what is shared by the stacks of one network: its hooks, its assignments, and when to cluster.
+
+A forward of the network begins a run (store.py); the stacks (stacks.py) or the processor (processor.py) ask `assign` for
+the clusters of their grid; the end of the forward ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..clustering import Clustering
+from ..clustering.tables import grid_table
+from ..clusters import TokenClusters
+from ..config import AiluRusDiffusionConfig
+from ..errors import AiluRusError
+from ..status import Record
+from .backend import Call, Stack, pairs_halves, self_attentions
+from .store import AssignmentStore, Run
+
+log = logging.getLogger(__name__)
+
+# Tokens are compared in this many random directions: distances survive that, and it costs a fifth of 320 channels.
+COMPARED_CHANNELS = 64
+
+
+@dataclass(eq=False)
+class NetworkReducer:
+    """Hooks on one network. `pipeline` knows the schedule and whether guidance is on; it may be gone, or never was.
+
+    processor, previous_processors: with scope="attention", what self-attention runs on now, and what it ran on before.
+    """
+
+    network: nn.Module
+    config: AiluRusDiffusionConfig
+    stacks: list[Stack]
+    clustering: Clustering
+    pipeline: ReferenceType | None = None
+    records: dict[str, Record] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    processor: Any = None
+    previous_processors: dict[str, Any] = field(default_factory=dict)
+    lost_processors: list[str] = field(default_factory=list)
+    said_nothing: bool = False
+
+    def __post_init__(self) -> None:
+        self.store = AssignmentStore(self.config)
+        self.call = Call(self.network)
+        self.records = {stack.name: Record() for stack in self.stacks}
+
+    def install(self) -> None:
+        self.pre_hook(self.network, self.begin)
+        self.handles.append(self.network.register_forward_hook(self.end))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.processor is not None:
+            lost = self.without_processor()
+            for name, layer in self_attentions(self.stacks).items():
+                # What somebody else has put there since stays.
+                if name not in lost:
+                    layer.set_processor(self.previous_processors[name])
+
+    def set_processor(self, processor: Any) -> None:
+        """Runs self-attention on one processor; `remove` puts back what was there."""
+        self.processor = processor
+        for name, layer in self_attentions(self.stacks).items():
+            self.previous_processors[name] = layer.processor
+            layer.set_processor(processor)
+
+    def without_processor(self) -> list[str]:
+        """Self-attention layers that run on something else by now."""
+        return [n for n, layer in self_attentions(self.stacks).items() if layer.processor is not self.processor]
+
+    def pre_hook(self, module: nn.Module, hook: Any) -> None:
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = self.call.argument("cross_attention_kwargs", args, kwargs) or {}
+        for name in ("ip_adapter_masks", "gligen"):
+            if given.get(name) is not None:
+                raise AiluRusError(f"{name} in cross_attention_kwargs cannot follow merged tokens: call without them")
+        latents, compiling = self.call.latents(args, kwargs), torch.compiler.is_compiling()
+        # The compiler cannot follow the reference to a pipeline.
+        pipeline = None if compiling or self.pipeline is None else self.pipeline()
+        if not compiling and self.processor is not None:
+            self._notice_lost_processors()
+        share = self.config.share_cfg
+        if share and latents.shape[0] % 2:
+            raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {latents.shape[0]} images")
+        if share is None:
+            share = latents.shape[0] % 2 == 0 and pairs_halves(pipeline, self.call, args, kwargs)
+        timestep = self.call.argument("timestep", args, kwargs)
+        self.store.begin(max(latents.shape[-2:]), share, timestep, pipeline)
+
+    def end(self, network: nn.Module, args: tuple, output: Any) -> None:
+        run = self.store.run
+        if run is not None and run.most_unreduced and not run.assignments and not torch.compiler.is_compiling():
+            self._say_that_nothing_was_reduced(run.most_unreduced)
+        self.store.end()
+
+    def num_clusters(self, run: Run, grid: tuple[int, int]) -> int:
+        """M for a grid in this forward; N where it runs unreduced."""
+        num_tokens = math.prod(grid)
+        # Sides are halved and rounded up, so a level is known by its nearest power of two.
+        level = 2 ** round(math.log2(run.latent_side / max(grid)))
+        return self.config.clusters_for(num_tokens, level) if run.reduce else num_tokens
+
+    def assign(self, run: Run, stack: Stack, grid: tuple[int, int], tokens: Tensor) -> TokenClusters:
+        """The run's clusters of a grid, made from Tensor[B, N, C] if it has none."""
+        if tokens.shape[1] != math.prod(grid):
+            raise AiluRusError(f"grid {grid} has {math.prod(grid)} places, but there are {tokens.shape[1]} tokens")
+        key, num_clusters = (grid, tokens.shape[0]), self.num_clusters(run, grid)
+        clusters = run.assignments.get(key)
+        made = clusters is None
+        if clusters is None:
+            clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, run.share_cfg)
+            run.assignments[key] = clusters
+        self.records[stack.name].reduced(tokens.shape[1], num_clusters, clusters, grid, made)
+        return clusters
+
+    def assign_current(self, tokens: Tensor) -> TokenClusters | None:
+        """For the processor: clusters of the stack that is running, None where it runs unreduced."""
+        run = self.store.run
+        if run is None or run.current is None:
+            return None
+        stack, grid = run.current
+        if self.num_clusters(run, grid) == math.prod(grid):
+            self.leave(run, stack, tokens.shape[1])
+            return None
+        return self.assign(run, stack, grid, tokens)
+
+    def leave(self, run: Run, stack: Stack, num_tokens: int) -> None:
+        """A stack runs unreduced."""
+        self.records[stack.name].unreduced(num_tokens)
+        if run.reduce:
+            run.most_unreduced = max(run.most_unreduced, num_tokens)
+
+    def _say_that_nothing_was_reduced(self, most: int) -> None:
+        if not self.said_nothing and self.config.keep_ratio != 1:
+            self.said_nothing = True
+            log.warning(
+                "%s ran on all tokens: its largest grid has %d of them, and those of fewer than min_tokens=%d, and "
+                "levels that keep_ratio leaves out, are left alone",
+                type(self.network).__name__,
+                most,
+                self.config.min_tokens,
+            )
+
+    def _notice_lost_processors(self) -> None:
+        layers, lost = self_attentions(self.stacks), self.without_processor()
+        if lost and lost != self.lost_processors:
+            log.warning(
+                "%d of %d self-attention layers of %s no longer have the processor of apply_ailurus and run as they "
+                "are now: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace processors. Call "
+                "apply_ailurus again",
+                len(lost),
+                len(layers),
+                type(self.network).__name__,
+            )
+        self.lost_processors = lost
+
+
+@torch.no_grad()
+def cluster_tokens(
+    clustering: Clustering, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool = False
+) -> TokenClusters:
+    """Clusters of Tensor[B, N, C]; share_halves: both halves of the batch get those of their mean."""
+    features = tokens
+    if tokens.shape[2] > COMPARED_CHANNELS:
+        features = tokens.float() @ directions(tokens.shape[2], COMPARED_CHANNELS, tokens.device)
+    if not share_halves:
+        return clustering(features, grid, num_clusters)
+    first, second = features.chunk(2)
+    shared = clustering((first + second) / 2, grid, num_clusters)
+    centers = None if shared.centers is None else shared.centers.repeat(2, 1)
+    return TokenClusters(shared.assignment.repeat(2, 1), centers, shared.counts.repeat(2, 1))
+
+
+@grid_table
+def directions(channels: int, number: int, device: torch.device) -> Tensor:
+    """The same random directions in every process: Tensor[channels, number]."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(channels, number, generator=generator) / math.sqrt(number)).to(device)

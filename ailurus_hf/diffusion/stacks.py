@@ -1,0 +1,175 @@
+"""Stacks of transformer blocks on representatives: hooks around a stack, in one of two ways (for scope="blocks").
+
+projections="all": tokens are merged before the first block and restored after the last; each token adds what its
+representative gained in between. projections="merged": the whole Transformer2DModel runs on the representatives, as
+on an image of one row, and each pixel adds what its representative gained.
+
+Self-attention gets the count bias through the blocks' own attention mask, so it runs on whatever processor is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..clusters import TokenClusters
+from ..errors import AiluRusError
+from .backend import BLOCK_MASK_POSITION, Stack
+from .reducer import NetworkReducer
+
+
+@dataclass
+class Merged:
+    """What a reduced stack carries from its first hook to its last.
+
+    kept: what all N tokens keep, [B, N, C] or [B, C, H, W]. start: the representatives that the gain is counted from.
+    """
+
+    clusters: TokenClusters
+    kept: Tensor
+    start: Tensor
+    bias: Tensor
+
+
+class StackHooks:
+    """The hooks of one stack; they find the run of their thread through the reducer."""
+
+    def __init__(self, reducer: NetworkReducer, stack: Stack) -> None:
+        self.reducer, self.stack = reducer, stack
+
+    def install(self) -> None:
+        reducer, stack = self.reducer, self.stack
+        if reducer.config.scope == "attention":
+            reducer.pre_hook(stack.module, self.announce)
+            return
+        if stack.on_maps and reducer.config.projections == "merged":
+            reducer.pre_hook(stack.module, self.merge_map)
+            reducer.handles.append(stack.module.norm.register_forward_hook(self.give_merged_map))  # type: ignore
+            reducer.handles.append(stack.module.register_forward_hook(self.restore_map))
+            return
+        reducer.pre_hook(stack.module, self.enter)
+        reducer.pre_hook(stack.blocks[0], self.merge_tokens)
+        for block in stack.blocks:
+            reducer.pre_hook(block, self.add_bias)
+        # Prepended, so that hooks that were there before see all N tokens.
+        reducer.handles.append(stack.blocks[-1].register_forward_hook(self.restore_tokens, prepend=True))
+
+    # scope="attention": the processor asks for the clusters of the stack that is running.
+
+    def announce(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        run = self.reducer.store.run
+        assert run is not None
+        run.current = self.stack, self._grid(self._map(args, kwargs))
+
+    # projections="all"
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        run = self.reducer.store.run
+        assert run is not None
+        hidden_states = self._map(args, kwargs)
+        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
+            raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
+        grid = self._grid(hidden_states)
+        run.current = None if self._runs_unreduced(grid) else grid
+        if run.current is not None:
+            self._refuse_mask(args, kwargs, self.stack.mask_position)
+
+    def merge_tokens(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        run = self.reducer.store.run
+        if run is None:
+            raise AiluRusError(
+                "a transformer block was called outside a forward of its network. Where blocks are compiled one by one, "
+                "compile the network instead, or use projections='merged'"
+            )
+        if run.current is None:
+            return None
+        tokens = args[0] if args else kwargs["hidden_states"]
+        clusters = self.reducer.assign(run, self.stack, run.current, tokens)
+        merged = clusters.merge(tokens)
+        run.current = Merged(clusters, tokens, merged, _bias(clusters, tokens))
+        return _with(args, kwargs, 0, "hidden_states", merged)
+
+    def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        run = self.reducer.store.run
+        if run is None or run.current is None:
+            return None
+        return _with(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", run.current.bias)
+
+    def restore_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        run = self.reducer.store.run
+        if run is None or run.current is None:
+            return None
+        state, run.current = run.current, None
+        return state.kept + state.clusters.unmerge(output - state.start)
+
+    # projections="merged"
+
+    def merge_map(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        run = self.reducer.store.run
+        assert run is not None
+        hidden_states = self._map(args, kwargs)
+        grid = self._grid(hidden_states)
+        if self._runs_unreduced(grid):
+            return None
+        self._refuse_mask(args, kwargs, self.stack.mask_position)
+        # Normalised over all pixels: statistics of the representatives would be others.
+        tokens = module.norm(hidden_states).flatten(2).transpose(1, 2)  # type: ignore[operator]
+        clusters = self.reducer.assign(run, self.stack, grid, tokens)
+        merged = clusters.merge(tokens).transpose(1, 2).unsqueeze(2)
+        # The module adds its input to its output: from zeros, the output is the gain.
+        zeros = hidden_states.new_zeros(()).expand_as(merged)
+        run.current = Merged(clusters, hidden_states, merged, _bias(clusters, tokens))
+        args, kwargs = _with(args, kwargs, 0, "hidden_states", zeros)
+        return _with(args, kwargs, self.stack.mask_position, "attention_mask", run.current.bias)
+
+    def give_merged_map(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        run = self.reducer.store.run
+        return None if run is None or run.current is None else run.current.start
+
+    def restore_map(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        run = self.reducer.store.run
+        if run is None or run.current is None:
+            return None
+        state, run.current = run.current, None
+        gained = state.clusters.unmerge(output[0].squeeze(2).transpose(1, 2))
+        restored = state.kept + gained.transpose(1, 2).reshape(state.kept.shape)
+        return (restored,) if isinstance(output, tuple) else type(output)(sample=restored)
+
+    # Both
+
+    def _map(self, args: tuple, kwargs: dict) -> Tensor:
+        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden_states
+
+    def _grid(self, hidden_states: Tensor) -> tuple[int, int]:
+        # Plain numbers also where torch.compile would keep sizes symbolic.
+        height, width = (int(side) // self.stack.patch for side in hidden_states.shape[-2:])
+        return height, width
+
+    def _runs_unreduced(self, grid: tuple[int, int]) -> bool:
+        run, num_tokens = self.reducer.store.run, grid[0] * grid[1]
+        assert run is not None
+        if self.reducer.num_clusters(run, grid) < num_tokens:
+            return False
+        self.reducer.leave(run, self.stack, num_tokens)
+        return True
+
+    def _refuse_mask(self, args: tuple, kwargs: dict, position: int) -> None:
+        given = args[position] if len(args) > position else kwargs.get("attention_mask")
+        if given is not None:
+            raise AiluRusError("an attention mask cannot follow merged tokens: call the network without one")
+
+
+def _bias(clusters: TokenClusters, tokens: Tensor) -> Tensor:
+    """Log counts as blocks take a bias on self-attention: Tensor[B, 1, M]."""
+    return clusters.log_counts()[:, None, :].to(tokens.dtype)
+
+
+def _with(args: tuple, kwargs: dict, position: int, name: str, value: Any) -> tuple[tuple, dict]:
+    """The arguments with one of them replaced, wherever it stood."""
+    if position < len(args):
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}

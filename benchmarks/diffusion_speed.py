@@ -1,0 +1,274 @@
+"""One step of full-size Stable Diffusion UNets: tomesd, ToDo and AiluRus over SDPA, in turn on the same weights.
+
+    python -m benchmarks.diffusion_speed                                   # SD 1.5 at 512, 768 and 1024, fp32, CPU
+    python -m benchmarks.diffusion_speed --model sdxl --size 1024 --dtype bf16
+    python -m benchmarks.diffusion_speed --device cuda --dtype bf16 --batch 2
+
+Random weights: speed does not depend on them. Fidelity here is the cosine to the plain UNet's output on noise, a lower
+bound; quality is measured on a trained model. Every contender is undone before the next one's turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tomesd
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf.clustering import configured
+from ailurus_hf.diffusion.installation import reducers_of
+from ailurus_hf.diffusion.reducer import cluster_tokens
+
+from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, save
+from .peers.todo import ToDoProcessor
+
+MODELS: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+SIZES = {"sd15": [512, 768, 1024], "sdxl": [1024]}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def ours(**fields: Any) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
+    def on(unet: UNet2DConditionModel, latent_tokens: int) -> Callable[[], Any]:
+        apply_ailurus(unet, **fields)
+        return lambda: remove_ailurus(unet)
+
+    return on
+
+
+def merged_by_tomesd(**settings: Any) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
+    def on(unet: UNet2DConditionModel, latent_tokens: int) -> Callable[[], Any]:
+        tomesd.apply_patch(unet, **settings)
+
+        def off() -> None:
+            tomesd.remove_patch(unet)
+            for module in unet.modules():
+                vars(module).pop("_tome_info", None)
+
+        return off
+
+    return on
+
+
+def downsampled_keys(factor: int) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
+    def on(unet: UNet2DConditionModel, latent_tokens: int) -> Callable[[], Any]:
+        before = dict(unet.attn_processors)
+        unet.set_attn_processor(ToDoProcessor(latent_tokens, factor))
+        return lambda: unet.set_attn_processor(before)
+
+    return on
+
+
+# Each switches itself on and returns what switches it off.
+METHODS: dict[str, Callable[[UNet2DConditionModel, int], Callable[[], Any]]] = {
+    "plain": lambda unet, latent_tokens: lambda: None,
+    "tomesd 0.5": merged_by_tomesd(ratio=0.5),
+    "tomesd 0.75": merged_by_tomesd(ratio=0.75),
+    "tomesd 0.75, all": merged_by_tomesd(ratio=0.75, max_downsample=2, merge_crossattn=True, merge_mlp=True),
+    "ToDo 2": downsampled_keys(2),
+    "ToDo 4": downsampled_keys(4),
+    "attention 0.5": ours(scope="attention", keep_ratio=0.5),
+    "attention 0.25": ours(scope="attention", keep_ratio=0.25),
+    "keys and values 0.25": ours(scope="attention", reduce="kv", keep_ratio=0.25),
+    "blocks 0.5": ours(keep_ratio=0.5),
+    "blocks 0.25": ours(keep_ratio=0.25),
+    "blocks 0.5, merged projections": ours(keep_ratio=0.5, projections="merged"),
+    "blocks 0.25, merged projections": ours(keep_ratio=0.25, projections="merged"),
+}
+COLUMNS = {
+    "model": "model",
+    "size": "image|{}²",
+    "method": "method",
+    "ms": "step|{:.0f} ms",
+    "speed_up": "speed-up|{:.2f}×",
+    "ideal": "FLOPs-ideal|{:.2f}×",
+    "share_of_ideal": "share|{:.3f}",
+    "overhead": "cluster + merge + unmerge|{:.2%}",
+    "peak_mib": "peak memory|{:.0f} MiB",
+    "cosine": "cosine|{:.3f}",
+}
+
+
+def inputs(model: str, size: int, batch: int, number: int) -> dict[str, Any]:
+    """Arguments of one step on CPU in fp32; another number gives other latents."""
+    fields = MODELS[model]
+    generator = torch.Generator().manual_seed(number)
+    made: dict[str, Any] = {
+        "sample": torch.randn(batch, 4, size // 8, size // 8, generator=generator),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(batch, 77, fields["cross_attention_dim"], generator=generator),
+    }
+    if "addition_embed_type" in fields:
+        width = fields["projection_class_embeddings_input_dim"] - 6 * fields["addition_time_embed_dim"]
+        time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32).repeat(batch, 1)
+        made["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch, width, generator=generator),
+            "time_ids": time_ids,
+        }
+    return made
+
+
+def moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(values, dict):
+        return {name: moved(value, device, dtype) for name, value in values.items()}
+    return values.to(device, dtype if values.is_floating_point() else None)
+
+
+def step_of(unet: UNet2DConditionModel, arguments: dict[str, Any]) -> Tensor:
+    """One step, called as pipelines do: tomesd reads the first argument by its place."""
+    named = {name: value for name, value in arguments.items() if name not in ("sample", "timestep")}
+    result: Tensor = unet(arguments["sample"], arguments["timestep"], **named).sample
+    return result
+
+
+def full_flops(model: str, size: int, batch: int) -> int:
+    """FLOPs of the plain step, counted without computing anything."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**MODELS[model]).eval()
+    arguments = moved(inputs(model, size, batch, 0), torch.device("meta"), torch.float32)
+    return model_flops(lambda: step_of(unet, arguments))
+
+
+def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
+    """What AiluRus does in a step beside the network: one clustering a resolution, a merge and an unmerge a stack."""
+    reducer = reducers_of(unet)[0][1]
+    cluster, batch, work = configured(reducer.config), 1, []
+    for stack in reducer.stacks:
+        record = reducer.records[stack.name]
+        if record.last_clusters is None or record.last_grid is None:
+            continue
+        batch = record.last_clusters.assignment.shape[0]
+        width, like = stack.blocks[0].attn1.inner_dim, next(stack.module.parameters())
+        tokens = torch.randn(batch, record.last_tokens, width, device=like.device, dtype=like.dtype)
+        work.append((record.last_grid, record.last_clusters_count, tokens))
+
+    def run() -> None:
+        made: dict[Any, Any] = {}
+        for grid, count, tokens in work:
+            if grid not in made:
+                made[grid] = cluster_tokens(cluster, tokens, grid, count)
+            clusters = made[grid]
+            merged = clusters.merge(tokens)
+            # As restored: what the representatives gained, added to the tokens.
+            _ = tokens + clusters.unmerge(merged - merged)
+
+    return run
+
+
+@torch.inference_mode()
+def measure(
+    model: str,
+    size: int,
+    methods: list[str],
+    repeats: int,
+    *,
+    unet: UNet2DConditionModel | None = None,
+    batch: int = 1,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[dict[str, Any]]:
+    """One row a method. Methods share the UNet: each is on during its own turn only."""
+    device = device or torch.device("cpu")
+    if unet is None:
+        unet = make_unet(model, device, dtype)
+    steps = [moved(inputs(model, size, batch, number), device, dtype) for number in range(2)]
+    methods = ["plain", *(name for name in methods if name != "plain")]
+    full, rows, extra_steps = full_flops(model, size, batch), {}, {}
+    outputs: dict[str, Tensor] = {}
+
+    @contextmanager
+    def switched_on(name: str) -> Iterator[None]:
+        off = METHODS[name](unet, (size // 8) ** 2) if name in METHODS else lambda: None
+        try:
+            yield
+        finally:
+            off()
+
+    for name in methods:
+        with switched_on(name):
+            outputs[name] = step_of(unet, steps[0])
+            row: dict[str, Any] = {"model": model, "size": size, "batch": batch, "method": name}
+            peak = peak_bytes(lambda: step_of(unet, steps[0]), device)
+            row["peak_mib"] = None if peak is None else peak / 2**20
+            status = ailurus_status(unet)
+            if status.active:
+                saved = batch * sum(place.flops - place.reduced_flops for place in status.places)
+                row["ideal"] = full / (full - saved)
+                extra_steps[f"{name}: steps"] = clustering_steps(unet)
+        flat = (output.float().flatten(1) for output in (outputs[name], outputs["plain"]))
+        row["cosine"] = cosine_similarity(*flat).mean().item()
+        rows[name] = row
+
+    contenders: dict[str, Callable[[int], Any]] = {
+        name: lambda number: step_of(unet, steps[number % len(steps)]) for name in methods
+    }
+    contenders |= {name: (lambda _, run=run: run()) for name, run in extra_steps.items()}
+    seconds = interleaved(contenders, repeats, warmup=1, device=device, around=switched_on)
+    for name, row in rows.items():
+        row["ms"], row["speed_up"] = 1e3 * seconds[name], seconds["plain"] / seconds[name]
+        if "ideal" in row:
+            row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+            row["steps_ms"] = 1e3 * seconds[f"{name}: steps"]
+            row["overhead"] = seconds[f"{name}: steps"] / seconds[name]
+    return list(rows.values())
+
+
+def make_unet(model: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet of full size with random weights, made in its precision: SDXL in fp32 takes 10 GB."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return UNet2DConditionModel(**MODELS[model]).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd15", choices=MODELS)
+    parser.add_argument("--size", nargs="+", type=int, help="image sides in pixels, multiples of 64")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1, help="2 is one image with guidance")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    unet, rows = make_unet(args.model, args.device, DTYPES[args.dtype]), []
+    for size in args.size or SIZES[args.model]:
+        options = {"batch": args.batch, "device": args.device, "dtype": DTYPES[args.dtype]}
+        rows += measure(args.model, size, args.methods, args.repeats, unet=unet, **options)
+        log.info(markdown(rows[-len(args.methods) :], COLUMNS))
+    save(f"diffusion_speed_{args.model}", rows, environment(args.device, args.dtype))
+    print(markdown(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

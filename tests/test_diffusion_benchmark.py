@@ -1,0 +1,73 @@
+"""The speed benchmark of diffusion runs, undoes every contender, and its numbers fit together; ToDo is what its paper says."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusion_models import UNET, UP
+from test_diffusion_behaviours import traces
+
+from benchmarks import diffusion_speed, harness
+from benchmarks.peers.todo import ToDoProcessor
+
+
+def test_every_method_takes_its_turn_and_is_undone(monkeypatch):
+    fields = {**UNET, **UP, "attention_head_dim": 2}
+    monkeypatch.setitem(diffusion_speed.MODELS, "tiny", fields)
+    unet = diffusion_speed.make_unet("tiny", torch.device("cpu"), torch.float32)
+    before = traces(unet)
+    classes = {name: type(module) for name, module in unet.named_modules()}
+    plain, *rows = diffusion_speed.measure("tiny", 512, list(diffusion_speed.METHODS), 1, unet=unet)
+    assert traces(unet) == before
+    assert {name: type(module) for name, module in unet.named_modules()} == classes
+    assert plain["method"] == "plain" and plain["speed_up"] == 1 and plain["cosine"] == pytest.approx(1)
+    assert [row["method"] for row in rows] == list(diffusion_speed.METHODS)[1:]
+    for row in rows:
+        assert row["cosine"] < 0.9999999 and row["speed_up"] > 0
+        is_ours = not row["method"].startswith(("tomesd", "ToDo"))
+        assert ("ideal" in row) == is_ours
+        if is_ours:
+            assert row["ideal"] > 1 and row["overhead"] > 0
+            assert row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
+    ideal = {row["method"]: row.get("ideal") for row in rows}
+    assert ideal["blocks 0.25, merged projections"] > ideal["blocks 0.25"] > ideal["attention 0.25"]
+    assert ideal["blocks 0.25"] > ideal["blocks 0.5"]
+
+
+def test_ideal_is_what_torch_counts(monkeypatch):
+    fields = {**UNET, **UP, "attention_head_dim": 2}
+    monkeypatch.setitem(diffusion_speed.MODELS, "tiny", fields)
+    unet = diffusion_speed.make_unet("tiny", torch.device("cpu"), torch.float32)
+    step = diffusion_speed.inputs("tiny", 256, 1, 0)
+    full = harness.model_flops(lambda: unet(**step))
+    assert full == diffusion_speed.full_flops("tiny", 256, 1)
+    for way in ({}, {"projections": "merged"}, {"scope": "attention"}, {"scope": "attention", "reduce": "kv"}):
+        diffusion_speed.apply_ailurus(unet, keep_ratio=0.25, min_tokens=256, **way)
+        unet(**step)  # tables of the grid are made once, and are no part of a step
+        places = diffusion_speed.ailurus_status(unet).places
+        computed = full - sum(place.flops - place.reduced_flops for place in places)
+        counted = harness.model_flops(lambda: unet(**step))
+        counted -= harness.model_flops(diffusion_speed.clustering_steps(unet))
+        assert counted == pytest.approx(computed, rel=1e-3)
+        assert counted < 0.9 * full
+
+
+def test_peak_memory_sees_what_is_allocated():
+    peak = harness.peak_bytes(lambda: [torch.ones(2**24) for _ in range(2)] and None, torch.device("cpu"))
+    assert peak is None or 100 * 2**20 < peak < 300 * 2**20
+
+
+def test_todo_takes_every_other_key():
+    torch.manual_seed(0)
+    attn, tokens = Attention(16, heads=2, dim_head=8), torch.randn(1, 64, 16)
+    got = ToDoProcessor(64, 2)(attn, tokens)
+    grid = tokens.view(1, 8, 8, 16)
+    assert any(
+        torch.allclose(got, AttnProcessor2_0()(attn, tokens, grid[:, r::2, c::2].flatten(1, 2)), atol=1e-6)
+        for r in (0, 1)
+        for c in (0, 1)
+    )
+    # At half the latents' side the factor is 1: nothing is left out.
+    torch.testing.assert_close(ToDoProcessor(256, 2)(attn, tokens), AttnProcessor2_0()(attn, tokens))
+    with torch.no_grad():
+        coarse = ToDoProcessor(256, 4)(attn, tokens)
+    assert (coarse - AttnProcessor2_0()(attn, tokens)).abs().max() > 1e-4
