@@ -12,7 +12,9 @@ _HOME = {
     "AiluRusConfig": "config",
     "AiluRusError": "errors",
     "AiluRusModel": "vision.auto",
+    "AiluRusModelForDepthEstimation": "vision.auto",
     "AiluRusModelForImageClassification": "vision.auto",
+    "AiluRusModelForObjectDetection": "vision.auto",
     "AiluRusModelForSemanticSegmentation": "vision.auto",
     "SegmenterConfig": "segmenter",
     "SegmenterForSemanticSegmentation": "segmenter",
@@ -37,7 +39,13 @@ if TYPE_CHECKING:
     from .config import AiluRusConfig
     from .errors import AiluRusError, UnsupportedModelError
     from .segmenter import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
-    from .vision.auto import AiluRusModel, AiluRusModelForImageClassification, AiluRusModelForSemanticSegmentation
+    from .vision.auto import (
+        AiluRusModel,
+        AiluRusModelForDepthEstimation,
+        AiluRusModelForImageClassification,
+        AiluRusModelForObjectDetection,
+        AiluRusModelForSemanticSegmentation,
+    )
 
 
 def __getattr__(name: str) -> Any:

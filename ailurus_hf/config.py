@@ -32,6 +32,8 @@ class AiluRusConfig:
     restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; copy only); None: "decoder" for
         copy, "backbone" for residual. Models without a token decoder restore after the backbone either way.
     restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
+    stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: those that gain.
+        L and R then count the layers of a stage.
     check_finite: raise on NaN features instead of clustering them somehow; this waits for the device.
     """
 
@@ -45,6 +47,7 @@ class AiluRusConfig:
     restore: str | None = None
     restore_at: str | None = None
     restore_location: int | None = None
+    stages: tuple[int, ...] | None = None
     check_finite: bool = False
 
     @classmethod
@@ -76,6 +79,10 @@ class AiluRusConfig:
         check_settings(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
         if self.restore is None:
             object.__setattr__(self, "restore", "copy" if self.restore_at == "decoder" else "residual")
+        if self.stages is not None:
+            object.__setattr__(self, "stages", tuple(self.stages))
+            if not self.stages or min(self.stages) < 1:
+                raise AiluRusError(f"stages must name one or more stages, 1 the first, got {self.stages}")
         _check_choice("clustering", self.clustering, CLUSTERINGS)
         _check_choice("restore", self.restore, RESTORES)
         _check_choice("restore_at", self.restore_at, RESTORE_PLACES)

@@ -24,12 +24,21 @@ log = logging.getLogger("benchmarks")
 
 
 def interleaved(
-    contenders: dict[str, Callable[[int], Any]], repeats: int = 7, warmup: int = 2, device: torch.device | None = None
+    contenders: dict[str, Callable[[int], Any]],
+    repeats: int = 7,
+    warmup: int = 2,
+    device: torch.device | None = None,
+    prepare: Callable[[str], Any] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each contender, run in turn; each gets the number of the round, to take another image."""
+    """Median seconds of each contender, run in turn; each gets the number of the round, to take another image.
+
+    prepare: called with a contender's name before its turn, not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(warmup + repeats):
         for name, run in contenders.items():
+            if prepare is not None:
+                prepare(name)
             _synchronize(device)
             start = time.perf_counter()
             run(round_number)

@@ -11,7 +11,17 @@ from PIL import Image
 
 from ailurus_hf import AiluRusError, SegmenterImageProcessor
 from ailurus_hf.cli_support import load_model
-from benchmarks import clustering_cost, datasets, harness, methods, report, segmenter_quality, similarity, vit_speed
+from benchmarks import (
+    clustering_cost,
+    datasets,
+    families_speed,
+    harness,
+    methods,
+    report,
+    segmenter_quality,
+    similarity,
+    vit_speed,
+)
 from benchmarks.peers.controls import grid_pooling, random_centers
 
 
@@ -50,6 +60,15 @@ def test_speed_and_cost_run_on_small_sizes(monkeypatch):
     assert 1 < row["ideal"] < 4 and row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
     rows = clustering_cost.measure("local_kmeans", [8, 16], 8, repeats=1)
     assert [r["num_tokens"] for r in rows] == [64, 256] and rows[1]["times_previous"] > 0
+
+
+def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
+    tiny = families_speed.segformer([1, 1, 2, 1], [16, 16, 32, 32])
+    geometry = families_speed.Geometry(tiny, 64, lambda out: out.last_hidden_state, families_speed.STAGE)
+    monkeypatch.setitem(families_speed.GEOMETRIES, "tiny", geometry)
+    rows = families_speed.measure("tiny", ["local_kmeans"], repeats=1, stages=[(3,), (2, 3)])
+    assert [row["place"] for row in rows] == ["16 → 4, local_kmeans", "64 → 16, 16 → 4, local_kmeans"]
+    assert 1 < rows[0]["ideal"] < rows[1]["ideal"] and rows[0]["cosine"] > rows[1]["cosine"]
 
 
 def test_quality_of_every_method_on_two_images(tmp_path):

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import (
     AutoModel,
+    AutoModelForDepthEstimation,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     PreTrainedModel,
 )
@@ -75,3 +77,15 @@ class AiluRusModelForSemanticSegmentation(_AiluRusAuto):
     """AutoModelForSemanticSegmentation with AiluRus on; knows Segmenter as well."""
 
     auto_class = AutoModelForSemanticSegmentation
+
+
+class AiluRusModelForObjectDetection(_AiluRusAuto):
+    """AutoModelForObjectDetection with AiluRus on."""
+
+    auto_class = AutoModelForObjectDetection
+
+
+class AiluRusModelForDepthEstimation(_AiluRusAuto):
+    """AutoModelForDepthEstimation with AiluRus on."""
+
+    auto_class = AutoModelForDepthEstimation

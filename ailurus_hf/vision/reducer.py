@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-import threading
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..clustering import Clustering, Nesting
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
-from ..status import Record
+from ..status import Place, Record
 from . import adapters
 from .backend import (
     EAGER_NAME,
@@ -34,7 +33,8 @@ from .backend import (
     use_ailurus_attention,
 )
 from .finding import FoundEncoder
-from .run import Run, Stage
+from .places import encoder_places
+from .run import Run, Stage, thread
 
 
 @dataclass
@@ -94,6 +94,14 @@ class EncoderReducer:
             found.append(adapters.follow_query_mask)
         return found
 
+    @property
+    def module(self) -> nn.Module:
+        return self.found.encoder
+
+    def places(self) -> list[Place]:
+        """What the last forward did at each location, for the status table."""
+        return encoder_places(self)
+
     def install(self) -> None:
         found, locations, last = self.found, self.config.locations, self.restore_location
         if found.reader is not None:
@@ -134,10 +142,10 @@ class EncoderReducer:
     def note_reader(self, reader: nn.Module, args: tuple, kwargs: dict) -> None:
         assert self.found.reader is not None
         reads = self.found.reader[1].reads
-        self.wanted[_thread()] = None if _asks_for_states(reader, kwargs) else frozenset(reads(reader))
+        self.wanted[thread()] = None if _asks_for_states(reader, kwargs) else frozenset(reads(reader))
 
     def begin(self, encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        family, config = self.found.family, self.config
+        family = self.found.family
         pixel_values = args[0] if args else kwargs.get("pixel_values")
         if not isinstance(pixel_values, Tensor):
             raise AiluRusError(f"{type(encoder).__name__} was called without pixel_values")
@@ -146,13 +154,13 @@ class EncoderReducer:
         # Plain numbers also where torch.compile would keep sizes symbolic.
         grid = tuple(operator.index(side) for side in family.grid(encoder, pixel_values))
         num_tokens = math.prod(grid)
-        if _thread() in self.wanted:
+        if thread() in self.wanted:
             # A reader asks for all states, to read some, so the encoder cannot tell what is wanted.
-            wanted = self.wanted.pop(_thread())
+            wanted = self.wanted.pop(thread())
         else:
             reads = None if _asks_for_states(encoder, kwargs) else family.reads
             wanted = None if reads is None else frozenset(reads(encoder))
-        self.runs[_thread()] = Run(
+        self.runs[thread()] = Run(
             grid,
             num_tokens,
             self._targets(num_tokens),
@@ -177,7 +185,7 @@ class EncoderReducer:
         return targets
 
     def enter_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        run = self.runs[_thread()]
+        run = self.runs[thread()]
         hidden_states = args[0]
         if index in self.config.locations:
             hidden_states = self._reduce(run, self.config.locations.index(index), hidden_states)
@@ -228,7 +236,7 @@ class EncoderReducer:
             )
 
     def leave_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
-        run = self.runs[_thread()]
+        run = self.runs[thread()]
         is_last = index == self.restore_location - 1 and not self.through_decoder
         if run.stage is None or not (is_last or index in run.between):
             return output
@@ -237,17 +245,17 @@ class EncoderReducer:
         return run.unfold(output, run.stage, self.config.restore)
 
     def finish_stack(self, stack: nn.Module, args: tuple, output: Any) -> Any:
-        return self._unfold_hidden_states(self.runs[_thread()], output)
+        return self._unfold_hidden_states(self.runs[thread()], output)
 
     def finish_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
-        run = self.runs[_thread()]
+        run = self.runs[thread()]
         output = self._unfold_hidden_states(run, output)
         if run.stage is None or not self.through_decoder:
-            del self.runs[_thread()]
+            del self.runs[thread()]
         return output
 
     def enter_decoder_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        run = self.runs.get(_thread())
+        run = self.runs.get(thread())
         if run is None or run.stage is None:
             return args, kwargs
         arguments = {**dict(zip(self.decoder_parameters[1:], args[1:])), **kwargs}
@@ -258,7 +266,7 @@ class EncoderReducer:
         return (args[0],), arguments
 
     def finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        run = self.runs.pop(_thread(), None)
+        run = self.runs.pop(thread(), None)
         return output if run is None or run.stage is None else run.stage.clusters.unmerge(output)
 
     # Hidden states: transformers collects what layers put out, which is M long; they are unfolded once, where they leave.
@@ -313,8 +321,3 @@ class EncoderReducer:
 def _asks_for_states(module: nn.Module, kwargs: dict) -> bool:
     asked = kwargs.get("output_hidden_states")
     return bool(getattr(module.config, "output_hidden_states", False) if asked is None else asked)
-
-
-def _thread() -> int:
-    # The compiler cannot trace the question; compiled graphs keep a Run of their own.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -6,6 +6,7 @@ What stands in front may grow between layers, so patches are counted from the en
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,12 @@ import torch
 from torch import Tensor
 
 from ..clusters import TokenClusters
+
+
+def thread() -> int:
+    """The running thread: one model may run in several at once, and each has a Run of its own."""
+    # The compiler cannot trace the question; compiled graphs keep a Run of their own.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 @dataclass(eq=False)

@@ -1,0 +1,165 @@
+"""Speed-up, and share of what the FLOPs allow, for full-size models with dense heads and models in stages.
+
+    python -m benchmarks.families_speed                                   # all of GEOMETRIES, batch 1, fp32
+    python -m benchmarks.families_speed --models "SegFormer-B5 1024" --stages 1 2 3 4
+
+Random weights: speed does not depend on them. Fidelity is the cosine to the plain model's prediction on random images, a
+lower bound that real images and weights do not reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cosine_similarity
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    SegformerConfig,
+    SegformerModel,
+)
+
+from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
+
+from .harness import environment, interleaved, log, markdown, model_flops, save
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
+def depth_anything(size: int) -> nn.Module:
+    """DINOv2-L with the DPT head, which reads four layers."""
+    backbone = Dinov2Config(
+        **LARGE,
+        image_size=size,
+        patch_size=14,
+        out_features=["stage5", "stage12", "stage18", "stage24"],
+        reshape_hidden_states=False,
+    )
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=backbone,
+            reassemble_hidden_size=1024,
+            neck_hidden_sizes=[256, 512, 1024, 1024],
+            fusion_hidden_size=256,
+        )
+    )
+
+
+def eomt(size: int) -> nn.Module:
+    """EoMT-L: 200 queries join in the last four layers."""
+    return EomtForUniversalSegmentation(
+        EomtConfig(**LARGE, image_size=size, patch_size=16, num_queries=200, num_blocks=4)
+    )
+
+
+def segformer(depths: list[int], hidden_sizes: list[int]) -> Callable[[int], nn.Module]:
+    return lambda size: SegformerModel(SegformerConfig(depths=depths, hidden_sizes=hidden_sizes, image_size=size))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """make: the model for square images of `size` pixels. fields: of AiluRusConfig. prediction: a tensor of its output."""
+
+    make: Callable[[int], nn.Module]
+    size: int
+    prediction: Callable[[Any], torch.Tensor]
+    fields: dict[str, Any] = field(default_factory=lambda: {"cluster_location": 4, "keep_ratio": 0.25})
+
+
+STAGE = {"cluster_location": 0, "keep_ratio": 0.25}
+B0, B2, B5 = (
+    segformer([2, 2, 2, 2], [32, 64, 160, 256]),
+    segformer([3, 4, 6, 3], [64, 128, 320, 512]),
+    segformer([3, 6, 40, 3], [64, 128, 320, 512]),
+)
+GEOMETRIES = {
+    "DINOv2-L + DPT head 518": Geometry(depth_anything, 518, lambda out: out.predicted_depth),
+    "EoMT-L 640": Geometry(eomt, 640, lambda out: out.masks_queries_logits),
+    **{
+        f"SegFormer-{name} {size}": Geometry(make, size, lambda out: out.last_hidden_state, STAGE)
+        for name, make in (("B0", B0), ("B2", B2), ("B5", B5))
+        for size in (512, 1024)
+    },
+}
+COLUMNS = {
+    "model": "model",
+    "place": "reduced",
+    "plain_ms": "plain|{:.0f} ms",
+    "reduced_ms": "reduced|{:.0f} ms",
+    "speed_up": "speed-up|{:.2f}×",
+    "ideal": "FLOPs-ideal|{:.2f}×",
+    "share_of_ideal": "share|{:.3f}",
+    "cosine": "cosine|{:.3f}",
+}
+
+
+@torch.inference_mode()
+def measure(
+    name: str, clusterings: list[str], repeats: int, stages: list[tuple[int, ...]] | None = None
+) -> list[dict[str, Any]]:
+    """A row a clustering and choice of stages; one model, on which each contender is switched on for its turn alone."""
+    geometry = GEOMETRIES[name]
+    torch.manual_seed(0)
+    model = geometry.make(geometry.size).eval()
+    images = torch.randn(3, 1, 3, geometry.size, geometry.size)
+    full = model_flops(lambda: model(images[0]))
+    before = geometry.prediction(model(images[0])).flatten(1)
+
+    rows: list[dict[str, Any]] = []
+    settings: dict[str, dict[str, Any] | None] = {"plain": None}
+    for clustering in clusterings:
+        for chosen in stages or [None]:
+            fields = {**geometry.fields, "clustering": clustering, **({"stages": chosen} if chosen else {})}
+            apply_ailurus(model, **fields)
+            after = geometry.prediction(model(images[0])).flatten(1)
+            places = ailurus_status(model).places
+            saved = sum((place.flops or 0) - (place.reduced_flops or 0) for place in places)
+            tokens = ", ".join(f"{place.num_tokens} → {place.num_clusters}" for place in places)
+            row = {"model": name, "clustering": clustering, "place": f"{tokens}, {clustering}"}
+            row |= {"ideal": full / (full - saved), "cosine": cosine_similarity(before, after).mean().item(), **fields}
+            rows.append(row)
+            settings[row["place"]] = fields
+    remove_ailurus(model)
+
+    def prepare(key: str) -> None:
+        fields = settings[key]
+        remove_ailurus(model) if fields is None else apply_ailurus(model, **fields)
+
+    run = {key: lambda n: model(images[n % len(images)]) for key in settings}
+    seconds = interleaved(run, repeats, prepare=prepare)
+    for row in rows:
+        row["plain_ms"], row["reduced_ms"] = 1e3 * seconds["plain"], 1e3 * seconds[row["place"]]
+        row["speed_up"] = row["plain_ms"] / row["reduced_ms"]
+        row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
+    parser.add_argument("--clusterings", nargs="+", default=["density_peaks", "local_kmeans"])
+    parser.add_argument("--stages", nargs="+", type=int, help="each of these alone, and then all (SegFormer)")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--name", default="families_speed", help="of the result file")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    chosen = [*((stage,) for stage in args.stages), tuple(args.stages)] if args.stages else None
+    rows = []
+    for name in args.models:
+        rows += measure(name, args.clusterings, args.repeats, chosen)
+        log.info("%s", markdown(rows, COLUMNS).splitlines()[-1])
+    save(args.name, rows, environment(torch.device("cpu"), "fp32"))
+    print(markdown(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""AiluRusModelFor…: what transformers' Auto classes load, dispatch and take, with AiluRus on; and in its pipelines."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from models import images, make_model, predict
+from PIL import Image
+
+import ailurus_hf
+from ailurus_hf import AiluRusError, UnsupportedModelError, ailurus_status, apply_ailurus
+
+SETTINGS = {"cluster_location": 1, "keep_ratio": 0.25}
+WRAPPERS = {
+    "AiluRusModel": "DINOv3ViTModel",
+    "AiluRusModelForImageClassification": "ViTForImageClassification",
+    "AiluRusModelForSemanticSegmentation": "Segmenter(ViT, mask transformer)",
+    "AiluRusModelForObjectDetection": "YOLOS",
+    "AiluRusModelForDepthEstimation": "DepthAnything",
+}
+
+
+@pytest.fixture(params=WRAPPERS.items(), ids=WRAPPERS)
+def saved(request, tmp_path):
+    """The wrapper, the name of the case, a folder with the plain model, and what it predicts when reduced."""
+    wrapper, name = request.param
+    model = make_model(name)
+    model.save_pretrained(tmp_path)
+    return getattr(ailurus_hf, wrapper), name, tmp_path, predict(apply_ailurus(model, **SETTINGS), name, images())
+
+
+def test_a_plain_folder_loads_with_settings_given(saved):
+    wrapper, name, folder, expected = saved
+    model = wrapper.from_pretrained(folder, ailurus_config=SETTINGS).eval()
+    assert type(model) is type(make_model(name)) and ailurus_status(model).active
+    assert torch.equal(predict(model, name, images()), expected)
+
+
+def test_settings_come_back_with_the_folder(saved, tmp_path):
+    wrapper, name, folder, expected = saved
+    wrapper.from_pretrained(folder, ailurus_config=SETTINGS).save_pretrained(tmp_path / "again")
+    model = wrapper.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(predict(model, name, images()), expected)
+
+
+def test_arguments_of_transformers_pass_through(saved):
+    wrapper, name, folder, _ = saved
+    model, report = wrapper.from_pretrained(
+        folder,
+        ailurus_config=SETTINGS,
+        dtype=torch.bfloat16,
+        device_map="cpu",
+        output_loading_info=True,
+    )
+    assert model.dtype == torch.bfloat16 and not report["missing_keys"]
+    assert predict(model.eval(), name, images().bfloat16()).isfinite().all()
+
+
+def test_quantised_weights_load(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    name = "ViTForImageClassification"
+    make_model(name).save_pretrained(tmp_path)
+    given = {"quantization_config": hf.TorchAoConfig(quantization.Int8WeightOnlyConfig())}
+    plain = hf.AutoModelForImageClassification.from_pretrained(tmp_path, **given).eval()
+    model = ailurus_hf.AiluRusModelForImageClassification.from_pretrained(tmp_path, ailurus_config=SETTINGS, **given)
+    assert type(model.vit.layers[0].attention.q_proj.weight) is not torch.nn.Parameter
+    reduced = predict(model.eval(), name, images())
+    assert not torch.allclose(reduced, predict(plain, name, images()))
+    assert torch.equal(reduced, predict(apply_ailurus(plain, **SETTINGS), name, images()))
+
+
+def test_without_settings_anywhere_it_says_what_to_give(saved):
+    wrapper, _, folder, _ = saved
+    with pytest.raises(AiluRusError, match="ailurus_config=AiluRusConfig"):
+        wrapper.from_pretrained(folder)
+
+
+def test_a_model_that_cannot_be_reduced_is_refused_with_the_reason(tmp_path):
+    config = hf.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
+    hf.SwinForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="Swin"):
+        ailurus_hf.AiluRusModelForImageClassification.from_pretrained(tmp_path, ailurus_config=SETTINGS)
+
+
+def photograph():
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 36, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((48, 32))
+
+
+PROCESSOR = {"do_resize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PIPELINES = {
+    "image-classification": (
+        "ViTForImageClassification",
+        lambda: hf.ViTImageProcessorPil(do_resize=True, size={"height": 32, "width": 32}),
+        lambda out: [entry["score"] for entry in out],
+    ),
+    "image-feature-extraction": (
+        "ViTModel",
+        lambda: hf.ViTImageProcessorPil(do_resize=True, size={"height": 32, "width": 32}),
+        lambda out: np.array(out),
+    ),
+    "depth-estimation": (
+        "DepthAnything",
+        lambda: hf.DPTImageProcessorPil(**PROCESSOR),
+        lambda out: out["predicted_depth"].numpy(),
+    ),
+    "object-detection": (
+        "YOLOS",
+        lambda: hf.YolosImageProcessorPil(**PROCESSOR, do_pad=False),
+        lambda out: [entry["score"] for entry in out],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+def test_it_works_in_a_pipeline(task):
+    name, processor, numbers = PIPELINES[task]
+    model = make_model(name)
+    arguments = {"threshold": 0.0} if task == "object-detection" else {}
+    run = hf.pipeline(task, model=model, image_processor=processor())
+    before = numbers(run(photograph(), **arguments))
+    apply_ailurus(model, **SETTINGS)
+    after = numbers(run(photograph(), **arguments))
+    assert np.shape(after) == np.shape(before) and not np.allclose(after, before)
+    assert ailurus_status(model).places[0].forwards == 1
