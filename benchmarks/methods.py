@@ -195,6 +195,12 @@ def _cells(setting: Setting, grid: tuple[int, int]) -> dict[str, Any]:
     return {"location": setting.location, "cells": cells}
 
 
+def _pairs(turn: float, num_tokens: int) -> dict[str, Any]:
+    return {"r": round(turn * num_tokens / 2)}
+
+
+# A decoder on tokens runs on the fewer ones wherever a method can, as in the paper's form; else more would have to be
+# merged before it for the same FLOPs. "Last values" (EViT) and residuals are there before a decoder only.
 METHODS: dict[str, Ours | Direct | Matched] = {
     PAPER: Ours("density_peaks", "copy"),
     "density peaks, residual": Ours("density_peaks", "residual"),
@@ -205,10 +211,15 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     "grid pooling, copy": Ours("density_peaks", "copy", grid_pooling),
     "grid pooling, residual": Ours("density_peaks", "residual", grid_pooling),
     "Expedite": Direct(expedite, _cells),
-    "CTM": Direct(ctm, lambda setting, grid: {"location": setting.location, "keep": setting.keep}),
-    "ToMe": Matched(tome, lambda turn, num_tokens: {"r": round(turn * num_tokens / 2)}),
+    "CTM": Direct(
+        ctm, lambda setting, grid: {"location": setting.location, "keep": setting.keep, "restore_at": "decoder"}
+    ),
+    "ToMe": Matched(tome, _pairs, {"restore_at": "decoder"}),
+    "ToMe, backbone": Matched(tome, _pairs),
     "EViT": Matched(evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}),
-    "EViT, fused": Matched(evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}, {"restore": "fused"}),
+    "EViT, fused": Matched(
+        evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}, {"restore": "fused", "restore_at": "decoder"}
+    ),
     # One threshold for both places, as the paper's models have it.
     "ALGM": Matched(algm, lambda turn, num_tokens: {"thresholds": (1 - turn**2, 1 - turn**2)}, adaptive=True),
     "ACT": Matched(act, lambda turn, num_tokens: {"interval": 10 ** (4 * turn - 1)}, adaptive=True),
