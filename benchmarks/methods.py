@@ -138,11 +138,15 @@ class Direct:
 
 @dataclass(frozen=True)
 class Matched:
-    """A peer with a knob: from 0 (nothing) to 1 (as much as there is) to its settings, given the number of tokens."""
+    """A peer with a knob: from 0 (nothing) to 1 (as much as there is) to its settings, given the number of tokens.
+
+    adaptive: its FLOPs depend on what is in an image, and so are averaged over the runs.
+    """
 
     module: ModuleType
     knob: Callable[[float, int], dict[str, Any]]
     fixed: dict[str, Any] = field(default_factory=dict)
+    adaptive: bool = False
     takes_restore_location: bool = False
 
     def apply(self, model: nn.Module, setting: Setting, runs: Sequence[Run], given: dict[str, Any]) -> Reduction:
@@ -150,7 +154,8 @@ class Matched:
         grid = token_grid(model, runs)
         turn = functools.partial(self.knob, num_tokens=math.prod(grid))
         if not turn(0.0).keys() & given.keys():
-            goal = flops_with(METHODS[PAPER], model, setting, runs, {})
+            runs = runs if self.adaptive else runs[:1]
+            goal = flops_with(METHODS[PAPER], model, setting, runs[:1], {})
             settings |= self._turned(model, goal, runs, settings, turn)
         return PeerReduction(self.module.apply(model, **settings), settings)
 
@@ -190,6 +195,12 @@ def _cells(setting: Setting, grid: tuple[int, int]) -> dict[str, Any]:
     return {"location": setting.location, "cells": cells}
 
 
+def _pairs(turn: float, num_tokens: int) -> dict[str, Any]:
+    return {"r": round(turn * num_tokens / 2)}
+
+
+# A decoder on tokens runs on the fewer ones wherever a method can, as in the paper's form; else more would have to be
+# merged before it for the same FLOPs. "Last values" (EViT) and residuals are there before a decoder only.
 METHODS: dict[str, Ours | Direct | Matched] = {
     PAPER: Ours("density_peaks", "copy"),
     "density peaks, residual": Ours("density_peaks", "residual"),
@@ -200,13 +211,18 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     "grid pooling, copy": Ours("density_peaks", "copy", grid_pooling),
     "grid pooling, residual": Ours("density_peaks", "residual", grid_pooling),
     "Expedite": Direct(expedite, _cells),
-    "CTM": Direct(ctm, lambda setting, grid: {"location": setting.location, "keep": setting.keep}),
-    "ToMe": Matched(tome, lambda turn, num_tokens: {"r": round(turn * num_tokens / 2)}),
+    "CTM": Direct(
+        ctm, lambda setting, grid: {"location": setting.location, "keep": setting.keep, "restore_at": "decoder"}
+    ),
+    "ToMe": Matched(tome, _pairs, {"restore_at": "decoder"}),
+    "ToMe, backbone": Matched(tome, _pairs),
     "EViT": Matched(evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}),
-    "EViT, fused": Matched(evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}, {"restore": "fused"}),
+    "EViT, fused": Matched(
+        evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}, {"restore": "fused", "restore_at": "decoder"}
+    ),
     # One threshold for both places, as the paper's models have it.
-    "ALGM": Matched(algm, lambda turn, num_tokens: {"thresholds": (1 - turn**2, 1 - turn**2)}),
-    "ACT": Matched(act, lambda turn, num_tokens: {"interval": 10 ** (4 * turn - 1)}),
+    "ALGM": Matched(algm, lambda turn, num_tokens: {"thresholds": (1 - turn**2, 1 - turn**2)}, adaptive=True),
+    "ACT": Matched(act, lambda turn, num_tokens: {"interval": 10 ** (4 * turn - 1)}, adaptive=True),
 }
 
 

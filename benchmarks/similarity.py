@@ -40,6 +40,7 @@ STEPS = {
     "Expedite": [(expedite, "cluster", "cluster"), (expedite, "reconstruction", "unmerge")],
     "CTM": [(ctm, "dpc_knn", "cluster")],
     "ToMe": [(tome, "bipartite_matching", "cluster"), (tome, "merge_matched", "merge")],
+    "ToMe, backbone": [(tome, "bipartite_matching", "cluster"), (tome, "merge_matched", "merge")],
     "EViT": [(evit, "cls_attention", "cluster")],
     "EViT, fused": [(evit, "cls_attention", "cluster")],
     "ALGM": [(algm, name, "cluster") for name in ("pair_cosines", "window_cosines", "merge_windows", "match_above")],

@@ -116,7 +116,7 @@ def test_peers_with_a_knob_are_turned_to_the_flops_of_the_paper(name):
     reduction.undo()
     given = methods.apply_method(model, "ToMe:r=3", setting, runs)
     runs[0]()
-    assert given.num_clusters() == 96 - 4 * 3 and given.settings == {"r": 3}
+    assert given.num_clusters() == 96 - 4 * 3 and given.settings == {"r": 3, "restore_at": "decoder"}
     given.undo()
     assert not model._forward_pre_hooks
 

@@ -73,7 +73,7 @@ def latency_split(
 ) -> dict[str, float]:
     """Median milliseconds of a forward by part: those of PARTS, "rest" and "total".
 
-    model: a supported model, with AiluRus on or off; run: a call of it. "unmerge" gives values back to N places; adding them to
+    model: one with a ViT encoder, with AiluRus on or off; run: a call of it. "unmerge" gives values back to N places; adding them to
         what restore="residual" kept is in "rest", as are embeddings, norms and heads. Waiting for every part costs a little, so "total" is
         no measure of speed.
     timed: more to count, as (object, name of its function, part): what another method does beside AiluRus.
@@ -104,7 +104,7 @@ def _watched(model: nn.Module, watch: Stopwatch, timed: Sequence[tuple[Any, str,
                         stack.callback(before.remove)
                         stack.callback(behind.remove)
         for reducer in reducers_of(model):
-            for name in ("clustering", "nesting"):
+            for name in {"clustering", "nesting"} & vars(reducer).keys():
                 timer = partial(_timed_clustering, watch, getattr(reducer, name))
                 stack.enter_context(_replaced(reducer, name, timer))
         for owner, name, part in timed:
