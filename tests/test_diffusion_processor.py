@@ -64,7 +64,7 @@ def test_whatever_is_not_merged_is_exact(fields):
     mask = torch.zeros(2, 1, 64).index_fill(2, torch.arange(20), -1e4)
     torch.testing.assert_close(call(attn, merging, tokens, None, mask), call(attn, plain, tokens, None, mask))
     torch.testing.assert_close(call(attn, AiluRusProcessor(), tokens), call(attn, plain, tokens))  # below min_tokens
-    cross = layer(cross_attention_dim=TEXT, **fields)
+    cross = layer(cross_attention_dim=TEXT, cross_attention_norm="layer_norm", **fields)
     mask = torch.zeros(2, 1, 5).index_fill(2, torch.arange(2), -1e4)
     for given in (None, mask):
         got, want = call(cross, merging, tokens, text(2), given), call(cross, plain, tokens, text(2), given)

@@ -23,7 +23,7 @@ from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..status import Record
 from .backend import Call, Stack, pairs_halves, self_attentions
-from .store import AssignmentStore, Run
+from .store import AssignmentStore, Run, place_among
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +90,9 @@ class NetworkReducer:
             if given.get(name) is not None:
                 raise AiluRusError(f"{name} in cross_attention_kwargs cannot follow merged tokens: call without them")
         latents, compiling = self.call.latents(args, kwargs), torch.compiler.is_compiling()
+        timestep = self.call.argument("timestep", args, kwargs)
         # The compiler cannot follow the reference to a pipeline.
-        pipeline = None if compiling or self.pipeline is None else self.pipeline()
+        pipeline = None if compiling else self._pipeline_of(timestep)
         if not compiling and self.processor is not None:
             self._notice_lost_processors()
         share = self.config.share_cfg
@@ -99,8 +100,13 @@ class NetworkReducer:
             raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {latents.shape[0]} images")
         if share is None:
             share = latents.shape[0] % 2 == 0 and pairs_halves(pipeline, self.call, args, kwargs)
-        timestep = self.call.argument("timestep", args, kwargs)
         self.store.begin(max(latents.shape[-2:]), share, timestep, pipeline)
+
+    def _pipeline_of(self, timestep: Any) -> Any:
+        """The pipeline, if it is the one that makes this call: another may have the same network."""
+        pipeline = None if self.pipeline is None else self.pipeline()
+        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        return None if place_among(timesteps, timestep) is None else pipeline
 
     def end(self, network: nn.Module, args: tuple, output: Any) -> None:
         run = self.store.run

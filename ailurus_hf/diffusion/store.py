@@ -41,12 +41,11 @@ class Run:
 
 @dataclass
 class Generation:
-    """Where one thread stands in the denoising of one image. schedule: the timesteps, where a pipeline told them."""
+    """Where one thread stands in the denoising of one image. timesteps: those of the pipeline's scheduler, if it has them."""
 
     timesteps: Tensor | None = None
-    schedule: list[float] | None = None
-    step: int = 0
     timestep: float | None = None
+    step: int = 0
     refreshed_at: int = 0
     assignments: Assignments = field(default_factory=dict)
 
@@ -70,7 +69,7 @@ class AssignmentStore:
         return getattr(self._of_thread, "run", None)
 
     def begin(self, latent_side: int, share_cfg: bool, timestep: Any, pipeline: Any) -> None:
-        """A forward starts. timestep: a number or tensor; pipeline: whose scheduler has the timesteps, or None."""
+        """A forward starts. timestep: a number or tensor; pipeline: whose scheduler has it, or None."""
         if torch.compiler.is_compiling():
             if self.config.unreduced_first_steps or self.config.unreduced_last_steps:
                 raise AiluRusError("a compiled network does not count steps: leave none of them unreduced")
@@ -80,9 +79,14 @@ class AssignmentStore:
             self._of_thread.run = Run(latent_side, True, share_cfg, {})
             return
         generation = self._generation(timestep, pipeline)
-        first, last = self.config.unreduced_first_steps, self.config.unreduced_last_steps
-        total = None if generation.schedule is None else len(generation.schedule)
-        reduce = first <= generation.step and (total is None or generation.step < total - last)
+        reduce = self.config.unreduced_first_steps <= generation.step
+        if self.config.unreduced_last_steps:
+            if generation.timesteps is None:
+                raise AiluRusError(
+                    f"unreduced_last_steps={self.config.unreduced_last_steps} cannot be found: the timestep is none of "
+                    "those of the scheduler of the pipeline that AiluRus was applied to"
+                )
+            reduce &= generation.step < len(generation.timesteps) - self.config.unreduced_last_steps
         if generation.step - generation.refreshed_at >= self.config.refresh_every or not generation.assignments:
             generation.assignments, generation.refreshed_at = {}, generation.step
         self._of_thread.run = Run(latent_side, reduce, share_cfg, generation.assignments)
@@ -97,20 +101,17 @@ class AssignmentStore:
     def _generation(self, timestep: Any, pipeline: Any) -> Generation:
         """This thread's generation, moved to the step of this forward, or a new one."""
         state: Generation | None = getattr(self._of_thread, "generation", None)
-        timesteps = None if pipeline is None else getattr(pipeline.scheduler, "timesteps", None)
-        # A device's number costs waiting for it, so in a pipeline it is read once a generation, and steps are counted.
-        known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
-        if isinstance(timesteps, Tensor):
-            if state is None or state.timesteps is not timesteps:
-                schedule = [float(t) for t in timesteps.tolist()]
-                state = Generation(timesteps, schedule, timestep=_number(timestep))
-                # Image-to-image starts in the middle.
-                state.step = schedule.index(state.timestep) if state.timestep in schedule else 0
-            else:
-                state = _next_scheduled(state, _number(timestep) if known else None)
+        timesteps = None if pipeline is None else pipeline.scheduler.timesteps
+        step = place_among(timesteps, timestep)
+        if step is not None:
+            # Every generation makes timesteps of its own.
+            if state is None or state.timesteps is not timesteps or step < state.step:
+                state = Generation(timesteps, step=step)
+            state.step = step
         else:
-            value = _number(timestep)
-            if state is None or state.timestep is None or state.schedule is not None or value > state.timestep:
+            # Without a schedule: within a generation timesteps fall.
+            value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+            if state is None or state.timestep is None or value > state.timestep:
                 state = Generation(timestep=value)
             elif value < state.timestep:
                 state.step, state.timestep = state.step + 1, value
@@ -118,25 +119,10 @@ class AssignmentStore:
         return state
 
 
-def _next_scheduled(state: Generation, value: float | None) -> Generation:
-    """The step after the last one; where the timestep is known, the step it stands at."""
-    assert state.schedule is not None
-    schedule, following = state.schedule, state.step + 1
-    restart = Generation(state.timesteps, schedule, timestep=value)
-    if value is None or value not in schedule:
-        state.step = following
-        return state if following < len(schedule) else restart
-    if following < len(schedule) and schedule[following] == value:
-        state.step = following
-    elif schedule[state.step] != value:
-        later = [step for step in range(following, len(schedule)) if schedule[step] == value]
-        if not later:
-            # Denoising goes on from an earlier step: another image.
-            restart.step = schedule.index(value)
-            return restart
-        state.step = later[0]
-    return state
-
-
-def _number(timestep: Any) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+def place_among(timesteps: Any, timestep: Any) -> int | None:
+    """Which of a scheduler's timesteps this is a view of, without asking the device for its value; None: of none."""
+    if not isinstance(timesteps, Tensor) or not isinstance(timestep, Tensor) or timesteps.ndim != 1:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
