@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ailurus_hf.vision.families import FAMILIES
+from ailurus_hf.vision.families import supported_models
 
 from . import clustering_cost, diffusion_speed, families_speed, vit_speed
 from .harness import RESULTS, markdown
@@ -90,23 +90,8 @@ def equal_speed_table() -> str:
     return head + markdown(lines, {"method": "method", **heads}) + "\n" + source(result, "segmenter_quality-cpu-fp32")
 
 
-def families_table() -> str:
-    """The encoders that can be reduced, from their declarations."""
-    lines = [
-        {
-            "name": family.name,
-            "encoder": f"`{family.encoder.rsplit('.', 1)[1]}`",
-            "prefix": f"{family.prefix}{' + registers' if family.registers else ''}",
-        }
-        for family in FAMILIES
-    ]
-    return markdown(
-        lines, {"name": "family", "encoder": "encoder in transformers", "prefix": "tokens before the patches"}
-    )
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "families": families_table,
+    "families": supported_models,
     "speed": rows_as_measured("vit_speed-cpu-fp32", vit_speed.COLUMNS),
     "cost": rows_as_measured("clustering_cost-cpu-fp32", clustering_cost.COLUMNS),
     "heads and stages": rows_as_measured("families_speed-cpu-fp32", families_speed.COLUMNS),

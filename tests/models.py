@@ -98,8 +98,16 @@ def yolos(**fields):
 
 def vitpose():
     image_size = (GRID[0] * 8, GRID[1] * 8)
-    backbone = {**WITHOUT_MLP, "mlp_ratio": 2, "image_size": image_size, "patch_size": (8, 8), "out_features": ["stage4"]}
-    return hf.VitPoseForPoseEstimation(hf.VitPoseConfig(backbone_config=hf.VitPoseBackboneConfig(**backbone), num_labels=3))
+    backbone = {
+        **WITHOUT_MLP,
+        "mlp_ratio": 2,
+        "image_size": image_size,
+        "patch_size": (8, 8),
+        "out_features": ["stage4"],
+    }
+    return hf.VitPoseForPoseEstimation(
+        hf.VitPoseConfig(backbone_config=hf.VitPoseBackboneConfig(**backbone), num_labels=3)
+    )
 
 
 def zoedepth():
@@ -122,7 +130,13 @@ def zoedepth():
 
 
 def clip():
-    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 9,
+    }
     return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=8))
 
 
@@ -159,9 +173,7 @@ CASES = {
     ),
     "ViTMSNModel": Case(lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**SIZES)), last, auto="AiluRusModel"),
     "IJepaModel": Case(lambda: hf.IJepaModel(hf.IJepaConfig(**SIZES)), last, auto="AiluRusModel"),
-    "ViTMAEModel": Case(
-        lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SIZES, mask_ratio=0.0)), last, auto="AiluRusModel"
-    ),
+    "ViTMAEModel": Case(lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**SIZES, mask_ratio=0.0)), last, auto="AiluRusModel"),
     "BeitModel": Case(lambda: hf.BeitModel(hf.BeitConfig(**BEIT)), last, every_way=True, auto="AiluRusModel"),
     "BeitModel(shared)": Case(
         lambda: hf.BeitModel(
@@ -179,7 +191,7 @@ CASES = {
     ),
     "BeitBackbone": Case(lambda: hf.BeitBackbone(beit_backbone(**STAGES)), maps),
     "Data2VecVisionModel": Case(
-        lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**BEIT)), last, auto="AiluRusModel"
+        lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**BEIT)), last, maps=False, auto="AiluRusModel"
     ),
     "Data2VecVisionForSemanticSegmentation": Case(
         lambda: hf.Data2VecVisionForSemanticSegmentation(
@@ -194,6 +206,7 @@ CASES = {
         logits,
         grid=SQUARE,
         any_size=False,
+        maps=False,
     ),
     "Dinov2Model": Case(lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO)), last, auto="AiluRusModel"),
     "Dinov2ForImageClassification": Case(
@@ -208,13 +221,16 @@ CASES = {
         auto="AiluRusModel",
     ),
     "Dinov2WithRegistersBackbone": Case(
-        lambda: hf.Dinov2WithRegistersBackbone(hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3, **STAGES)), maps
+        lambda: hf.Dinov2WithRegistersBackbone(hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3, **STAGES)),
+        maps,
     ),
     "DINOv3ViTModel": Case(lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**DINO3)), last, auto="AiluRusModel"),
     "DINOv3ViTBackbone": Case(lambda: hf.DINOv3ViTBackbone(hf.DINOv3ViTConfig(**DINO3, **STAGES)), maps),
     "CLIPVisionModel": Case(lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**SIZES)), last),
     "CLIPModel": Case(clip, lambda out: out.image_embeds),
-    "SiglipVisionModel": Case(lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)), lambda out: out.pooler_output),
+    "SiglipVisionModel": Case(
+        lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)), lambda out: out.pooler_output
+    ),
     "DPTForDepthEstimation": Case(
         lambda: hf.DPTForDepthEstimation(
             hf.DPTConfig(**{**SIZES, "image_size": SQUARE[0] * PATCH}, **NECK, backbone_out_indices=[0, 1, 2, 3])
@@ -237,9 +253,7 @@ CASES = {
     ),
     "DPT over DINOv2": Case(
         lambda: hf.DPTForDepthEstimation(
-            hf.DPTConfig(
-                backbone_config=dinov2_backbone(reshape_hidden_states=False, apply_layernorm=True), **NECK
-            )
+            hf.DPTConfig(backbone_config=dinov2_backbone(reshape_hidden_states=False, apply_layernorm=True), **NECK)
         ),
         depth,
     ),
@@ -259,7 +273,11 @@ CASES = {
     "UperNet over DINOv2": Case(
         lambda: hf.UperNetForSemanticSegmentation(
             hf.UperNetConfig(
-                backbone_config=dinov2_backbone(), hidden_size=8, pool_scales=[1], use_auxiliary_head=False, num_labels=5
+                backbone_config=dinov2_backbone(),
+                hidden_size=8,
+                pool_scales=[1],
+                use_auxiliary_head=False,
+                num_labels=5,
             )
         ),
         logits,
@@ -284,18 +302,21 @@ CASES = {
         masks,
         grid=SQUARE,
         any_size=False,
+        compiles=False,
     ),
     "EoMT(predicting masks)": Case(
         lambda: eomt(hf.EomtForUniversalSegmentation, hf.EomtConfig(**EOMT), predicts_masks=True),
         masks,
         grid=SQUARE,
         any_size=False,
+        compiles=False,
     ),
     "EoMT-DINOv3": Case(
         lambda: eomt(hf.EomtDinov3ForUniversalSegmentation, hf.EomtDinov3Config(**EOMT), predicts_masks=True),
         masks,
         grid=SQUARE,
         any_size=False,
+        compiles=False,
     ),
     "Segmenter(ViT, mask transformer)": Case(
         lambda: segmenter("vit", decoder_config=DECODER),
@@ -354,7 +375,9 @@ def without_positions(model):
     """The model with nothing in it that tells equal patches apart by their place."""
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith(("position_embeddings", "position_embedding.weight", "position_embeddings.weight", "inv_freq")):
+            if name.endswith(
+                ("position_embeddings", "position_embedding.weight", "position_embeddings.weight", "inv_freq")
+            ):
                 parameter.zero_()
             if name.endswith("relative_position_bias_table"):
                 # One bias for all displacements; those of the class token stay what they are.

@@ -28,7 +28,9 @@ def relative_bias_modules(module: nn.Module) -> list[nn.Module]:
     found = [m for m in module.modules() if hasattr(m, "relative_position_bias_table")]
     for bias in found:
         if not {"window_size", "dim_size"} <= set(inspect.signature(bias.forward).parameters):
-            raise UnsupportedModelError(f"{type(bias).__name__}.forward takes no window_size and dim_size: not known here")
+            raise UnsupportedModelError(
+                f"{type(bias).__name__}.forward takes no window_size and dim_size: not known here"
+            )
     return found
 
 

@@ -94,7 +94,7 @@ AttentionMaskInterface.register(EAGER_NAME, eager_mask)
 def attention_configs(layers: Iterable[nn.Module]) -> list[PreTrainedConfig]:
     """The configs from which the attention modules in `layers` read their implementation, each once."""
     configs = {id(m.config): m.config for layer in layers for m in layer.modules() if _uses_interface(m)}
-    return cast(list[PreTrainedConfig], list(configs.values()))
+    return list(configs.values())
 
 
 def _uses_interface(module: nn.Module) -> bool:

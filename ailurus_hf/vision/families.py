@@ -120,7 +120,9 @@ FAMILIES = (
     Family("ViTMSN", _AT + "vit_msn.modeling_vit_msn.ViTMSNModel", prefix=1),
     Family("I-JEPA", _AT + "ijepa.modeling_ijepa.IJepaModel"),
     Family("ViTMAE (mask_ratio 0)", _AT + "vit_mae.modeling_vit_mae.ViTMAEModel", prefix=1, prepare=in_grid_order),
-    Family("BEiT", _AT + "beit.modeling_beit.BeitModel", prefix=1, models="BeitBackbone, UperNet, ZoeDepth, DPT over BEiT"),
+    Family(
+        "BEiT", _AT + "beit.modeling_beit.BeitModel", prefix=1, models="BeitBackbone, UperNet, ZoeDepth, DPT over BEiT"
+    ),
     Family("Data2VecVision", _AT + "data2vec.modeling_data2vec_vision.Data2VecVisionModel", prefix=1),
     Family("DINOv2", _AT + "dinov2.modeling_dinov2.Dinov2Model", prefix=1),
     Family(
@@ -152,9 +154,14 @@ FAMILIES = (
         reads=feature_maps,
     ),
     Family(
-        "CLIP vision", _AT + "clip.modeling_clip.CLIPVisionModel", prefix=1, models="CLIPModel, LLaVA and others with its tower"
+        "CLIP vision",
+        _AT + "clip.modeling_clip.CLIPVisionModel",
+        prefix=1,
+        models="CLIPModel, LLaVA and others with its tower",
     ),
-    Family("SigLIP vision", _AT + "siglip.modeling_siglip.SiglipVisionModel", models="SiglipModel, PaliGemma and others"),
+    Family(
+        "SigLIP vision", _AT + "siglip.modeling_siglip.SiglipVisionModel", models="SiglipModel, PaliGemma and others"
+    ),
     Family(
         "DPT",
         _AT + "dpt.modeling_dpt.DPTModel",
@@ -212,7 +219,9 @@ READERS = (
 )
 
 _WINDOWS = "its windowed attention needs the whole grid in most layers, and its global attention takes no bias"
-_PYRAMID = "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
+_PYRAMID = (
+    "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
+)
 _OWN_ATTENTION = "its attention takes neither a mask nor a bias, so a representative cannot count for its tokens"
 
 # By the start of the module's name, so that every class of a family is found.
@@ -237,7 +246,10 @@ def supported_models() -> str:
     """The declared families as a Markdown table, and what is refused with its reason."""
     rows = ["| family | encoder in transformers | also in | tokens around the patches |", "| --- | --- | --- | --- |"]
     for family in FAMILIES:
-        rows.append(f"| {family.name} | `{family.encoder.rsplit('.', 1)[1]}` | {family.models or '–'} | {_around(family)} |")
+        rows.append(
+            f"| {family.name} | `{family.encoder.rsplit('.', 1)[1]}` | {family.models or '–'} | {_around(family)} |"
+        )
+    rows.append("| SegFormer | `SegformerModel` | SegFormer's heads | none; stage by stage: segformer.py |")
     rows += ["", "| refused | why |", "| --- | --- |"]
     reasons: dict[str, list[str]] = {}
     for module, reason in REFUSED.items():

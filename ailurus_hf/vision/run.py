@@ -54,7 +54,7 @@ class Stage:
         places = torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(self.tokens.shape[0], -1, -1)
         return self.clusters.merge(places)
 
-    def unfold(self, representatives: Tensor, restore: str) -> Tensor:
+    def unfold(self, representatives: Tensor, restore: str | None) -> Tensor:
         """All N patches from Tensor[B, M, C]."""
         if restore == "copy":
             return self.clusters.unmerge(representatives)
@@ -92,7 +92,7 @@ class Run:
             hidden_states[:, front + num_patches :],
         )
 
-    def unfold(self, hidden_states: Tensor, stage: Stage, restore: str) -> Tensor:
+    def unfold(self, hidden_states: Tensor, stage: Stage, restore: str | None) -> Tensor:
         """A sequence with all N patches from one with a stage's M."""
         front, representatives, suffix = self.split(hidden_states, stage.clusters.num_clusters)
         return torch.cat([front, stage.unfold(representatives, restore), suffix], 1)
