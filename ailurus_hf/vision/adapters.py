@@ -116,15 +116,20 @@ def rotate_at_centroids(arguments: dict[str, Any], run: Run, stage: Stage, bias:
         raise UnsupportedModelError(
             f"position_embeddings are no (cos, sin) of shape ({run.num_tokens}, D) each: this model's are not known here"
         )
-    arguments["position_embeddings"] = stage.once("rotary", lambda: rotary_at_centroids(given, stage))
+    # A step is 4π over the side's patches at most, and up to four times that by the augmentation of training.
+    longest = 16 if run.training else 4
+    arguments["position_embeddings"] = stage.once("rotary", lambda: rotary_at_centroids(given, stage, longest))
     return bias
 
 
-def rotary_at_centroids(rotary: tuple[Tensor, Tensor], stage: Stage) -> tuple[Tensor, Tensor]:
+def rotary_at_centroids(
+    rotary: tuple[Tensor, Tensor], stage: Stage, longest_ambiguous: int = 4
+) -> tuple[Tensor, Tensor]:
     """(cos, sin) at each cluster's centroid, Tensor[B, 1, M, D] each, from those of the patches, Tensor[N, D].
 
     The angle at the patch nearest to the centroid, plus the angle of a step down or right times what is left to go. A
-    step has to be under half a turn, as it is where each side of the grid has more than 4 patches.
+    cosine and sine tell a step's angle only where it is under half a turn: along a side of at most `longest_ambiguous`
+    patches the nearest patch's angle is taken as it is.
     """
     centroids = stage.centroids()
     nearest = centroids.round()
@@ -132,7 +137,7 @@ def rotary_at_centroids(rotary: tuple[Tensor, Tensor], stage: Stage) -> tuple[Te
     angle = torch.atan2(rotary[1].float(), rotary[0].float()).unflatten(0, stage.grid)
     at_nearest = angle.flatten(0, 1)[place]
     for axis, side in enumerate(stage.grid):
-        if side > 1:
+        if side > longest_ambiguous:
             step = angle.select(axis, side // 2) - angle.select(axis, side // 2 - 1)
             step = torch.remainder(step[0] + torch.pi, 2 * torch.pi) - torch.pi
             at_nearest = at_nearest + (centroids - nearest)[..., axis, None] * step

@@ -167,6 +167,7 @@ class EncoderReducer:
             self.found.suffix,
             frozenset() if family.between is None else frozenset(family.between(encoder)),
             wanted,
+            encoder.training,
         )
         if family.prepare is None:
             return None

@@ -68,6 +68,7 @@ class Run:
     targets: M of each place, in order; None where the image has no more tokens than that.
     between: layers whose output the model itself reads on the grid before the next layer.
     wanted: the hidden states that somebody reads, by number; None: all.
+    training: whether the encoder trains, and may move positions about.
     """
 
     grid: tuple[int, ...]
@@ -76,6 +77,7 @@ class Run:
     suffix: int
     between: frozenset[int] = frozenset()
     wanted: frozenset[int] | None = None
+    training: bool = False
     stages: list[Stage] = field(default_factory=list)
     states_unfolded: bool = False
 
