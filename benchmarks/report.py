@@ -17,7 +17,7 @@ from typing import Any
 
 from ailurus_hf.vision.families import supported_models
 
-from . import clustering_cost, diffusion_speed, families_speed, vit_speed
+from . import clustering_cost, vit_speed
 from .harness import RESULTS, markdown
 
 ROOT = Path(__file__).parent.parent
@@ -94,8 +94,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": supported_models,
     "speed": rows_as_measured("vit_speed-cpu-fp32", vit_speed.COLUMNS),
     "cost": rows_as_measured("clustering_cost-cpu-fp32", clustering_cost.COLUMNS),
-    "heads and stages": rows_as_measured("families_speed-cpu-fp32", families_speed.COLUMNS),
-    "diffusion speed": rows_as_measured("diffusion_speed_sd15-cpu-fp32", diffusion_speed.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,
 }
