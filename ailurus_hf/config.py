@@ -36,7 +36,7 @@ class AiluRusConfig:
     restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; copy only); None: "decoder" for
         copy, "backbone" for residual. Models without a token decoder restore after the backbone either way.
     restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
-    stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: those that gain.
+    stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: the third.
         L and R then count the layers of a stage.
     check_finite: raise on NaN features instead of clustering them somehow; this waits for the device.
     """

@@ -28,7 +28,7 @@ from .backend import attention_configs, restore_attention, use_ailurus_attention
 from .run import thread
 
 STAGE = "transformers.models.segformer.modeling_segformer.SegformerStage"
-# Where it measured as a gain (benchmarks/segformer_speed.py): the stage that holds most of a model's layers.
+# The stage that holds most of a model's layers; benchmarks/families_speed.py measures the others beside it.
 DEFAULT_STAGES = (3,)
 # What a block hands on to its attention, where gradient checkpointing finds it again when it recomputes the block.
 CLUSTERS = "ailurus_clusters"
