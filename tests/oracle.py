@@ -9,7 +9,8 @@ import numpy as np
 class Oracle:
     """One image, features [N, C] as numpy. `assignment` numbers clusters in ascending order of their centre.
 
-    `fragile`: some comparison was decided by less than `margin` (but not equal), so float32 may decide it otherwise.
+    `fragile`: some comparison was decided by less than `margin`, so float32 may decide it otherwise. A tie is certain only
+    between values made of the same numbers: 10 * sqrt(8) = 20 * sqrt(2), but not in every precision.
     """
 
     def __init__(self, features, grid, num_clusters, lam=50, alpha=0.9, k=1, margin=1e-6):
@@ -25,43 +26,54 @@ class Oracle:
         def sigma(i, j):
             return math.sqrt(((features[i] - features[j]) ** 2).sum()) / math.sqrt(features.shape[1])
 
-        weighted = [{} for _ in range(count)]
+        weighted, made_of = [{} for _ in range(count)], [{} for _ in range(count)]
         for i in range(count):
             others = sorted((j for j in range(count) if j != i), key=lambda j: (grid_distance(i, j), j))
             for rank, j in enumerate(others[:lam] if lam else others, start=1):
                 s = (1 - alpha) * rank / lam + alpha if lam else 1.0
                 weighted[i][j] = sigma(i, j) * s
+                made_of[i][j] = (sigma(i, j), s) if weighted[i][j] else 0
 
-        log_rho = []
+        log_rho, rho_made_of = [], []
         for i in range(count):
-            nearest = sorted(weighted[i].values())[:k]
-            log_rho.append(-sum(nearest) / len(nearest) if nearest else 0.0)
+            nearest = sorted(weighted[i], key=weighted[i].get)[:k]
+            log_rho.append(-sum(weighted[i][j] for j in nearest) / len(nearest) if nearest else 0.0)
+            rho_made_of.append([made_of[i][j] for j in nearest])
 
         def denser(j, i):
-            self._look(log_rho[j], log_rho[i])
+            self._look(log_rho[j], log_rho[i], rho_made_of[j] == rho_made_of[i])
             return log_rho[j] > log_rho[i] or (log_rho[j] == log_rho[i] and j < i)
 
-        parent, key = {}, []
+        def least(i, candidates):
+            first, *rest = sorted(candidates, key=lambda j: (weighted[i][j], j))
+            for other in rest[:1]:
+                self._look(weighted[i][first], weighted[i][other], made_of[i][first] == made_of[i][other])
+            return first
+
+        parent, key, key_made_of = {}, [], []
         for i in range(count):
-            candidates = [(w, j) for j, w in weighted[i].items() if denser(j, i)]
+            candidates = [j for j in weighted[i] if denser(j, i)]
             if candidates:
-                delta, parent[i] = self._least(candidates)
+                parent[i] = least(i, candidates)
+                delta = weighted[i][parent[i]]
                 key.append((0, log_rho[i] + (math.log(delta) if delta > 0 else -math.inf)))
+                key_made_of.append((rho_made_of[i], made_of[i][parent[i]]))
             else:
                 key.append((1, log_rho[i]))
+                key_made_of.append(rho_made_of[i])
 
         best_first = sorted(range(count), key=lambda i: (-key[i][0], -key[i][1], i))
         self.centers = sorted(best_first[:num_clusters])
         for last_in, first_out in zip(best_first[num_clusters - 1 :], best_first[num_clusters:][:1], strict=False):
             if key[last_in][0] == key[first_out][0]:
-                self._look(key[last_in][1], key[first_out][1])
+                self._look(key[last_in][1], key[first_out][1], key_made_of[last_in] == key_made_of[first_out])
         chosen = set(self.centers)
 
         def own(i):
             if i in chosen:
                 return i
-            near = [(w, j) for j, w in weighted[i].items() if j in chosen]
-            return self._least(near)[1] if near else None
+            near = [j for j in weighted[i] if j in chosen]
+            return least(i, near) if near else None
 
         owners = []
         for i in range(count):
@@ -74,12 +86,5 @@ class Oracle:
             owners.append(owner)
         self.assignment = [self.centers.index(owner) for owner in owners]
 
-    def _least(self, candidates):
-        first, *rest = sorted(candidates)
-        for other in rest[:1]:
-            self._look(first[0], other[0])
-        return first
-
-    def _look(self, one, other):
-        if one != other:
-            self.fragile |= abs(one - other) < self.margin * (1 + abs(one))
+    def _look(self, one, other, same):
+        self.fragile |= not same and abs(one - other) < self.margin * (1 + abs(one))
