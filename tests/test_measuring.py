@@ -20,7 +20,7 @@ def test_contenders_take_turns_and_warm_up_uncounted():
 
     times = interleaved({"a": slow_at_first, "b": lambda n: turns.append(("b", n))}, repeats=1, warmup=1)
     assert turns == [(name, n) for n in range(2) for name in "ab"]
-    assert 0.01 <= times["a"] < 0.4 and 0 <= times["b"] < 0.4
+    assert 0.01 <= times["a"] < 0.2 and times["b"] < 0.2
 
 
 def test_what_is_switched_around_a_turn_is_not_timed():
