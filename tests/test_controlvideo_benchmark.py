@@ -58,6 +58,18 @@ def test_flops_are_counted_on_shapes_alone():
     assert [row["method"] for row in rows] == methods
     plain, *others = (row["share_of_flops"] for row in rows)
     assert plain == 1 and all(0 < share < 0.9 for share in others)
+    assert all(0 < row["peak_mib"] < 100 for row in rows)
+
+
+def test_memory_by_shapes():
+    def run():
+        first = torch.empty(2**20, device="meta")
+        second = (first + 1) * 2  # three at once
+        del first
+        query = second.view(1, 1, 2**15, 32)
+        return torch.nn.functional.scaled_dot_product_attention(query, query, query)  # two again, and no scores
+
+    assert harness.peak_on_shapes(run) == 3 * 4 * 2**20
 
 
 def test_a_whole_video():

@@ -204,7 +204,7 @@ def test_a_still_video_is_kept_once(way):
     still = lambda channels: latents((channels, *LATENTS), batch=1).repeat(COUNT, 1, 1, 1)  # noqa: E731
     network = make_network("UNet")
     plain = stack_outputs(network, still)
-    settings = {**SETTINGS, "keep_ratio": 1 / COUNT, **way, "clustering": "density_peaks", "num_spatial_neighbors": 0}
+    settings = {**SETTINGS, "keep_ratio": 1 / COUNT, "num_spatial_neighbors": 0, **way}
     errors = {}
     for frames in ("each", "joint"):
         reduced = stack_outputs(apply_ailurus(network, **settings, frames=frames), still)
