@@ -11,9 +11,9 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
@@ -30,6 +30,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ailurus_hf.diffusion.backend import find_networks
 from ailurus_hf.diffusion.cross_frame import cross_frame_attention
 from ailurus_hf.diffusion.frames import Frames
+from ailurus_hf.diffusion.key_frames import parts_of
 from ailurus_hf.diffusion.shared_norm import shared_group_norm
 from ailurus_hf.diffusion.smoothing import Interpolator, mean_of_neighbours, smoothed
 from ailurus_hf.errors import AiluRusError
@@ -43,28 +44,6 @@ class ControlVideoPipelineOutput(BaseOutput):
     """frames: of one video: a list of PIL images, an array [F, H, W, 3], a Tensor[F, 3, H, W], or latents."""
 
     frames: Any
-
-
-@dataclass(frozen=True)
-class Part:
-    """Frames that are denoised together. frames: their numbers, and whom they attend to. kept: places of those it is for."""
-
-    frames: Frames
-    kept: list[int]
-
-
-def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[Part]:
-    """A whole video, or its key frames and then the clips between each two, beginning with those (section 3.3)."""
-    if clip_length is None or count <= clip_length:
-        return [Part(Frames.attending(cross_frame, range(count)), list(range(count)))]
-    keys = [*range(0, count - 1, clip_length - 1), count - 1]
-    parts = [Part(Frames.attending(cross_frame, keys), list(range(len(keys))))]
-    for left, right in pairwise(keys):
-        between = range(left + 1, right)
-        if between:
-            clip = Frames.attending("first_two", [left, right, *between])
-            parts.append(Part(clip, list(range(2, clip.count))))
-    return parts
 
 
 class ControlVideoPipeline(
@@ -197,6 +176,7 @@ class ControlVideoPipeline(
         )
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        prompt_embeds = prompt_embeds.to(self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         latents = self._start(latents, count, height, width, prompt_embeds.dtype, device, generator)
@@ -357,6 +337,9 @@ class ControlVideoPipeline(
             like = frames
         else:
             like = frames[0]
+            wrong = [type(frame).__name__ for frame in frames if not isinstance(frame, PIL.Image.Image)]
+            if wrong:
+                raise AiluRusError(f"control_frames must be PIL images or one Tensor[F, 3, H, W], got {wrong[0]}")
             sizes = {frame.size for frame in frames}
             if len(sizes) > 1:
                 raise AiluRusError(f"control_frames must be of one size, got {sorted(sizes)}")

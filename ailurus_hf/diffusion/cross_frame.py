@@ -95,11 +95,14 @@ def attend_frames(
     query, key, value = (part.transpose(1, 2).unflatten(0, (videos, count)) for part in (query, key, value))
     if key_bias is not None:
         key_bias = key_bias.unflatten(0, (videos, count))
+    alone = tuple((frame,) for frame in range(count))
 
     def taken(part: Tensor, rows: tuple[tuple[int, ...], ...]) -> Tensor:
         """The keys of the frames in each row: [V, F, M, ...] to [V · rows, K · M, ...]."""
         if rows == (tuple(range(count)),):
             return part.flatten(1, 2)
+        if rows == alone:
+            return part.flatten(0, 1)
         return torch.stack([torch.cat([part[:, frame] for frame in row], 1) for row in rows], 1).flatten(0, 1)
 
     out = []
