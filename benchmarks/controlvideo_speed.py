@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import tomesd
@@ -79,14 +79,17 @@ def vidtome(pipe: ControlVideoPipeline, frames: int, latent_tokens: int) -> Call
     processor = VidToMeProcessor(frames, latent_tokens)
     plain = pipe._over_frames
 
-    @contextmanager
-    def over_frames(*arguments: Any) -> Iterator[None]:
-        with plain(*arguments):
+    class OnIt(AbstractContextManager):
+        """The contexts around this one put processors back."""
+
+        def __enter__(self) -> None:
             for layer in self_attentions(find_stacks(pipe.unet)).values():
                 layer.set_processor(processor)
-            yield
 
-    pipe._over_frames = over_frames
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+    pipe._over_frames = lambda *arguments: [*plain(*arguments), OnIt()]
     return lambda: vars(pipe).pop("_over_frames")
 
 
@@ -168,7 +171,9 @@ def step_of(pipe: ControlVideoPipeline, given: dict[str, Any]) -> Tensor:
     if pipe.scheduler.num_inference_steps is None:
         pipe.scheduler.set_timesteps(50)
     frames = Frames.attending("full", range(len(given["latents"])))
-    with pipe._over_frames(frames, True, None):
+    with ExitStack() as stack:
+        for context in pipe._over_frames(frames, True, None):
+            stack.enter_context(context)
         return pipe._predict(
             given["latents"], pipe.scheduler.timesteps[20], given["prompt_embeds"], [given["clip"]], [1.0], frames
         )

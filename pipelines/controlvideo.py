@@ -8,8 +8,8 @@ frames, and all frames start from the same noise: no weights and no model code a
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ailurus_hf.diffusion.backend import find_networks
-from ailurus_hf.diffusion.cross_frame import cross_frame_attention
+from ailurus_hf.diffusion.cross_frame import CrossFrameAttention
 from ailurus_hf.diffusion.frames import Frames
 from ailurus_hf.diffusion.key_frames import parts_of
-from ailurus_hf.diffusion.shared_norm import shared_group_norm
+from ailurus_hf.diffusion.shared_norm import SharedGroupNorm
 from ailurus_hf.diffusion.smoothing import Interpolator, mean_of_neighbours, smoothed
 from ailurus_hf.errors import AiluRusError
 
@@ -180,7 +180,10 @@ class ControlVideoPipeline(
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         latents = self._start(latents, count, height, width, prompt_embeds.dtype, device, generator)
-        parts = parts_of(count, cross_frame, clip_length)
+        parts = [
+            (part, self._over_frames(part.frames, shared_group_norm, attention_chunk))
+            for part in parts_of(count, cross_frame, clip_length)
+        ]
         interpolator = interpolator or mean_of_neighbours
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         randomness = {"generator": generator} if takes_generator else {}
@@ -190,8 +193,10 @@ class ControlVideoPipeline(
                 if self.interrupt:
                     continue
                 noise = torch.empty_like(latents)
-                for part in parts:
-                    with self._over_frames(part.frames, shared_group_norm, attention_chunk):
+                for part, over_frames in parts:
+                    with ExitStack() as stack:
+                        for context in over_frames:
+                            stack.enter_context(context)
                         predicted = self._predict(latents, timestep, prompt_embeds, conditions, scales, part.frames)
                     noise[[part.frames.numbers[place] for place in part.kept]] = predicted[part.kept]
                 stepped = self.scheduler.step(noise, timestep, latents, **randomness)
@@ -219,17 +224,18 @@ class ControlVideoPipeline(
         self.maybe_free_model_hooks()
         return ControlVideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    @contextmanager
-    def _over_frames(self, frames: Frames, shared_norm: bool, attention_chunk: int | None) -> Iterator[None]:
+    def _over_frames(
+        self, frames: Frames, shared_norm: bool, attention_chunk: int | None
+    ) -> list[AbstractContextManager]:
         """The UNet attends over frames, the ControlNets frame by frame; all of them know which frames they get."""
         alone = Frames.attending("own", frames.numbers)
-        with ExitStack() as on:
-            for part, attending in ((self.unet, frames), (self.controlnet, alone)):
-                for network in find_networks(part):
-                    on.enter_context(cross_frame_attention(network, attending, frames_at_once=attention_chunk))
-                    if shared_norm:
-                        on.enter_context(shared_group_norm(network, frames))
-            yield
+        contexts: list[AbstractContextManager] = []
+        for part, attending in ((self.unet, frames), (self.controlnet, alone)):
+            for network in find_networks(part):
+                contexts.append(CrossFrameAttention(network, attending, frames_at_once=attention_chunk))
+                if shared_norm:
+                    contexts.append(SharedGroupNorm(network, frames))
+        return contexts
 
     def _predict(
         self,

@@ -75,8 +75,11 @@ def test_memory_by_shapes():
 def test_a_whole_video():
     vae = {**speed.VAE, "block_out_channels": (8,) * 4, "norm_num_groups": 4}
     pipe = speed.make_pipeline(torch.device("cpu"), **NETWORKS, vae=vae)
-    frames = speed.video_of(pipe, speed.inputs(pipe, 3, 64, 0), steps=2)
-    assert frames.shape == (3, 3, 64, 64) and frames.isfinite().all()
+    for method in ("plain", "VidToMe"):
+        off = speed.METHODS[method](pipe, 3, 64)
+        frames = speed.video_of(pipe, speed.inputs(pipe, 3, 64, 0), steps=2)
+        off()
+        assert frames.shape == (3, 3, 64, 64) and frames.isfinite().all()
 
 
 @torch.no_grad()
