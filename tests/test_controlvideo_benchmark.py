@@ -23,7 +23,7 @@ def test_every_method_takes_its_turn_and_is_undone():
     pipe = speed.make_pipeline(torch.device("cpu"), **NETWORKS)
     before = [traces(part) for part in (pipe.unet, pipe.controlnet)]
     attributes, classes = set(vars(pipe)), [type(m) for m in pipe.unet.modules()]
-    plain, *rows = speed.measure(pipe, 3, 256, list(speed.METHODS), 1)
+    plain, *rows = speed.measure(pipe, 2, 256, list(speed.METHODS), 1)
     assert [traces(part) for part in (pipe.unet, pipe.controlnet)] == before
     assert set(vars(pipe)) == attributes and [type(m) for m in pipe.unet.modules()] == classes
     assert plain["method"] == "plain" and plain["speed_up"] == 1 and plain["cosine"] == pytest.approx(1)
@@ -40,25 +40,26 @@ def test_every_method_takes_its_turn_and_is_undone():
 @pytest.mark.parametrize("fields", [{}, {"projections": "merged"}, {"scope": "attention"}], ids=str)
 def test_ideal_is_what_torch_counts(fields):
     """But for the clustering, which is products of a few neighbours."""
-    counted = {row["method"]: row for row in speed.counted_flops(4, 256, ["plain"], **NETWORKS)}
     pipe = speed.make_pipeline(torch.device("cpu"), **NETWORKS)
-    given = speed.inputs(pipe, 4, 256, 0)
+    given = speed.inputs(pipe, 2, 256, 0)
     full = harness.model_flops(lambda: speed.step_of(pipe, given))
-    assert full == pytest.approx(1e12 * counted["plain"]["tflops"])
     apply_ailurus(pipe, keep_ratio=0.25, min_tokens=256, **fields)
     speed.step_of(pipe, given)
     reduced = harness.model_flops(lambda: speed.step_of(pipe, given))
-    saved = 8 * sum(place.flops - place.reduced_flops for place in ailurus_status(pipe).places)
+    saved = 4 * sum(place.flops - place.reduced_flops for place in ailurus_status(pipe).places)
     assert full - saved < reduced < full - 0.9 * saved
 
 
 def test_flops_are_counted_on_shapes_alone():
-    methods = ["plain", "VidToMe", "each 0.25", "joint 0.25"]
-    rows = speed.counted_flops(4, 256, methods, **NETWORKS)
+    methods = ["plain", "VidToMe", "joint 0.25"]
+    rows = speed.counted_flops(2, 256, methods, **NETWORKS)
     assert [row["method"] for row in rows] == methods
     plain, *others = (row["share_of_flops"] for row in rows)
     assert plain == 1 and all(0 < share < 0.9 for share in others)
     assert all(0 < row["peak_mib"] < 100 for row in rows)
+    pipe = speed.make_pipeline(torch.device("cpu"), **NETWORKS)
+    given = speed.inputs(pipe, 2, 256, 0)
+    assert harness.model_flops(lambda: speed.step_of(pipe, given)) == pytest.approx(1e12 * rows[0]["tflops"])
 
 
 def test_memory_by_shapes():
