@@ -9,7 +9,7 @@ from test_diffusion_behaviours import traces
 from ailurus_hf import ailurus_status, apply_ailurus
 from benchmarks import controlvideo_speed as speed
 from benchmarks import harness
-from benchmarks.peers.vidtome import VidToMeProcessor
+from benchmarks.peers.vidtome import VidToMeProcessor, replaced
 
 WIDTHS = {"attention_head_dim": 2}
 NETWORKS = {
@@ -81,6 +81,20 @@ def test_a_whole_video():
         frames = speed.video_of(pipe, speed.inputs(pipe, 3, 64, 0), steps=2)
         off()
         assert frames.shape == (3, 3, 64, 64) and frames.isfinite().all()
+
+
+def test_vidtome_replaces_the_most_alike_by_the_one_they_are_like():
+    torch.manual_seed(0)
+    source, target = torch.randn(2, 10, 4), torch.randn(2, 6, 4)
+    left, place = replaced(source, target, 0.7)
+    assert left.shape == (2, 3) and place.shape == (2, 10)
+    for image in range(2):
+        alike = torch.cosine_similarity(source[image, :, None], target[image], dim=-1)
+        best, match = alike.max(-1)
+        assert sorted(left[image].tolist()) == sorted(best.argsort()[:3].tolist())
+        for token in range(10):
+            in_left = (left[image] == token).nonzero()
+            assert place[image, token] == (in_left.item() if len(in_left) else 3 + match[token])
 
 
 @torch.no_grad()
