@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clustering.smoothing import Smoothing, smoothing
+from ..clustering.smooth_unfolding import Smoothing, smoothing
 from ..clusters import TokenClusters
 
 

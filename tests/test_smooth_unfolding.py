@@ -7,7 +7,7 @@ import torch
 
 from ailurus_hf import local_kmeans, spatial_density_peaks
 from ailurus_hf.clustering.neighbours import grid_neighbours
-from ailurus_hf.clustering.smoothing import NUM_NEIGHBOURS, WIDTH, smoothing
+from ailurus_hf.clustering.smooth_unfolding import NUM_NEIGHBOURS, WIDTH, smoothing
 
 
 def tokens(grid, batch=2, channels=6, seed=0):
