@@ -19,6 +19,7 @@ RESTORE_PLACES = (None, "backbone", "decoder")
 SCOPES = ("blocks", "attention")
 REDUCES = ("qkv", "kv")
 PROJECTIONS = ("all", "merged")
+FRAMES = ("each", "joint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,9 @@ class AiluRusDiffusionConfig:
         pipeline says that its batches are such; False: never.
     unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline, which
         knows how many there are.
+    frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by frame,
+        "joint" over space and time: what stands still is kept once, and not once a frame. Where a frame attends to some
+        of the others only, each is clustered alone.
     clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in `AiluRusConfig`.
     """
 
@@ -185,6 +189,7 @@ class AiluRusDiffusionConfig:
     share_cfg: bool | None = None
     unreduced_first_steps: int = 0
     unreduced_last_steps: int = 0
+    frames: str = "each"
     clustering: str = "local_kmeans"
     alpha: float = 0.9
     num_spatial_neighbors: int = 50
@@ -212,6 +217,7 @@ class AiluRusDiffusionConfig:
         _check_choice("scope", self.scope, SCOPES)
         _check_choice("reduce", self.reduce, REDUCES)
         _check_choice("projections", self.projections, PROJECTIONS)
+        _check_choice("frames", self.frames, FRAMES)
         _check_choice("clustering", self.clustering, CLUSTERINGS)
         if self.reduce == "kv" and self.scope == "blocks":
             raise AiluRusError("reduce='kv' keeps every token's query: use scope='attention', got 'blocks'")
