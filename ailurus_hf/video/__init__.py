@@ -4,7 +4,7 @@ Needs the extra `video` (imageio-ffmpeg and OpenCV), loaded when first used; dif
 """
 
 from .conditions import CONDITIONS, load_condition
-from .interpolation import FlowInterpolator, TorchScriptInterpolator
+from .interpolation import FlowInterpolator, NetworkInterpolator
 from .measures import edge_agreement, psnr, ssim, warping_error
 from .reading import Clip, open_clip
 from .writing import check_output, write_video
@@ -13,7 +13,7 @@ __all__ = [
     "CONDITIONS",
     "Clip",
     "FlowInterpolator",
-    "TorchScriptInterpolator",
+    "NetworkInterpolator",
     "check_output",
     "edge_agreement",
     "load_condition",

@@ -1,7 +1,7 @@
 """The frame half way between two others: optical flow of OpenCV, which needs no weights, or a network of the user's.
 
 An interpolator is any callable (before, after) -> frames, each Tensor[B, 3, H, W] in [0, 1]: the interleaved-frame
-smoother of ControlVideo takes one. Its own is RIFE; `TorchScriptInterpolator` runs such a network.
+smoother of ControlVideo takes one. Its own is RIFE; `NetworkInterpolator` runs such a network.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 
 from ..errors import AiluRusError
 from .optional import require
+
+Interpolator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Shorter sides than this are enlarged before DIS, whose patches of 8 pixels need several to a side.
 SMALLEST_SIDE = 64
@@ -37,27 +39,36 @@ class FlowInterpolator:
         return torch.from_numpy(middle).permute(0, 3, 1, 2).to(before.device, before.dtype)
 
 
-class TorchScriptInterpolator:
-    """A network saved by torch.jit.save that takes (before, after), as traced RIFE models do.
+class NetworkInterpolator:
+    """A network (before, after) -> middle, such as RIFE, run pair by pair on sides that it can halve.
 
-    path: the file. multiple: sides are padded to multiples of this, and the result is cropped.
+    network: a module or callable on Tensor[1, 3, H, W] in [0, 1]. multiple: sides are padded to multiples of this, and
+    the result is cropped. device: where the network is.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu", multiple: int = 32) -> None:
+    def __init__(self, network: Interpolator, device: str | torch.device = "cpu", multiple: int = 32) -> None:
+        self.network, self.device, self.multiple = network, torch.device(device), multiple
+
+    @classmethod
+    def from_file(cls, path: str | Path, device: str | torch.device = "cpu", multiple: int = 32) -> NetworkInterpolator:
+        """Of an exported network: `torch.export.save(torch.export.export(network, pair, dynamic_shapes=...), path)`."""
+        if not Path(path).is_file():
+            raise AiluRusError(f"no such file: {path}")
         try:
-            self.network: Callable = torch.jit.load(str(path), map_location=device).eval()
-        except (RuntimeError, ValueError, OSError) as error:
+            network = torch.export.load(str(path)).module().to(device)
+        except Exception as error:  # an archive can be wrong in as many ways as its parts
             reason = (str(error).strip().splitlines() or ["unknown reason"])[0]
-            raise AiluRusError(f"{path} is not a TorchScript file: {reason}") from error
-        self.device, self.multiple = torch.device(device), multiple
+            raise AiluRusError(f"{path} is no network saved by torch.export.save: {reason}") from error
+        return cls(network, device, multiple)
 
     @torch.no_grad()
     def __call__(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         _check(before, after)
         height, width = before.shape[-2:]
         edges = (0, -width % self.multiple, 0, -height % self.multiple)
-        pair = [pad(x.to(self.device, torch.float32), edges, mode="replicate") for x in (before, after)]
-        return self.network(*pair)[..., :height, :width].clamp(0, 1).to(before.device, before.dtype)
+        pairs = [pad(x.to(self.device, torch.float32), edges, mode="replicate").split(1) for x in (before, after)]
+        middle = torch.cat([self.network(*pair) for pair in zip(*pairs)])
+        return middle[..., :height, :width].clamp(0, 1).to(before.device, before.dtype)
 
 
 def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:

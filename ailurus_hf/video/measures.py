@@ -6,7 +6,7 @@ Frames are RGB pictures, all of one size; two clips have as many frames.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -70,8 +70,8 @@ def edge_agreement(
     cv2 = require("cv2")
     met = {"precision": 0, "recall": 0}
     total = {"precision": 0, "recall": 0}
-    for number, (frame, condition) in enumerate(zip(frames, edges, strict=True)):
-        _same_size(number, frame, condition)
+    _check(frames, edges)
+    for frame, condition in zip(frames, edges):
         drawn = cv2.Canny(np.asarray(frame.convert("RGB")), low_threshold, high_threshold) > 0
         wanted = np.asarray(condition.convert("L")) >= 128
         for name, ours, theirs in (("precision", drawn, wanted), ("recall", wanted, drawn)):
@@ -85,19 +85,18 @@ def edge_agreement(
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _pairs(frames: Frames, others: Frames) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pairs(frames: Frames, others: Frames) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    _check(frames, others)
+    return ((_colors(frame), _colors(other)) for frame, other in zip(frames, others))
+
+
+def _check(frames: Frames, others: Frames) -> None:
     if len(frames) != len(others) or not frames:
         raise AiluRusError(f"two clips of as many frames are compared, got {len(frames)} and {len(others)}")
     for number, (frame, other) in enumerate(zip(frames, others)):
-        _same_size(number, frame, other)
-    return [(_colors(frame), _colors(other)) for frame, other in zip(frames, others)]
-
-
-def _same_size(number: int, frame: Image.Image, other: Image.Image) -> None:
-    if frame.size != other.size:
-        raise AiluRusError(
-            f"frame {number} is {frame.size[0]}×{frame.size[1]}, its fellow {other.size[0]}×{other.size[1]}"
-        )
+        if frame.size != other.size:
+            (width, height), (other_width, other_height) = frame.size, other.size
+            raise AiluRusError(f"frame {number} is {width}×{height}, its fellow {other_width}×{other_height}")
 
 
 def _colors(frame: Image.Image) -> np.ndarray:

@@ -115,11 +115,13 @@ _Source = tuple[tuple[int, int], Fraction | None, Callable[[], Generator[Image.I
 def _video(path: Path, fps: Fraction | None) -> _Source:
     ffmpeg = require("imageio_ffmpeg")
     # Without a rate asked for, each frame of the file once, whatever their times: a file of 60 frames is 60 frames.
-    timing = ["-fps_mode", "passthrough"] if fps is None else ["-r", str(fps)]
-    filters = ["-map", "0:v:0", "-vf", SQUARE_PIXELS, "-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
+    # With one, what is shown at each of the times: the last frame that began before, which is fps's round=up.
+    timing = "" if fps is None else f",fps={fps}:round=up"
+    options = ["-map", "0:v:0", "-fps_mode", "passthrough", "-vf", SQUARE_PIXELS + timing]
+    options += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
 
     def start() -> Generator:
-        return ffmpeg.read_frames(str(path.resolve()), input_params=["-xerror"], output_params=[*filters, *timing])
+        return ffmpeg.read_frames(str(path.resolve()), input_params=["-xerror"], output_params=options)
 
     try:
         with closing(start()) as reader:
