@@ -15,13 +15,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
-from diffusers.models.controlnets import MultiControlNetModel
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.controlnets import ControlNetModel, MultiControlNetModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.schedulers import DDIMScheduler, KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -83,7 +83,7 @@ class ControlVideoPipeline(
     unet: Any
     controlnet: Any
     scheduler: Any
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq: Any = "text_encoder->unet->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
     encode_prompt = StableDiffusionPipeline.encode_prompt
@@ -94,7 +94,7 @@ class ControlVideoPipeline(
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
-        controlnet: ControlNetModel | list[ControlNetModel] | tuple[ControlNetModel, ...] | MultiControlNetModel,
+        controlnet: ControlNetModel | list[ControlNetModel] | tuple[ControlNetModel] | MultiControlNetModel,
         scheduler: KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class ControlVideoPipeline(
             controlnet=controlnet,
             scheduler=scheduler,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.control_image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True, do_normalize=False
