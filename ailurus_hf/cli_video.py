@@ -188,26 +188,27 @@ def _load_pipeline(args: argparse.Namespace, device: Any) -> Any:
     from . import cli_support as support
 
     support.require_diffusers()
-    import diffusers
+    # Errors are told in one line: transformers warns already while diffusers is imported.
     import transformers
 
-    from .pipelines import ControlVideoPipeline
+    transformers.utils.logging.set_verbosity_error()
+    import diffusers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        if not sys.stderr.isatty():
+    diffusers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    from .pipelines import ControlVideoPipeline
+
     support.check_name(args.model, "model_index.json")
     support.check_name(args.controlnet, "config.json")
-    dtype = getattr(torch, args.dtype)
-    controlnet = support.read_pretrained(args.controlnet, diffusers.ControlNetModel.from_pretrained, torch_dtype=dtype)
-    pipe = support.read_pretrained(
-        args.model, ControlVideoPipeline.from_pretrained, controlnet=controlnet, torch_dtype=dtype
-    )
+    controlnet = support.read_pretrained(args.controlnet, diffusers.ControlNetModel.from_pretrained)
+    pipe = support.read_pretrained(args.model, ControlVideoPipeline.from_pretrained, controlnet=controlnet)
     if args.smooth_steps:  # the smoother is derived for it
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    return pipe.to(device)
+    # The precision's name in from_pretrained differs between versions of diffusers.
+    return pipe.to(device, getattr(torch, args.dtype))
 
 
 def _trained_side(pipe: Any) -> int:
@@ -287,7 +288,7 @@ def side_by_side(videos: Sequence[Sequence[Image.Image]], titles: Sequence[str])
 
     width, height = videos[0][0].size
     letters = max(8, min(18, width // 14))
-    font, strip = ImageFont.load_default(size=letters), round(letters * 1.6)
+    font, strip = ImageFont.load_default(size=letters), 2 * round(letters * 0.8)
     sheets = []
     for frames in zip(*videos, strict=True):
         sheet = Image.new("RGB", (width * len(frames), height + strip), "white")

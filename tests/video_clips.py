@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
-from diffusion_models import TEXT, UNET, UP, make_controlnet, make_vae, scheduler, sharpen
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusion_models import TEXT, UNET, UP, make_controlnet, scheduler, sharpen
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -22,8 +22,11 @@ def moving_square(count: int = 12, size: tuple[int, int] = (48, 32), step: int =
     return frames
 
 
-def save_pipeline(folder: Path) -> None:
-    """A ControlVideo pipeline of tiny networks with random weights in folder/model, its ControlNet in folder/controlnet too."""
+def save_pipeline(folder: Path, levels: int = 2) -> None:
+    """A ControlVideo pipeline of tiny networks with random weights in folder/model, its ControlNet in folder/controlnet too.
+
+    levels: of the VAE, whose latents are 2 ** (levels - 1) times smaller than pictures; 4 for those of Stable Diffusion.
+    """
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=8)
@@ -41,7 +44,15 @@ def save_pipeline(folder: Path) -> None:
         )
     )
     unet: UNet2DConditionModel = sharpen(UNet2DConditionModel(**UNET, **UP, attention_head_dim=2))
-    controlnet: ControlNetModel = sharpen(make_controlnet())
-    pipe = ControlVideoPipeline(make_vae(), text_encoder.eval(), tokenizer, unet, controlnet, scheduler())
+    controlnet: ControlNetModel = sharpen(
+        make_controlnet(conditioning_embedding_out_channels=(4,) * (levels - 1) + (8,))
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
+    pipe = ControlVideoPipeline(vae.eval(), text_encoder.eval(), tokenizer, unet, controlnet, scheduler())
     pipe.save_pretrained(folder / "model")
     controlnet.save_pretrained(folder / "controlnet")
