@@ -7,6 +7,7 @@ import argparse
 
 import torch
 from diffusers import ControlNetModel, DDIMScheduler
+from PIL import ImageOps
 
 from ailurus_hf import ailurus_status, apply_ailurus
 from ailurus_hf.pipelines import ControlVideoPipeline
@@ -33,7 +34,7 @@ apply_ailurus(pipe, keep_ratio=args.keep_ratio)
 
 clip = open_clip(args.video, max_frames=args.frames, min_frames=2)
 draw_edges = load_condition("canny")
-edges = [draw_edges(frame.resize(args.size)) for frame in clip]
+edges = [draw_edges(ImageOps.fit(frame, args.size)) for frame in clip]
 frames = pipe(
     args.prompt,
     edges,
