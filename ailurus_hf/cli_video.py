@@ -6,6 +6,8 @@ The options are declared without torch, so that --help answers at once; `run` im
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import math
@@ -109,13 +111,14 @@ def run(args: argparse.Namespace) -> int:
         min_frames=args.frames or 2,
     )
     device = support.choose_device(args.device)
-    condition = media.load_condition(
-        args.condition,
-        device=device,
-        low_threshold=args.canny[0],
-        high_threshold=args.canny[1],
-        **({"annotators": args.annotators} if args.annotators else {}),
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # some of controlnet_aux's detectors print while they load
+        condition = media.load_condition(
+            args.condition,
+            device=device,
+            low_threshold=args.canny[0],
+            high_threshold=args.canny[1],
+            **({"annotators": args.annotators} if args.annotators else {}),
+        )
     interpolator = (
         media.FlowInterpolator()
         if args.interpolator == "flow"

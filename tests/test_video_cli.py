@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -265,6 +266,29 @@ def test_too_little_memory_gets_advice(
     monkeypatch.setattr(ControlVideoPipeline, "__call__", call)
     assert main([*SHORT, "--output", str(tmp_path / "out.mp4")]) == 2
     assert "3 frames of 48×32 do not fit in memory: try --attention-chunk 1" in capsys.readouterr().err
+
+
+def test_a_detector_that_prints_does_not_spoil_the_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class NormalBaeDetector:
+        @classmethod
+        def from_pretrained(cls, source: str) -> "NormalBaeDetector":
+            print("Loading base model ()...Done.")
+            assert source == "my/weights"
+            return cls()
+
+        def to(self, device: object) -> "NormalBaeDetector":
+            return self
+
+        def __call__(self, picture: Image.Image, **options: object) -> Image.Image:
+            return picture.resize((64, 64))
+
+    module = ModuleType("controlnet_aux")
+    module.NormalBaeDetector = NormalBaeDetector
+    monkeypatch.setitem(sys.modules, "controlnet_aux", module)
+    options = ["--condition", "normal", "--annotators", "my/weights", "--output", str(tmp_path / "out.gif")]
+    assert run_json(capsys, *SHORT, *options)["frames"] == 3
 
 
 def test_the_square_moves_in_what_the_networks_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
