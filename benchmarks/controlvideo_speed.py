@@ -1,6 +1,6 @@
 """ControlVideo at full Stable Diffusion 1.5 size: plain, tomesd, VidToMe-style merging and AiluRus, over SDPA.
 
-    python -m benchmarks.controlvideo_speed --flops                           # FLOPs of a step, 15 frames at 512²: no weights
+    python -m benchmarks.controlvideo_speed --flops --dtype bf16              # FLOPs and memory by shapes: 15 frames at 512²
     python -m benchmarks.controlvideo_speed --frames 8 --size 256             # one denoising step, fp32, CPU
     python -m benchmarks.controlvideo_speed --whole --device cuda --dtype bf16 --frames 15 --size 512
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import tomesd
@@ -28,7 +28,7 @@ from ailurus_hf.diffusion.backend import find_stacks, self_attentions
 from ailurus_hf.diffusion.frames import Frames
 from ailurus_hf.pipelines import ControlVideoPipeline
 
-from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, save
+from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, peak_on_shapes, save
 from .peers.vidtome import VidToMeProcessor
 
 UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -79,14 +79,17 @@ def vidtome(pipe: ControlVideoPipeline, frames: int, latent_tokens: int) -> Call
     processor = VidToMeProcessor(frames, latent_tokens)
     plain = pipe._over_frames
 
-    @contextmanager
-    def over_frames(*arguments: Any) -> Iterator[None]:
-        with plain(*arguments):
+    class OnIt(AbstractContextManager):
+        """The contexts around this one put processors back."""
+
+        def __enter__(self) -> None:
             for layer in self_attentions(find_stacks(pipe.unet)).values():
                 layer.set_processor(processor)
-            yield
 
-    pipe._over_frames = over_frames
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+    pipe._over_frames = lambda *arguments: [*plain(*arguments), OnIt()]
     return lambda: vars(pipe).pop("_over_frames")
 
 
@@ -168,7 +171,9 @@ def step_of(pipe: ControlVideoPipeline, given: dict[str, Any]) -> Tensor:
     if pipe.scheduler.num_inference_steps is None:
         pipe.scheduler.set_timesteps(50)
     frames = Frames.attending("full", range(len(given["latents"])))
-    with pipe._over_frames(frames, True, None):
+    with ExitStack() as stack:
+        for context in pipe._over_frames(frames, True, None):
+            stack.enter_context(context)
         return pipe._predict(
             given["latents"], pipe.scheduler.timesteps[20], given["prompt_embeds"], [given["clip"]], [1.0], frames
         )
@@ -183,21 +188,29 @@ def video_of(pipe: ControlVideoPipeline, given: dict[str, Any], steps: int = 50)
 
 
 def counted_flops(
-    frames: int, size: int, methods: list[str], unet: dict[str, Any] = UNET, controlnet: dict[str, Any] = CONTROLNET
+    frames: int,
+    size: int,
+    methods: list[str],
+    unet: dict[str, Any] = UNET,
+    controlnet: dict[str, Any] = CONTROLNET,
+    dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, Any]]:
-    """FLOPs of a step by torch's counter, with all that a method does: on shapes alone, nothing is computed."""
-    pipe, rows = make_pipeline(torch.device("meta"), unet=unet, controlnet=controlnet), []
+    """FLOPs of a step by torch's counter, with all that a method does, and an estimate of its memory beside the weights.
+
+    On shapes alone: nothing is computed.
+    """
+    pipe, rows = make_pipeline(torch.device("meta"), dtype, unet, controlnet), []
     given = inputs(pipe, frames, size, 0)
     for name in methods:
         off = METHODS[name](pipe, frames, (size // FACTOR) ** 2)
         try:
             step_of(pipe, given)  # tables of the grid are made once, and are no part of a step
-            flops = model_flops(lambda: step_of(pipe, given))
+            flops, peak = (count(lambda: step_of(pipe, given)) for count in (model_flops, peak_on_shapes))
         except NotImplementedError:
             continue  # tomesd asks for numbers, which shapes alone do not have
         finally:
             off()
-        rows.append({"frames": frames, "size": size, "method": name, "tflops": flops / 1e12})
+        rows.append({"frames": frames, "size": size, "method": name, "tflops": flops / 1e12, "peak_mib": peak / 2**20})
     for row in rows:
         row["share_of_flops"] = row["tflops"] / rows[0]["tflops"]
     return rows
@@ -268,7 +281,7 @@ def main() -> None:
     for size in args.size or [512 if args.flops else 256]:
         for frames in args.frames or [15 if args.flops else 8]:
             if pipe is None:
-                new = counted_flops(frames, size, args.methods)
+                new = counted_flops(frames, size, args.methods, dtype=DTYPES[args.dtype])
             else:
                 new = measure(pipe, frames, size, args.methods, args.repeats, whole=args.whole)
             log.info(markdown(new, COLUMNS))

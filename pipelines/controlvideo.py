@@ -8,12 +8,12 @@ frames, and all frames start from the same noise: no weights and no model code a
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
@@ -28,9 +28,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ailurus_hf.diffusion.backend import find_networks
-from ailurus_hf.diffusion.cross_frame import cross_frame_attention
+from ailurus_hf.diffusion.cross_frame import CrossFrameAttention
 from ailurus_hf.diffusion.frames import Frames
-from ailurus_hf.diffusion.shared_norm import shared_group_norm
+from ailurus_hf.diffusion.key_frames import parts_of
+from ailurus_hf.diffusion.shared_norm import SharedGroupNorm
 from ailurus_hf.diffusion.smoothing import Interpolator, mean_of_neighbours, smoothed
 from ailurus_hf.errors import AiluRusError
 
@@ -43,28 +44,6 @@ class ControlVideoPipelineOutput(BaseOutput):
     """frames: of one video: a list of PIL images, an array [F, H, W, 3], a Tensor[F, 3, H, W], or latents."""
 
     frames: Any
-
-
-@dataclass(frozen=True)
-class Part:
-    """Frames that are denoised together. frames: their numbers, and whom they attend to. kept: places of those it is for."""
-
-    frames: Frames
-    kept: list[int]
-
-
-def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[Part]:
-    """A whole video, or its key frames and then the clips between each two, beginning with those (section 3.3)."""
-    if clip_length is None or count <= clip_length:
-        return [Part(Frames.attending(cross_frame, range(count)), list(range(count)))]
-    keys = [*range(0, count - 1, clip_length - 1), count - 1]
-    parts = [Part(Frames.attending(cross_frame, keys), list(range(len(keys))))]
-    for left, right in pairwise(keys):
-        between = range(left + 1, right)
-        if between:
-            clip = Frames.attending("first_two", [left, right, *between])
-            parts.append(Part(clip, list(range(2, clip.count))))
-    return parts
 
 
 class ControlVideoPipeline(
@@ -197,10 +176,14 @@ class ControlVideoPipeline(
         )
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        prompt_embeds = prompt_embeds.to(self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         latents = self._start(latents, count, height, width, prompt_embeds.dtype, device, generator)
-        parts = parts_of(count, cross_frame, clip_length)
+        parts = [
+            (part, self._over_frames(part.frames, shared_group_norm, attention_chunk))
+            for part in parts_of(count, cross_frame, clip_length)
+        ]
         interpolator = interpolator or mean_of_neighbours
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         randomness = {"generator": generator} if takes_generator else {}
@@ -210,8 +193,10 @@ class ControlVideoPipeline(
                 if self.interrupt:
                     continue
                 noise = torch.empty_like(latents)
-                for part in parts:
-                    with self._over_frames(part.frames, shared_group_norm, attention_chunk):
+                for part, over_frames in parts:
+                    with ExitStack() as stack:
+                        for context in over_frames:
+                            stack.enter_context(context)
                         predicted = self._predict(latents, timestep, prompt_embeds, conditions, scales, part.frames)
                     noise[[part.frames.numbers[place] for place in part.kept]] = predicted[part.kept]
                 stepped = self.scheduler.step(noise, timestep, latents, **randomness)
@@ -239,17 +224,18 @@ class ControlVideoPipeline(
         self.maybe_free_model_hooks()
         return ControlVideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    @contextmanager
-    def _over_frames(self, frames: Frames, shared_norm: bool, attention_chunk: int | None) -> Iterator[None]:
+    def _over_frames(
+        self, frames: Frames, shared_norm: bool, attention_chunk: int | None
+    ) -> list[AbstractContextManager]:
         """The UNet attends over frames, the ControlNets frame by frame; all of them know which frames they get."""
         alone = Frames.attending("own", frames.numbers)
-        with ExitStack() as on:
-            for part, attending in ((self.unet, frames), (self.controlnet, alone)):
-                for network in find_networks(part):
-                    on.enter_context(cross_frame_attention(network, attending, frames_at_once=attention_chunk))
-                    if shared_norm:
-                        on.enter_context(shared_group_norm(network, frames))
-            yield
+        contexts: list[AbstractContextManager] = []
+        for part, attending in ((self.unet, frames), (self.controlnet, alone)):
+            for network in find_networks(part):
+                contexts.append(CrossFrameAttention(network, attending, frames_at_once=attention_chunk))
+                if shared_norm:
+                    contexts.append(SharedGroupNorm(network, frames))
+        return contexts
 
     def _predict(
         self,
@@ -357,6 +343,9 @@ class ControlVideoPipeline(
             like = frames
         else:
             like = frames[0]
+            wrong = [type(frame).__name__ for frame in frames if not isinstance(frame, PIL.Image.Image)]
+            if wrong:
+                raise AiluRusError(f"control_frames must be PIL images or one Tensor[F, 3, H, W], got {wrong[0]}")
             sizes = {frame.size for frame in frames}
             if len(sizes) > 1:
                 raise AiluRusError(f"control_frames must be of one size, got {sorted(sizes)}")

@@ -9,16 +9,15 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from test_diffusion_behaviours import traces
-from video_models import SETTINGS, SIZE, clip, make_control, make_controls, make_pipeline, video
+from video_models import SETTINGS, SIZE, clip, make_controls, make_pipeline, video
 
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.installation import reducers_of
+from ailurus_hf.diffusion.key_frames import parts_of
 from ailurus_hf.diffusion.smoothing import interleaved, smoothed
 from ailurus_hf.pipelines import ControlVideoPipeline
-from ailurus_hf.pipelines.controlvideo import parts_of
 
 F, LATENTS = 4, (4, SIZE[0] // 2, SIZE[1] // 2)
 
@@ -455,6 +454,7 @@ def test_steps_are_counted_once_each():
         ({"frames": torch.zeros(4, 3, 16, 24, dtype=torch.uint8)}, "uint8"),
         ({"frames": clip() * 255}, r"\[0, 1\], got .* to 255"),
         ({"frames": [PIL.Image.new("RGB", (24, 16)), PIL.Image.new("RGB", (16, 24))]}, "one size"),
+        ({"frames": [[1, 2], [3, 4]]}, "PIL images .* got list"),
         ({"height": 15}, "multiple of 2, got 15: use 14"),
         ({"latents": torch.zeros(3, *LATENTS)}, r"\(4, 4, 8, 12\), got \(3, 4, 8, 12\)"),
         ({"controlnet_conditioning_scale": [1.0, 1.0]}, "1 numbers, got 2"),
@@ -480,4 +480,3 @@ def test_several_controlnets_need_as_many_clips():
         video(pipe, [clip(), clip(3)])
     with pytest.raises(AiluRusError, match="one string"):
         make_pipeline()(["a", "b"], clip())
-    assert isinstance(pipe.unet, UNet2DConditionModel) and make_control() is not None

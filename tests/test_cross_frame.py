@@ -9,10 +9,10 @@ from test_diffusion_behaviours import traces
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import local_kmeans
 from ailurus_hf.diffusion.backend import convolution_norms, find_stacks
-from ailurus_hf.diffusion.cross_frame import CrossFrameProcessor, cross_frame_attention
+from ailurus_hf.diffusion.cross_frame import CrossFrameAttention, CrossFrameProcessor
 from ailurus_hf.diffusion.frames import MODES, Frames, JointClusters
 from ailurus_hf.diffusion.installation import reducers_of
-from ailurus_hf.diffusion.shared_norm import shared_group_norm
+from ailurus_hf.diffusion.shared_norm import SharedGroupNorm
 
 COUNT = 3
 WAYS = {
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_named():
 def of_video(network, x, mode="full", count=COUNT, **options):
     """The UNet's output on a batch of frames with one prompt for all."""
     same = {"encoder_hidden_states": text(len(x) // count).repeat_interleave(count, 0).to(x.dtype)}
-    with cross_frame_attention(network, Frames.attending(mode, range(count)), **options):
+    with CrossFrameAttention(network, Frames.attending(mode, range(count)), **options):
         return predict(network, "UNet", x, **same)
 
 
@@ -120,7 +120,7 @@ def test_a_network_is_put_back_as_it_was():
     plain, before = predict(network, "UNet", x), traces(network)
     joined = of_video(network, x)
     assert (joined - plain).abs().max() > 1e-2 * plain.abs().max()
-    with pytest.raises(RuntimeError), cross_frame_attention(network, Frames.attending("full", range(COUNT))):
+    with pytest.raises(RuntimeError), CrossFrameAttention(network, Frames.attending("full", range(COUNT))):
         raise RuntimeError
     assert traces(network) == before and torch.equal(predict(network, "UNet", x), plain)
     # Halves of a batch do not see each other, and a frame alone attends to itself.
@@ -164,7 +164,7 @@ def stack_outputs(network, inputs, mode="full"):
     """What each stack makes of a map of its own: convolutions lie between them in the network."""
     out = {}
     reducers = reducers_of(network)
-    with cross_frame_attention(network, Frames.attending(mode, range(COUNT))), torch.no_grad():
+    with CrossFrameAttention(network, Frames.attending(mode, range(COUNT))), torch.no_grad():
         for stack in find_stacks(network):
             if reducers:
                 reducers[0][1].store.begin(max(LATENTS), False, 5, None)
@@ -204,7 +204,7 @@ def test_a_still_video_is_kept_once(way):
     still = lambda channels: latents((channels, *LATENTS), batch=1).repeat(COUNT, 1, 1, 1)  # noqa: E731
     network = make_network("UNet")
     plain = stack_outputs(network, still)
-    settings = {**SETTINGS, "keep_ratio": 1 / COUNT, **way, "clustering": "density_peaks", "num_spatial_neighbors": 0}
+    settings = {**SETTINGS, "keep_ratio": 1 / COUNT, "num_spatial_neighbors": 0, **way}
     errors = {}
     for frames in ("each", "joint"):
         reduced = stack_outputs(apply_ailurus(network, **settings, frames=frames), still)
@@ -268,7 +268,7 @@ def test_group_norm_over_frames_equals_the_one_by_hand():
     norms = convolution_norms(network)
     x = frames_of_noise(2) * torch.arange(1.0, 7).view(6, 1, 1, 1)
     assert len(norms) == 2 * sum("ResnetBlock2D" in type(m).__name__ for m in network.modules()) + 1
-    with shared_group_norm(network, Frames.attending("full", range(COUNT))), torch.no_grad():
+    with SharedGroupNorm(network, Frames.attending("full", range(COUNT))), torch.no_grad():
         for norm in norms:
             maps = torch.randn(6, norm.num_channels, 5, 7) * torch.arange(1.0, 7).view(6, 1, 1, 1)
             grouped = maps.view(2, COUNT, norm.num_groups, -1)

@@ -44,6 +44,19 @@ def test_a_moved_square_is_half_way(distance: int) -> None:
     assert (made - middle)[around].abs().mean() < 0.5 * (blended - middle)[around].abs().mean()
 
 
+def test_what_one_side_hides_comes_from_the_other() -> None:
+    before, middle, after = (tensor(scene(20 + x)) for x in (0, 3, 6))
+    error = (FlowInterpolator()(before, after) - middle).abs()[..., 30:62, :]
+    # Beside the square; blended alike from both sides, it would be 0.038.
+    assert error[..., 55:61].mean() < 0.028 and error[..., 17:23].mean() < 0.028
+
+
+def test_where_flows_meet_the_better_one_stays() -> None:
+    before, middle, after = (tensor(scene(20 + x)) for x in (0, 4, 8))
+    error = (FlowInterpolator()(before, after) - middle).abs()[..., 32:60, 26:54]
+    assert error.mean() < 0.003  # inside the square; with the worse one 0.004
+
+
 def test_a_moving_picture_as_a_whole() -> None:
     whole = texture(64, 120, 3, 3.0)
     before, middle, after = (tensor(np.ascontiguousarray(whole[:, x : x + 96])) for x in (0, 3, 6))

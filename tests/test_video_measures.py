@@ -54,6 +54,8 @@ def test_warping_error_follows_motion() -> None:
     still = np.mean([np.square(np.asarray(a) / 255.0 - np.asarray(b) / 255.0).mean() for a, b in pairwise(frames)])
     assert warping_error(frames) < still / 50
     assert warping_error([grey(80)] * 3) == 0
+    # Along the motion of a clip that stands still, it is the frames' plain difference.
+    assert warping_error(frames, frames[:1] * 4) == pytest.approx(still, rel=1e-3)
 
 
 def test_warping_error_of_flicker_is_its_square() -> None:

@@ -1,6 +1,6 @@
 """Cross-frame attention: frames are the batch, and self-attention takes the keys and values of other frames too.
 
-    with cross_frame_attention(unet, Frames.attending("full", range(8))):
+    with CrossFrameAttention(unet, Frames.attending("full", range(8))):
         unet(latents, timestep, encoder_hidden_states)      # latents of 8 frames, or of 2 x 8 under guidance
 
 No model code is inflated: only the processors of self-attention are others meanwhile. Under AiluRus the frames'
@@ -9,8 +9,6 @@ representatives are joined, each weighing as many tokens as it stands for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,11 +93,14 @@ def attend_frames(
     query, key, value = (part.transpose(1, 2).unflatten(0, (videos, count)) for part in (query, key, value))
     if key_bias is not None:
         key_bias = key_bias.unflatten(0, (videos, count))
+    alone = tuple((frame,) for frame in range(count))
 
     def taken(part: Tensor, rows: tuple[tuple[int, ...], ...]) -> Tensor:
         """The keys of the frames in each row: [V, F, M, ...] to [V · rows, K · M, ...]."""
         if rows == (tuple(range(count)),):
             return part.flatten(1, 2)
+        if rows == alone:
+            return part.flatten(0, 1)
         return torch.stack([torch.cat([part[:, frame] for frame in row], 1) for row in rows], 1).flatten(0, 1)
 
     out = []
@@ -120,17 +121,28 @@ def attend_frames(
     return torch.cat(out, 1).flatten(0, 1).transpose(1, 2)
 
 
-@contextmanager
-def cross_frame_attention(network: nn.Module, frames: Frames, *, frames_at_once: int | None = None) -> Iterator[None]:
-    """Runs a UNet's or ControlNet's self-attention over frames, and puts back the processors that were there."""
-    layers = self_attentions(find_stacks(network))
-    before: dict[str, Any] = {name: layer.processor for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            reducing = before[name] if isinstance(before[name], AiluRusProcessor) else None
-            processor: Any = CrossFrameProcessor(frames, frames_at_once=frames_at_once, stands_for=reducing)
+class CrossFrameAttention:
+    """A context, to be entered as often as one likes, in which a UNet's or ControlNet's self-attention is over frames.
+
+    Leaving it puts back the processors that were there. Not to be entered twice at once.
+    """
+
+    def __init__(self, network: nn.Module, frames: Frames, *, frames_at_once: int | None = None) -> None:
+        self.layers: list[Any] = list(self_attentions(find_stacks(network)).values())
+        self.frames, self.frames_at_once = frames, frames_at_once
+        self.before: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.before = [layer.processor for layer in self.layers]
+        made: dict[Any, CrossFrameProcessor] = {}
+        for layer in self.layers:
+            reducing = layer.processor if isinstance(layer.processor, AiluRusProcessor) else None
+            if reducing not in made:
+                made[reducing] = CrossFrameProcessor(
+                    self.frames, frames_at_once=self.frames_at_once, stands_for=reducing
+                )
+            layer.set_processor(made[reducing])
+
+    def __exit__(self, *exception: object) -> None:
+        for layer, processor in zip(self.layers, self.before, strict=True):
             layer.set_processor(processor)
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.set_processor(before[name])

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .backend import convolution_norms
 from .frames import Frames
 
 
-@contextmanager
-def shared_group_norm(network: nn.Module, frames: Frames) -> Iterator[None]:
-    """Takes statistics over (frames, H, W) in a network's ResNet blocks and last norm; others stay as they are.
+class SharedGroupNorm:
+    """A context in which a network's ResNet blocks and last norm take statistics over (frames, H, W).
 
-    Each norm sees the frames of a video above one another in one image; hooks lay them out before and after it.
+    Each norm sees the frames of a video above one another in one image: hooks lay them out before and after it. Other
+    norms stay as they are. It may be entered again, but not twice at once.
     """
 
-    def join(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        maps = args[0].unflatten(0, (frames.videos(args[0].shape[0]), frames.count))
+    def __init__(self, network: nn.Module, frames: Frames) -> None:
+        self.norms, self.frames = convolution_norms(network), frames
+        self.handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            self.handles += [norm.register_forward_pre_hook(self.join), norm.register_forward_hook(self.split)]
+
+    def __exit__(self, *exception: object) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def join(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        maps = args[0].unflatten(0, (self.frames.videos(args[0].shape[0]), self.frames.count))
         return (maps.transpose(1, 2).flatten(2, 3),)
 
-    def split(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.unflatten(2, (frames.count, -1)).transpose(1, 2).flatten(0, 1)
-
-    with ExitStack() as hooks:
-        for norm in convolution_norms(network):
-            hooks.callback(norm.register_forward_pre_hook(join).remove)
-            hooks.callback(norm.register_forward_hook(split).remove)
-        yield
+    def split(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.unflatten(2, (self.frames.count, -1)).transpose(1, 2).flatten(0, 1)
