@@ -15,7 +15,7 @@ TEST_FLAGS ?= -n auto --maxprocesses 4
 # Written last, so an install that was cut off is done again.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[vision,diffusion,bench,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,test]"
 	@touch $@
 
 demo: $(VENV)/.complete

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import cli_video
 from .errors import AiluRusError
 
 if TYPE_CHECKING:
@@ -101,6 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(status)
     _add_ailurus(status)
     status.set_defaults(run=_status)
+
+    video = commands.add_parser("video", help="text to video along a clip's motion (ControlVideo), reduced or compared")
+    _add_model(video)
+    cli_video.add_options(video, _positive)
+    video.set_defaults(run=cli_video.run)
 
     doctor = commands.add_parser("doctor", help="versions, extras, devices, attention kernels, and a self-check")
     doctor.add_argument("--json", action="store_true", help="print JSON")
