@@ -67,7 +67,7 @@ class Progress:
     """Where training is; saved with the state."""
 
     def __init__(self):
-        self.step, self.minutes, self.images, self.best, self.history = 0, 0.0, 0, 0.0, []
+        self.step, self.minutes, self.images, self.best, self.history = 0, 0.0, 0, -np.inf, []
 
     def state_dict(self) -> dict:
         return dict(vars(self))
