@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from train_segmenter import set_position_grid, write
 from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.trainer_utils import get_last_checkpoint
 
 from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation
@@ -87,6 +88,11 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
         report_to="none",
         seed=args.seed,
     )
+    if args.resume:
+        # Trainer itself does not know that save_pretrained gives a ViT's weights other names (transformers 5.23): it would
+        # warn of missing keys and go on with the weights of the start.
+        saved = type(model).from_pretrained(get_last_checkpoint(args.output), dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
     trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=[clock])
     trainer.train(resume_from_checkpoint=args.resume)
     return clock.seconds
