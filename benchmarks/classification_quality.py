@@ -66,7 +66,7 @@ def measure(
         return [torch.cat(found)]
 
     rows = quality.measure(
-        model, batches[:2], batches, lambda which, batch: which(batch), predictions,
+        model, [batch[:1] for batch in batches[:2]], batches, lambda which, batch: which(batch), predictions,
         lambda labels: 100 * (labels[0] == truth).float().mean().item(), "accuracy", contenders, repeats,
     )  # fmt: skip
     for row in rows:

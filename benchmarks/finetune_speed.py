@@ -79,7 +79,7 @@ def measure(
     settings = {f"{m}, {ratio}": (m, Setting(location, ratio)) for ratio in keep for m in methods}
 
     def forward() -> Any:
-        return model(images[0])
+        return model(images[0, :1])
 
     @contextmanager
     def switched_on(key: str) -> Iterator[None]:
@@ -91,7 +91,7 @@ def measure(
             yield
 
     full = model_flops(forward)
-    rows = [{"model": name, "method": "plain", "tflops": 3 * full / 1e12, "ideal_share": 1.0}]
+    rows = [{"model": name, "method": "plain", "tflops": 3 * full * batch_size / 1e12, "ideal_share": 1.0}]
     for key, (method, setting) in settings.items():
         with torch.no_grad():
             reduction = apply_method(model, method, setting, [forward])
@@ -104,7 +104,7 @@ def measure(
                 "location": location,
                 "keep_ratio": setting.keep,
                 "num_clusters": reduction.num_clusters(),
-                "tflops": 3 * flops / 1e12,
+                "tflops": 3 * flops * batch_size / 1e12,
                 "ideal_share": flops / full,
             }
         )

@@ -42,15 +42,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row a contender, after one for the plain model.
 
-    samples: what the encoder sees at once, to count FLOPs and to match them; inputs: what `forward` is timed on, in turn;
+    samples: single images as the encoder sees them, to count FLOPs and to match them; inputs: what `forward` is timed on, in turn;
     predictions: labels of the whole data set, of which `score` makes the number that the rows hold as `score_name`.
     """
     full = model_flops(lambda: model(samples[0]))
     plain_labels = predictions(model)
     plain = score(plain_labels)
     reduced = {name: reduced_copy(model, m, Setting(*rest), samples) for name, (m, *rest) in contenders.items()}
-    images = len(samples[0])
-    first = {"method": "plain", score_name: plain, "agreement": 1.0, "gflops": full / images / 1e9}
+    first = {"method": "plain", score_name: plain, "agreement": 1.0, "gflops": full / 1e9}
     rows: list[dict[str, Any]] = [first]
     for name, (twin, reduction) in tqdm(reduced.items(), desc="quality"):
         labels = predictions(twin)
@@ -69,7 +68,7 @@ def measure(
                 score_name: value,
                 "lost": plain - value,
                 "agreement": sum(same) / len(same),
-                "gflops": flops / images / 1e9,
+                "gflops": flops / 1e9,
                 "ideal": full / flops,
             }
         )

@@ -79,7 +79,7 @@ def test_training_steps_of_every_kind_of_method(monkeypatch):
     plain, *rows = finetune_speed.measure("tiny", names, [0.25], repeats=1, location=1, batch_size=2, precision="bf16")
     assert [row["method"] for row in rows] == names and plain["share_of_plain"] == 1
     for row in rows:
-        assert row["seconds"] > 0 and 0.2 < row["ideal_share"] < 0.7
+        assert row["seconds"] > 0 and row["ideal_share"] == pytest.approx(0.65, abs=0.04)
         assert row["tflops"] == pytest.approx(row["ideal_share"] * plain["tflops"])
     assert [row["num_clusters"] for row in rows[:2]] == [16, 16]
 
