@@ -38,11 +38,16 @@ COLUMNS = {
 }
 
 
-def pixel_batches(processor: Any, data: ClassificationData, batch_size: int, images: range) -> list[Tensor]:
+def pixel_batches(
+    processor: Any, data: ClassificationData, batch_size: int, images: range, device: torch.device
+) -> list[Tensor]:
     """The images as the model's processor makes them, Tensor[B, 3, H, W] each."""
     starts = range(images.start, images.stop, batch_size)
     parts = [range(start, min(start + batch_size, images.stop)) for start in starts]
-    return [processor(images=[data.image(i) for i in part], return_tensors="pt")["pixel_values"] for part in parts]
+    return [
+        processor(images=[data.image(i) for i in part], return_tensors="pt")["pixel_values"].to(device)
+        for part in parts
+    ]
 
 
 def measure(
@@ -55,14 +60,15 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row a contender, after one for the plain model."""
     truth = torch.tensor(data.labels)
-    batches = pixel_batches(processor, data, batch_size, range(min(8 * batch_size, len(data))))
+    batches = pixel_batches(processor, data, batch_size, range(min(8 * batch_size, len(data))), model.device)
 
     @torch.inference_mode()
     def predictions(which: nn.Module) -> list[Tensor]:
         found = []
         for start in range(0, len(data), batch_size):
-            part = pixel_batches(processor, data, batch_size, range(start, min(start + batch_size, len(data))))
-            found.append(which(part[0]).logits.argmax(-1))
+            part = range(start, min(start + batch_size, len(data)))
+            batch = pixel_batches(processor, data, batch_size, part, model.device)[0]
+            found.append(which(batch).logits.argmax(-1).cpu())
         return [torch.cat(found)]
 
     rows = quality.measure(
@@ -83,12 +89,13 @@ def main() -> None:
     quality.add_arguments(parser, [0.5, 0.35, 0.25], [1, 2, 3, 4], "classification_quality")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model = AutoModelForImageClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForImageClassification.from_pretrained(args.model, dtype=torch.float32)
+    model.eval().to(args.device)
     processor = AutoImageProcessor.from_pretrained(args.model)
     data = ClassificationData(args.dataset, args.data, args.split, args.limit)
     rows = measure(model, processor, data, quality.chosen_contenders(args), args.batch_size, args.repeats)
     about = {"dataset": args.dataset, "split": args.split, "images": len(data), "batch_size": args.batch_size}
-    save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), **about})
+    save(args.name, rows, {**environment(args.device, "fp32"), **about})
     print(markdown(rows, COLUMNS))
 
 

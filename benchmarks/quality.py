@@ -75,7 +75,7 @@ def measure(
     models = {"plain": model, **{name: twin for name, (twin, _) in reduced.items()}}
     runs = {name: (lambda n, m=m: forward(m, inputs[n % len(inputs)])) for name, m in models.items()}
     with torch.inference_mode():
-        seconds = interleaved(runs, repeats, warmup=3)
+        seconds = interleaved(runs, repeats, warmup=3, device=samples[0].device)
     for row, name in zip(rows, models, strict=True):
         row["ms"] = 1e3 * seconds[name]
         row["speed_up"] = seconds["plain"] / seconds[name]
@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser, keep: list[float], locations:
     parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, with residual")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--limit", type=int, help="only so many images")
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--name", default=name, help="of the result file")
 
 

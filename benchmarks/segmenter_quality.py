@@ -34,6 +34,8 @@ COLUMNS = {
     "method": "method",
     "location": "L",
     "num_clusters": "M",
+    "gflops": "GFLOPs|{:.2f}",
+    "ms": "an image|{:.0f} ms",
     "miou": "mIoU|{:.2f}",
     "lost": "lost|{:+.2f}",
     "agreement": "agreement|{:.1%}",
@@ -42,17 +44,19 @@ COLUMNS = {
 }
 
 
-def pixel_values(processor: SegmenterImageProcessor, data: SegmentationData, index: int) -> Tensor:
-    return processor(images=data.image(index), return_tensors="pt")["pixel_values"]
+def pixel_values(
+    processor: SegmenterImageProcessor, data: SegmentationData, index: int, device: torch.device
+) -> Tensor:
+    return processor(images=data.image(index), return_tensors="pt")["pixel_values"].to(device)
 
 
 @torch.inference_mode()
 def label_maps(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> list[Tensor]:
     maps = []
     for i in range(len(data)):
-        outputs = windowed_outputs(model, processor, pixel_values(processor, data, i))
+        outputs = windowed_outputs(model, processor, pixel_values(processor, data, i, model.device))
         maps += processor.post_process_semantic_segmentation(outputs, target_sizes=[data.image(i).size[::-1]])
-    return [labels.to(torch.uint8) for labels in maps]
+    return [labels.to(torch.uint8).cpu() for labels in maps]
 
 
 def miou(maps: list[Tensor], data: SegmentationData) -> float:
@@ -70,8 +74,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row a contender, after one for the plain model."""
     chosen = range(0, len(data), max(len(data) // 2, 1))
-    samples = [first_window(processor, pixel_values(processor, data, i)) for i in chosen]
-    images = [pixel_values(processor, data, i) for i in range(0, len(data), 7)]
+    samples = [first_window(processor, pixel_values(processor, data, i, model.device)) for i in chosen]
+    images = [pixel_values(processor, data, i, model.device) for i in range(0, len(data), 7)]
     return quality.measure(
         model, samples, images, lambda which, image: windowed_outputs(which, processor, image),
         lambda which: label_maps(which, processor, data), lambda maps: miou(maps, data), "miou", contenders, repeats,
@@ -85,11 +89,12 @@ def main() -> None:
     quality.add_arguments(parser, [0.5, 0.25, 0.12], [2, 4], "segmenter_quality")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
+    model.eval().to(args.device)
     processor = SegmenterImageProcessor.from_pretrained(args.model)
     data = SegmentationData(args.dataset, args.data, limit=args.limit)
     rows = measure(model, processor, data, quality.chosen_contenders(args), args.repeats)
-    save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), "dataset": args.dataset, "images": len(data)})
+    save(args.name, rows, {**environment(args.device, "fp32"), "dataset": args.dataset, "images": len(data)})
     print(markdown(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
 
 
