@@ -76,6 +76,7 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
         warmup_steps=args.warmup_steps,
+        max_grad_norm=args.max_grad_norm,
         lr_scheduler_type="cosine",
         bf16=args.precision == "bf16",
         fp16=args.precision == "fp16",
@@ -123,7 +124,7 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
                 loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 if accelerator.sync_gradients:
@@ -210,6 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup-steps", type=int, default=20)
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -8,6 +8,8 @@ On a CPU, one single-threaded process a core waits less than one process with ma
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_classifier.py ...
 
+(or set OMP_WAIT_POLICY=PASSIVE, so that threads beside other work do not spin).
+
 run/best is the averaged model of the best accuracy on the validation split so far (load it with
 AutoModelForImageClassification), run/state what --resume reads, run/metrics.json every evaluation. A 32 x 32 picture
 enlarged to 224 x 224 says the same many times over, so the layers see a random third of the patches for most of the time,
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=64, help="images a process")
-    parser.add_argument("--visible", type=float, default=0.35, help="share of the patches that layers see at first")
+    parser.add_argument("--visible", type=float, default=0.3, help="share of the patches that layers see at first")
     parser.add_argument("--mix", type=float, default=0.3, help="probability of CutMix or Mixup, until the last fifth")
     parser.add_argument("--limit", type=int, help="only so many images of each split")
     add_arguments(parser, max_minutes=90, eval_minutes=5, drop_path=0.05)
