@@ -14,7 +14,7 @@ from .checks import check_settings
 from .errors import AiluRusError
 
 CLUSTERINGS = ("density_peaks", "local_kmeans")
-RESTORES = ("copy", "residual")
+RESTORES = ("copy", "residual", "smooth")
 RESTORE_PLACES = (None, "backbone", "decoder")
 SCOPES = ("blocks", "attention")
 REDUCES = ("qkv", "kv")
@@ -31,10 +31,11 @@ class AiluRusConfig:
         numbers as there are locations, descending. An image of at most M tokens runs unreduced.
     clustering: "density_peaks" (the paper) or "local_kmeans", which keeps more where few tokens are kept.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
-    restore: "copy" (the paper: a token takes its representative's value) or "residual" (a token keeps its own value at L
-        and adds what its representative gained since; the default but for restore_at="decoder").
-    restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; copy only); None: "decoder" for
-        copy, "backbone" for residual. Models without a token decoder restore after the backbone either way.
+    restore: "copy" (the paper: a token takes its representative's value), "smooth" (a token takes a mean of the
+        representatives around it, by likeness), or "residual" (a token keeps its own value at L and adds what its
+        representative gained since; the default but for restore_at="decoder").
+    restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; not for residual); None:
+        "backbone" for residual, else "decoder". Models without a token decoder restore after the backbone either way.
     restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
     stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: the third.
         L and R then count the layers of a stage.
@@ -138,7 +139,7 @@ class AiluRusConfig:
     def restores_after_decoder(self) -> bool:
         """Whether a token decoder, where there is one, sees M tokens."""
         if self.restore_at is None:
-            return self.restore == "copy" and self.restore_location is None
+            return self.restore != "residual" and self.restore_location is None
         return self.restore_at == "decoder"
 
     def to_dict(self) -> dict[str, Any]:
