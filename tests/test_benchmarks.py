@@ -15,6 +15,7 @@ from benchmarks import (
     clustering_cost,
     datasets,
     families_speed,
+    finetune_speed,
     harness,
     methods,
     report,
@@ -60,6 +61,18 @@ def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
     rows = families_speed.measure("tiny", ["local_kmeans"], repeats=1, stages=[(3,), (2, 3)])
     assert [row["place"] for row in rows] == ["16 → 4, local_kmeans", "64 → 16, 16 → 4, local_kmeans"]
     assert 1 < rows[0]["ideal"] < rows[1]["ideal"] and rows[0]["cosine"] > rows[1]["cosine"]
+
+
+def test_training_steps_of_every_kind_of_method(monkeypatch):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    monkeypatch.setitem(finetune_speed.GEOMETRIES, "tiny", (128, sizes))
+    names = [methods.PAPER, "Expedite", "ToMe"]
+    plain, *rows = finetune_speed.measure("tiny", names, [0.25], repeats=1, location=1, batch_size=2, precision="bf16")
+    assert [row["method"] for row in rows] == names and plain["share_of_plain"] == 1
+    for row in rows:
+        assert row["seconds"] > 0 and row["ideal_share"] == pytest.approx(0.65, abs=0.04)
+        assert row["tflops"] == pytest.approx(row["ideal_share"] * plain["tflops"])
+    assert [row["num_clusters"] for row in rows[:2]] == [16, 16]
 
 
 def test_quality_of_every_method_on_two_images(tmp_path):
