@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..clustering import Clustering, configured, configured_nesting
+from ..clustering.budget import by_content
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..status import Status
@@ -25,6 +26,8 @@ def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | N
     clustering: another way to cluster than the config's, to compare with.
     """
     cluster = clustering or configured(config)
+    if config.min_keep_ratio is not None:
+        cluster = by_content(cluster, config.min_keep_ratio)
     reducers: list[EncoderReducer | StageReducer] = [*stage_reducers(target, config, cluster)]
     if not reducers:
         nesting = configured_nesting(config)

@@ -222,7 +222,7 @@ class EncoderReducer:
             clusters = self.nesting(before.clusters, tokens, run.grid, target)
         # Also where the output is copied: the hidden state at L itself was never reduced.
         run.stages.append(Stage(location, run.grid, clusters, tokens, clusters.merge(tokens)))
-        record.reduced(left, target, clusters, run.grid)
+        record.reduced(left, clusters.num_clusters, clusters, run.grid)
         front, _, suffix = run.split(hidden_states, run.num_tokens)
         return torch.cat([front, run.stages[-1].merged, suffix], 1)
 
