@@ -4,6 +4,10 @@ import sys
 
 import pytest
 import torch
+import torchvision_ops
+
+# Before transformers is imported, which imports torchvision where it is there.
+torchvision_ops.prepare()
 
 
 @pytest.fixture(autouse=True)

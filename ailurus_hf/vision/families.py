@@ -206,6 +206,7 @@ DECODERS = (
 )
 
 READERS = (
+    Reader("ailurus_hf.detection.pyramid.ViTPyramid", lambda pyramid: pyramid.taps),
     Reader(_AT + "beit.modeling_beit.BeitBackbone", feature_maps),
     Reader(
         _AT + "beit.modeling_beit.BeitForSemanticSegmentation", lambda model: [i - 1 for i in model.config.out_indices]
