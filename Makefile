@@ -16,6 +16,10 @@ TEST_FLAGS ?= -n auto --maxprocesses 4
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[vision,diffusion,bench,test]"
+	# torchvision is built for CUDA on the package index: beside a CPU torch its operators do not load, and transformers
+	# imports it where it sees it. The tests of detection look into this folder, and nothing else
+	# does; without it they are skipped.
+	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps --target $(VENV)/torchvision torchvision pycocotools
 	@touch $@
 
 demo: $(VENV)/.complete
