@@ -14,6 +14,7 @@ from ailurus_hf.cli_support import load_model
 from benchmarks import (
     clustering_cost,
     datasets,
+    detection_speed,
     families_speed,
     harness,
     methods,
@@ -69,6 +70,17 @@ def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
     rows = families_speed.measure("tiny", ["local_kmeans"], repeats=1, stages=[(3,), (2, 3)])
     assert [row["place"] for row in rows] == ["16 → 4, local_kmeans", "64 → 16, 16 → 4, local_kmeans"]
     assert 1 < rows[0]["ideal"] < rows[1]["ideal"] and rows[0]["cosine"] > rows[1]["cosine"]
+
+
+@pytest.mark.parametrize("make", [detection_speed.beit, detection_speed.vit, detection_speed.yolos])
+@pytest.mark.parametrize("part", ["encoder", "pyramid"])
+def test_speed_of_detectors(monkeypatch, make, part):
+    monkeypatch.setattr(detection_speed, "SIZE", (96, 128))
+    monkeypatch.setitem(detection_speed.MODELS, "tiny", make({**SIZES, "image_size": 96, "patch_size": 16}))
+    rows = detection_speed.measure("tiny", [(1, 12), (2, 24)], repeats=1, size=(96, 128), part=part)
+    assert [row["place"] for row in rows] == ["1, 48 → 12", "2, 48 → 24"]
+    assert rows[0]["ideal"] > rows[1]["ideal"] > 1 and -1 <= rows[0]["cosine"] <= 1
+    assert rows[0]["share_of_ideal"] == pytest.approx(rows[0]["speed_up"] / rows[0]["ideal"])
 
 
 def test_quality_of_every_method_on_two_images(tmp_path):
