@@ -88,7 +88,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each location and number of clusters; one model, switched on for each contender's turn alone."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = MODELS[name]().eval().requires_grad_(False)  # the counter of FLOPs follows YOLOS's positions otherwise
     forward = run_part(model, part)
     images = torch.randn(3, 1, 3, *size)
     full = model_flops(lambda: forward(images[0]))
