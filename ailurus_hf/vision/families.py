@@ -36,6 +36,7 @@ class Family:
     suffix, queries: the config's field that counts tokens behind the patches, or tokens that join in front at a late layer.
     models: what users load that has this encoder inside, for the table.
     grid: the patch grid of an input.
+    layout: where the arguments of a forward say it instead: the grid, and how many tokens of padding stand behind it.
     reads: the hidden states that the class itself reads (a backbone's feature maps); None: it is no backbone.
     between: the layers whose output the class reads on the grid before the next layer; None: there never are any.
     prepare: called with the arguments of a forward, which it may change; raises AiluRusError on what cannot be reduced.
@@ -49,6 +50,7 @@ class Family:
     queries: str | None = None
     models: str = ""
     grid: Callable[[nn.Module, Tensor], tuple[int, int]] = patch_grid
+    layout: Callable[[Any, dict[str, Any]], tuple[tuple[int, int], int]] | None = None
     reads: Callable[[Any], Iterable[int]] | None = None
     between: Callable[[Any], Iterable[int]] | None = None
     prepare: Callable[[Any, dict[str, Any]], None] | None = None
@@ -112,6 +114,23 @@ def in_grid_order(encoder: Any, arguments: dict[str, Any]) -> None:
         raise AiluRusError(f"{type(encoder).__name__} shuffles tokens by noise, which has to ascend in each image")
 
 
+def common_grid(encoder: Any, arguments: dict[str, Any]) -> tuple[tuple[int, int], int]:
+    """SigLIP 2 takes patches, with a grid for each image and padding to one length."""
+    patches, mask, grids = (arguments[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes"))
+    if bool((grids != grids[:1]).any()):
+        raise AiluRusError(
+            f"the images of this batch have {len(grids.unique(dim=0))} different grids, which one number of clusters "
+            "does not fit: give images of one grid together, or one at a time"
+        )
+    rows, columns = grids[0].tolist()
+    num_tokens, length = rows * columns, patches.shape[1]
+    if mask is not None and bool((mask.bool() != (torch.arange(length, device=mask.device) < num_tokens)).any()):
+        raise AiluRusError(
+            f"pixel_attention_mask must be open for the {num_tokens} patches of the grid, and for no others"
+        )
+    return (rows, columns), length - num_tokens
+
+
 _AT = "transformers.models."
 
 FAMILIES = (
@@ -161,6 +180,12 @@ FAMILIES = (
     ),
     Family(
         "SigLIP vision", _AT + "siglip.modeling_siglip.SiglipVisionModel", models="SiglipModel, PaliGemma and others"
+    ),
+    Family(
+        "SigLIP 2 vision (one grid a batch)",
+        _AT + "siglip2.modeling_siglip2.Siglip2VisionModel",
+        models="Siglip2Model, Siglip2ForImageClassification",
+        layout=common_grid,
     ),
     Family(
         "DPT",
@@ -239,7 +264,6 @@ REFUSED = {
     "blip": _OWN_ATTENTION,
     "timm_wrapper": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
     "timm_backbone": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
-    "siglip2": "its images come in grids of their own, padded to one length, which no common number of clusters fits",
 }
 
 
@@ -264,6 +288,8 @@ def _around(family: Family) -> str:
     parts = [before if family.prefix or family.registers else "none"]
     if family.suffix:
         parts.append("detection tokens behind")
+    if family.layout:
+        parts.append("padding behind")
     if family.queries:
         parts.append("queries join late")
     return ", ".join(parts)
