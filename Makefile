@@ -17,9 +17,9 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[vision,diffusion,bench,test]"
 	# torchvision is built for CUDA on the package index: beside a CPU torch its operators do not load, and transformers
-	# imports it where it sees it. The tests of detection look into this folder, and nothing else
-	# does; without it they are skipped.
-	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps --target $(VENV)/torchvision torchvision pycocotools
+	# imports it where it sees it. The tests of detection and of timm look into this folder, and
+	# nothing else does; without it they are skipped.
+	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps --target $(VENV)/torchvision torchvision pycocotools timm
 	@touch $@
 
 demo: $(VENV)/.complete

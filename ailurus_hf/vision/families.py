@@ -32,7 +32,8 @@ class Family:
 
     name: what users call the family.
     encoder: the class's qualified name. It has to match exactly: a subclass may do anything between its layers.
-    prefix: tokens before the patches (CLS, distillation); and the config's field that counts registers, if there is one.
+    prefix: tokens before the patches (CLS, distillation), or what counts them; and the config's field that counts
+        registers, if there is one.
     suffix, queries: the config's field that counts tokens behind the patches, or tokens that join in front at a late layer.
     models: what users load that has this encoder inside, for the table.
     grid: the patch grid of an input.
@@ -44,7 +45,7 @@ class Family:
 
     name: str
     encoder: str
-    prefix: int = 0
+    prefix: int | Callable[[Any], int] = 0
     registers: str | None = None
     suffix: str | None = None
     queries: str | None = None
@@ -129,6 +130,26 @@ def common_grid(encoder: Any, arguments: dict[str, Any]) -> tuple[tuple[int, int
             f"pixel_attention_mask must be open for the {num_tokens} patches of the grid, and for no others"
         )
     return (rows, columns), length - num_tokens
+
+
+def timm_grid(encoder: Any, pixel_values: Tensor) -> tuple[int, int]:
+    rows, columns = encoder.timm_model.patch_embed.dynamic_feat_size(pixel_values.shape[-2:])
+    return rows, columns
+
+
+def timm_prefix(encoder: Any) -> int:
+    return int(encoder.timm_model.num_prefix_tokens)
+
+
+def as_timm_runs_layers(encoder: Any, arguments: dict[str, Any]) -> None:
+    """timm makes grids of hidden states between its layers, and checkpoints them in a way that runs hooks twice."""
+    name = type(encoder).__name__
+    if arguments.get("output_hidden_states") or (
+        encoder.config.output_hidden_states and "output_hidden_states" not in arguments
+    ):
+        raise AiluRusError(f"{name} reads hidden states on the whole grid: call it without output_hidden_states")
+    if encoder.training and getattr(encoder.timm_model, "grad_checkpointing", False):
+        raise AiluRusError(f"timm's gradient checkpointing clusters twice: switch it off on {name}")
 
 
 _AT = "transformers.models."
@@ -225,6 +246,21 @@ FAMILIES = (
     ),
 )
 
+FAMILIES += tuple(
+    Family(
+        name,
+        f"{_AT}timm_wrapper.modeling_timm_wrapper.{encoder}",
+        prefix=timm_prefix,
+        models="timm's VisionTransformer in transformers",
+        grid=timm_grid,
+        prepare=as_timm_runs_layers,
+    )
+    for name, encoder in (
+        ("timm ViT", "TimmWrapperModel"),
+        ("timm ViT, classification", "TimmWrapperForImageClassification"),
+    )
+)
+
 DECODERS = (
     TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.MaskTransformerDecoder", suffix="num_labels"),
     TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.LinearDecoder"),
@@ -262,8 +298,7 @@ REFUSED = {
     "sam": _WINDOWS,
     "sam_hq": _WINDOWS,
     "blip": _OWN_ATTENTION,
-    "timm_wrapper": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
-    "timm_backbone": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
+    "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, or in transformers' format",
 }
 
 
@@ -284,7 +319,8 @@ def supported_models() -> str:
 
 
 def _around(family: Family) -> str:
-    before = f"{family.prefix}" + (" + registers" if family.registers else "") + " before"
+    prefix = "CLS and registers" if callable(family.prefix) else str(family.prefix)
+    before = prefix + (" + registers" if family.registers else "") + " before"
     parts = [before if family.prefix or family.registers else "none"]
     if family.suffix:
         parts.append("detection tokens behind")
