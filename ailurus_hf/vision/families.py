@@ -154,7 +154,7 @@ def as_timm_runs_layers(encoder: Any, arguments: dict[str, Any]) -> None:
 
 _AT = "transformers.models."
 
-FAMILIES = (
+FAMILIES: tuple[Family, ...] = (
     Family("ViT", _AT + "vit.modeling_vit.ViTModel", prefix=1),
     Family("DeiT", _AT + "deit.modeling_deit.DeiTModel", prefix=2),
     Family("ViTMSN", _AT + "vit_msn.modeling_vit_msn.ViTMSNModel", prefix=1),
