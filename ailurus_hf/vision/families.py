@@ -280,7 +280,6 @@ READERS = (
     Reader(_AT + "dpt.modeling_dpt.DPTForSemanticSegmentation", dpt_neck),
 )
 
-_WINDOWS = "its windowed attention needs the whole grid in most layers, and its global attention takes no bias"
 _PYRAMID = (
     "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
 )
@@ -294,9 +293,6 @@ REFUSED = {
     "hiera": _PYRAMID,
     "pvt": _PYRAMID,
     "pvt_v2": _PYRAMID,
-    "vitdet": _WINDOWS,
-    "sam": _WINDOWS,
-    "sam_hq": _WINDOWS,
     "blip": _OWN_ATTENTION,
     "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, or in transformers' format",
 }
@@ -310,6 +306,9 @@ def supported_models() -> str:
             f"| {family.name} | `{family.encoder.rsplit('.', 1)[1]}` | {family.models or '–'} | {_around(family)} |"
         )
     rows.append("| SegFormer | `SegformerModel` | SegFormer's heads | none; stage by stage: segformer.py |")
+    rows.append(
+        "| VitDet, SAM, SAM-HQ | `VitDetModel`, `SamVisionModel` | VitMatte, SamModel | none; global layers only: windowed.py |"
+    )
     rows += ["", "| refused | why |", "| --- | --- |"]
     reasons: dict[str, list[str]] = {}
     for module, reason in REFUSED.items():
