@@ -159,7 +159,7 @@ def global_layer_reducers(target: nn.Module, config: AiluRusConfig, clustering: 
         )
     found = []
     for layers in lists:
-        numbers = [n for n, layer in enumerate(layers, start=1) if layer.window_size == 0]  # type: ignore[union-attr]
+        numbers = [n for n, layer in enumerate(layers, start=1) if layer.window_size == 0]
         last = config.restore_location or len(layers)
         chosen = [n for n in numbers if config.locations[0] < n <= last]
         if not chosen:
