@@ -82,7 +82,7 @@ def run_part(model: nn.Module, part: str) -> Callable[[Tensor], list[Tensor]]:
     return lambda images: list(model(images).values())
 
 
-@torch.inference_mode()
+@torch.no_grad()  # BEiT keeps tensors that it makes, and could not train on with those of inference mode
 def measure(
     name: str, rows: list[tuple[int, int]], repeats: int, size: tuple[int, int] = SIZE, part: str = "encoder"
 ) -> list[dict[str, Any]]:

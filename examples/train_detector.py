@@ -116,7 +116,7 @@ def train(args: argparse.Namespace) -> None:
             print(progress)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # BEiT keeps tensors that it makes, and could not train on with those of inference mode
 def average_precision(detector: torch.nn.Module, data: Coco, device: torch.device) -> dict:
     """COCO's AP of boxes and masks, in percent, and the median time of an image."""
     found, seconds = [], []
