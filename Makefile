@@ -15,7 +15,7 @@ TEST_FLAGS ?= -n auto --maxprocesses 4
 # Written last, so an install that was cut off is done again.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[vision,diffusion,bench,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,test]"
 	# torchvision is built for CUDA on the package index: beside a CPU torch its operators do not load, and transformers
 	# imports it where it sees it. The tests of detection and of timm look into this folder, and
 	# nothing else does; without it they are skipped.

@@ -14,11 +14,12 @@ from .checks import check_settings
 from .errors import AiluRusError
 
 CLUSTERINGS = ("density_peaks", "local_kmeans")
-RESTORES = ("copy", "residual")
+RESTORES = ("copy", "residual", "smooth")
 RESTORE_PLACES = (None, "backbone", "decoder")
 SCOPES = ("blocks", "attention")
 REDUCES = ("qkv", "kv")
 PROJECTIONS = ("all", "merged")
+FRAMES = ("each", "joint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,11 @@ class AiluRusConfig:
         has (clustering/budget.py); None: all keep keep_ratio. For one location, batches of one image, and not compiled.
     clustering: "density_peaks" (the paper) or "local_kmeans", which keeps more where few tokens are kept.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
-    restore: "copy" (the paper: a token takes its representative's value) or "residual" (a token keeps its own value at L
-        and adds what its representative gained since; the default but for restore_at="decoder").
-    restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; copy only); None: "decoder" for
-        copy, "backbone" for residual. Models without a token decoder restore after the backbone either way.
+    restore: "copy" (the paper: a token takes its representative's value), "smooth" (a token takes a mean of the
+        representatives around it, by likeness), or "residual" (a token keeps its own value at L and adds what its
+        representative gained since; the default but for restore_at="decoder").
+    restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; not for residual); None:
+        "backbone" for residual, else "decoder". Models without a token decoder restore after the backbone either way.
     restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
     stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: the third.
         L and R then count the layers of a stage.
@@ -149,7 +151,7 @@ class AiluRusConfig:
     def restores_after_decoder(self) -> bool:
         """Whether a token decoder, where there is one, sees M tokens."""
         if self.restore_at is None:
-            return self.restore == "copy" and self.restore_location is None
+            return self.restore != "residual" and self.restore_location is None
         return self.restore_at == "decoder"
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,6 +186,9 @@ class AiluRusDiffusionConfig:
         pipeline says that its batches are such; False: never.
     unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline, which
         knows how many there are.
+    frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by frame,
+        "joint" over space and time: what stands still is kept once, and not once a frame. Where a frame attends to some
+        of the others only, each is clustered alone.
     clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in `AiluRusConfig`.
     """
 
@@ -196,6 +201,7 @@ class AiluRusDiffusionConfig:
     share_cfg: bool | None = None
     unreduced_first_steps: int = 0
     unreduced_last_steps: int = 0
+    frames: str = "each"
     clustering: str = "local_kmeans"
     alpha: float = 0.9
     num_spatial_neighbors: int = 50
@@ -223,6 +229,7 @@ class AiluRusDiffusionConfig:
         _check_choice("scope", self.scope, SCOPES)
         _check_choice("reduce", self.reduce, REDUCES)
         _check_choice("projections", self.projections, PROJECTIONS)
+        _check_choice("frames", self.frames, FRAMES)
         _check_choice("clustering", self.clustering, CLUSTERINGS)
         if self.reduce == "kv" and self.scope == "blocks":
             raise AiluRusError("reduce='kv' keeps every token's query: use scope='attention', got 'blocks'")

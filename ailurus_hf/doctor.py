@@ -18,7 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "diffusion": ("diffusers", "transformers", "accelerate"),
     "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow"),
     "detection": ("torchvision", "pycocotools"),
-    "bench": ("matplotlib", "tomesd"),
+    "bench": ("matplotlib", "tomesd", "scikit-image"),
 }
 
 

@@ -268,7 +268,7 @@ class EncoderReducer:
 
     def finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
         run = self.runs.pop(thread(), None)
-        return output if run is None or run.stage is None else run.stage.clusters.unmerge(output)
+        return output if run is None or run.stage is None else run.stage.unfold(output, self.config.restore)
 
     # Hidden states: transformers collects what layers put out, which is M long; they are unfolded once, where they leave.
 
