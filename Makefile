@@ -17,6 +17,9 @@ TEST_FLAGS ?= -n auto --maxprocesses 4
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,test]"
+	# torchvision is built for CUDA on the package index: beside a CPU torch its operators do not load, and transformers
+	# imports it where it sees it. So only the tests of detection and of timm look into this folder; without it they skip.
+	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps --target $(VENV)/torchvision torchvision pycocotools timm
 	@touch $@
 
 demo: $(VENV)/.complete

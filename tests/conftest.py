@@ -5,7 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision_ops
 from PIL import Image
+
+# Before transformers is imported, which imports torchvision where it is there.
+torchvision_ops.prepare()
 
 
 @pytest.fixture(autouse=True)

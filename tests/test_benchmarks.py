@@ -14,6 +14,7 @@ from ailurus_hf.cli_support import load_model
 from benchmarks import (
     clustering_cost,
     datasets,
+    detection_speed,
     families_speed,
     finetune_speed,
     harness,
@@ -73,6 +74,17 @@ def test_training_steps_of_every_kind_of_method(monkeypatch):
         assert row["seconds"] > 0 and row["ideal_share"] == pytest.approx(0.65, abs=0.04)
         assert row["tflops"] == pytest.approx(row["ideal_share"] * plain["tflops"])
     assert [row["num_clusters"] for row in rows[:2]] == [16, 16]
+
+
+@pytest.mark.parametrize("make", [detection_speed.beit, detection_speed.vit, detection_speed.yolos])
+@pytest.mark.parametrize("part", ["encoder", "pyramid"])
+def test_speed_of_detectors(monkeypatch, make, part):
+    monkeypatch.setattr(detection_speed, "SIZE", (96, 128))
+    monkeypatch.setitem(detection_speed.MODELS, "tiny", make({**SIZES, "image_size": 96, "patch_size": 16}))
+    rows = detection_speed.measure("tiny", [(1, 12), (2, 24)], repeats=1, size=(96, 128), part=part)
+    assert [row["place"] for row in rows] == ["1, 48 → 12", "2, 48 → 24"]
+    assert rows[0]["ideal"] > rows[1]["ideal"] > 1 and -1 <= rows[0]["cosine"] <= 1
+    assert rows[0]["share_of_ideal"] == pytest.approx(rows[0]["speed_up"] / rows[0]["ideal"])
 
 
 def test_quality_of_every_method_on_two_images(tmp_path):

@@ -87,7 +87,8 @@ import torch
 start = time.perf_counter()
 import ailurus_hf
 print(time.perf_counter() - start)
-print(*{"transformers", "diffusers", "PIL", "matplotlib", "accelerate"} & set(sys.modules))
+optional = {"transformers", "diffusers", "PIL", "matplotlib", "accelerate", "torchvision"}
+print(*optional & set(sys.modules))
 """
     seconds, loaded = (python(code, tmp_path, PYTHONPATH=str(ROOT)) + "\n").split("\n")[:2]
     assert loaded == ""
