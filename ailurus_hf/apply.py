@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -41,6 +43,18 @@ def remove_ailurus(target: Target) -> Target:
     """Takes token reduction off: outputs are bit for bit those from before, and no hook or attribute is left."""
     _installation(target).uninstall(target)
     return target
+
+
+@contextmanager
+def ailurus_on(target: Target, config: Config | None) -> Iterator[Target]:
+    """Token reduction for a `with` block alone; None leaves the target as it is."""
+    if config is not None:
+        apply_ailurus(target, config)
+    try:
+        yield target
+    finally:
+        if config is not None:
+            remove_ailurus(target)
 
 
 def ailurus_status(target: Any) -> Status:

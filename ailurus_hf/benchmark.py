@@ -7,11 +7,9 @@ stand the one that the FLOPs allow, the share of it that was reached, and how ne
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .analysis import counted_flops
-from .apply import ailurus_status, apply_ailurus, remove_ailurus
-from .comparison import median_times
+from .apply import ailurus_on, ailurus_status
 from .config import AiluRusConfig
 from .errors import AiluRusError
+from .measuring import interleaved, markdown
 
 if TYPE_CHECKING:
     from .cli_support import LoadedModel
@@ -35,16 +33,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "local-kmeans-copy": {"clustering": "local_kmeans", "restore": "copy"},
 }
 COLUMNS = {
-    "method": "{}",
-    "location": "{}",
-    "keep": "{:g}",
-    "tokens": "{}",
-    "ms": "{:.1f}",
-    "speed-up": "{:.2f}×",
-    "ideal": "{:.2f}×",
-    "share": "{:.2f}",
-    "agreement": "{:.2%}",
-    "cosine": "{:.4f}",
+    "method": "method",
+    "location": "location",
+    "keep": "keep|{:g}",
+    "tokens": "tokens",
+    "ms": "ms|{:.1f}",
+    "speed_up": "speed-up|{:.2f}×",
+    "ideal": "ideal|{:.2f}×",
+    "share": "share|{:.2f}",
+    "agreement": "agreement|{:.2%}",
+    "cosine": "cosine|{:.4f}",
 }
 
 
@@ -116,21 +114,25 @@ def benchmark(
     Raises AiluRusError where the model cannot be reduced so, before the first image is read.
     """
     for config in configs.values():
-        _switch(loaded, config)
+        with ailurus_on(loaded.model, config):
+            pass
     fidelity = {setting: _Fidelity() for setting in configs}
     flops: dict[Any, int] = {}
     # The first pass also makes what depends on an image's size alone, so that no timed round has to.
     for path in progress(images):
         _compare(loaded, _inputs(loaded, path), configs, fidelity, flops)
 
-    times: list[list[float]] = [[] for _ in range(1 + len(configs))]
-    for turn in progress(range(repeats)):
-        inputs = _inputs(loaded, images[turn % len(images)])
-        runs = [(partial(_switch, loaded, config), partial(loaded, inputs)) for config in (None, *configs.values())]
-        for taken, ms in zip(times, median_times(runs, 1, loaded.device), strict=True):
-            taken.append(ms)
-    _switch(loaded, None)
-    plain, *reduced = (statistics.median(taken) for taken in times)
+    # Prepared before, because only forwards are timed; more than one a round are never seen.
+    inputs = [_inputs(loaded, path) for path in images[:repeats]]
+    seconds = interleaved(
+        {setting: lambda turn: loaded(inputs[turn % len(inputs)]) for setting in (None, *configs)},
+        repeats,
+        warmup=0,
+        device=loaded.device,
+        around=lambda setting: ailurus_on(loaded.model, None if setting is None else configs[setting]),
+        progress=progress,
+    )
+    plain, *reduced = (1e3 * taken for taken in seconds.values())
     rows = [Row("plain", None, None, None, plain, 1.0, 1.0, 1.0, None, 1.0)]
     for setting, ms in zip(configs, reduced, strict=True):
         seen = fidelity[setting]
@@ -158,12 +160,6 @@ def _inputs(loaded: LoadedModel, path: Path) -> dict[str, Tensor]:
     return loaded.prepare(read_image(path))
 
 
-def _switch(loaded: LoadedModel, config: AiluRusConfig | None) -> None:
-    remove_ailurus(loaded.model)
-    if config is not None:
-        apply_ailurus(loaded.model, config)
-
-
 def _compare(
     loaded: LoadedModel,
     inputs: dict[str, Tensor],
@@ -172,16 +168,16 @@ def _compare(
     flops: dict[Any, int],
 ) -> None:
     """Adds one image to every config's fidelity."""
-    _switch(loaded, None)
     plain, has_labels = _prediction(loaded(inputs))
-    seen = _one_sequence(loaded, inputs)
+    seen = loaded.one_sequence(inputs)
     shape = tuple(seen["pixel_values"].shape)
     if shape not in flops:
         flops[shape] = counted_flops(loaded.model, seen)
     for setting, config in configs.items():
-        _switch(loaded, config)
-        reduced, _ = _prediction(loaded(inputs))
-        place, found = ailurus_status(loaded.model).places, fidelity[setting]
+        with ailurus_on(loaded.model, config):
+            reduced, _ = _prediction(loaded(inputs))
+            place = ailurus_status(loaded.model).places
+        found = fidelity[setting]
         saved = sum((p.flops or 0.0) - (p.reduced_flops or 0.0) for p in place)
         found.full += flops[shape]
         found.reduced += flops[shape] - saved
@@ -201,27 +197,6 @@ def _prediction(outputs: Any) -> tuple[Tensor, bool]:
     return (logits.movedim(1, -1) if logits.ndim == 4 else logits).float(), True
 
 
-def _one_sequence(loaded: LoadedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs as the encoder gets them: of an image that is seen in windows, one window."""
-    window = getattr(loaded.processor, "window_size", None)
-    if window is None:
-        return inputs
-    height, width = (window, window) if isinstance(window, int) else window
-    return inputs | {"pixel_values": inputs["pixel_values"][..., :height, :width]}
-
-
-def markdown(rows: Sequence[Row]) -> str:
+def as_markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    for row in rows:
-        values = {name.replace("_", "-"): value for name, value in asdict(row).items()}
-        cells = [
-            "–" if values[name] is None or _is_nan(values[name]) else form.format(values[name])
-            for name, form in COLUMNS.items()
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return markdown([asdict(row) for row in rows], COLUMNS)

@@ -228,7 +228,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(loaded, num_images=len(images), rows=[row.to_dict() for row in rows])
     else:
-        print(benchmark.markdown(rows))
+        print(benchmark.as_markdown(rows))
     return 0
 
 

@@ -148,17 +148,19 @@ class LoadedModel:
     @torch.inference_mode()
     def __call__(self, inputs: dict[str, torch.Tensor]) -> Any:
         """The model's output; of a Segmenter whose processor names a window, the windows' averaged logits."""
-        window = getattr(self.processor, "window_size", None)
-        if window is None:
+        if getattr(self.processor, "window_size", None) is None:
             return self.model(**inputs)
-        from transformers.modeling_outputs import SemanticSegmenterOutput
+        from .segmenter import windowed_outputs
 
-        from .segmenter import sliding_window_logits
+        return windowed_outputs(self.model, self.processor, inputs["pixel_values"])
 
-        pixels = inputs["pixel_values"]
-        return SemanticSegmenterOutput(
-            logits=sliding_window_logits(self.model, pixels, window, self.processor.window_stride)
-        )
+    def one_sequence(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs as the encoder gets them: of an image that is seen in windows, the first one."""
+        if getattr(self.processor, "window_size", None) is None:
+            return inputs
+        from .segmenter import first_window
+
+        return inputs | {"pixel_values": first_window(self.processor, inputs["pixel_values"])}
 
     def class_names(self) -> list[str]:
         labels = self.model.config.id2label
@@ -167,15 +169,13 @@ class LoadedModel:
     @torch.inference_mode()
     def draw_clusters(self, inputs: dict[str, torch.Tensor], fill: str = "mean") -> ClusterPictures:
         """Runs the image, or of one seen in windows the first window, and draws its clusters on the pixels seen."""
-        window = getattr(self.processor, "window_size", None)
-        height, width = (None, None) if window is None else (window, window) if isinstance(window, int) else window
-        pixels = inputs["pixel_values"][..., :height, :width]
-        self.model(**inputs | {"pixel_values": pixels})
+        inputs = self.one_sequence(inputs)
+        self.model(**inputs)
         status = ailurus_status(self.model)
         place, clusters, grid = status.places[0], status.last_clusters, status.last_grid
         if clusters is None or grid is None:  # the image has no more tokens than are kept
             return ClusterPictures(None, None, place.num_tokens or 0, place.num_clusters or 0)
-        seen = self._seen_image(pixels)
+        seen = self._seen_image(inputs["pixel_values"])
         patch = getattr(self.model.config, "patch_size", None)
         # A model that pads inside has the last tokens reach past the image; otherwise the tokens span it.
         padded = isinstance(patch, int) and tuple(grid) == (-(-seen.height // patch), -(-seen.width // patch))

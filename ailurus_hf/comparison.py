@@ -6,8 +6,7 @@ Used by `ailurus-hf segment` and examples/segment_image.py.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,38 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .apply import ailurus_on
+from .measuring import interleaved
 from .visualization import class_palette, compare_predictions, overlay_labels
 
 if TYPE_CHECKING:
     from .cli_support import LoadedModel
-
-
-def median_times(
-    runs: Sequence[tuple[Callable[[], None], Callable[[], object]]], repeats: int, device: torch.device
-) -> list[float]:
-    """Median milliseconds of each (set-up, run) pair: one warm-up each, then the runs in turn, `repeats` times.
-
-    Only the run is timed, and on a GPU its end is waited for. Taking turns spreads what else the machine does
-    evenly over the contenders.
-    """
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(repeats + 1):
-        for (set_up, run), taken in zip(runs, times, strict=True):
-            set_up()
-            _wait_for(device)
-            start = time.perf_counter()
-            run()
-            _wait_for(device)
-            if turn > 0:
-                taken.append((time.perf_counter() - start) * 1000)
-    return [statistics.median(taken) for taken in times]
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def confusion(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
@@ -129,13 +102,19 @@ def compare_image(
 ) -> Comparison:
     """Times plain and reduced forwards in turn on one image and writes the comparison picture."""
     inputs = loaded.prepare(image)
-    runs = [(loaded.switch_off, lambda: loaded(inputs)), (loaded.switch_on, lambda: loaded(inputs))]
-    plain_ms, reduced_ms = median_times(runs, repeats, loaded.device)
-    loaded.switch_off()
+    configs = {"plain": None, "reduced": loaded.ailurus}
+    seconds = interleaved(
+        {name: lambda _: loaded(inputs) for name in configs},
+        repeats,
+        warmup=1,
+        device=loaded.device,
+        around=lambda name: ailurus_on(loaded.model, configs[name]),
+    )
+    plain_ms, reduced_ms = 1e3 * seconds["plain"], 1e3 * seconds["reduced"]
     plain = segment(loaded, inputs, image)
-    loaded.switch_on()
-    reduced = segment(loaded, inputs, image)
-    pictures = loaded.draw_clusters(inputs)
+    with ailurus_on(loaded.model, loaded.ailurus):
+        reduced = segment(loaded, inputs, image)
+        pictures = loaded.draw_clusters(inputs)
     names = loaded.class_names()
     matrices = [None if truth is None else confusion(labels, truth, len(names)) for labels in (plain, reduced)]
     scores = ["" if matrix is None else f", mIoU {mean_iou(matrix):.1%}" for matrix in matrices]

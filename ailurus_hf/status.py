@@ -45,6 +45,22 @@ class Record:
         self.last_tokens = self.last_clusters_count = num_tokens
         self.last_clusters = self.last_grid = None
 
+    def place(
+        self, where: str, location: int, restored: str, flops: float | None, reduced_flops: float | None
+    ) -> Place:
+        """This record as a row of the table."""
+        return Place(
+            where,
+            location,
+            restored,
+            self.last_tokens,
+            self.last_clusters_count,
+            self.forwards,
+            self.clusterings,
+            flops,
+            reduced_flops,
+        )
+
 
 @dataclass(frozen=True)
 class Place:

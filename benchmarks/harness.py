@@ -1,4 +1,4 @@
-"""How everything here is measured: interleaved runs in one process, medians, and results that say what made them."""
+"""What every benchmark needs beside `ailurus_hf.measuring`: FLOPs, memory, and results that say what made them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import logging
 import platform
 import resource
 import shlex
-import statistics
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +19,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ailurus_hf.measuring import interleaved, markdown, wait_for
+
+__all__ = ["RESULTS", "environment", "interleaved", "log", "markdown", "model_flops", "peak_bytes", "save"]
+
 RESULTS = Path(__file__).parent / "results"
 log = logging.getLogger("benchmarks")
-
-
-def interleaved(
-    contenders: dict[str, Callable[[int], Any]],
-    repeats: int = 7,
-    warmup: int = 2,
-    device: torch.device | None = None,
-    around: Callable[[str], AbstractContextManager] | None = None,
-) -> dict[str, float]:
-    """Median seconds of each contender, run in turn; each gets the number of the round, to take another image.
-
-    around: a context for each contender's turn, to switch something on and off outside of what is timed.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(warmup + repeats):
-        for name, run in contenders.items():
-            with around(name) if around is not None else nullcontext():
-                _synchronize(device)
-                start = time.perf_counter()
-                run(round_number)
-                _synchronize(device)
-                seconds = time.perf_counter() - start
-            if round_number >= warmup:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def model_flops(run: Callable[[], Any]) -> int:
@@ -61,11 +37,11 @@ def model_flops(run: Callable[[], Any]) -> int:
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     """Memory that a call needs at most beyond what was held before. On a CPU sampled every millisecond, on Linux only."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        torch.cuda.synchronize(device)
+        wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
     pages = Path("/proc/self/statm")
     if not pages.exists():
@@ -86,11 +62,6 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         done.set()
         sampler.join()
     return max(seen) - before
-
-
-def _synchronize(device: torch.device | None) -> None:
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
@@ -133,16 +104,3 @@ def save(name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any], folde
     path.write_text(json.dumps({**about, "rows": list(rows)}, indent=1) + "\n")
     log.info("wrote %s", path)
     return path
-
-
-def markdown(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
-    """A Markdown table; columns: from a row's key to a heading with the format, such as "speed-up|{:.2f}×"."""
-    heads = [heading.split("|")[0] for heading in columns.values()]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for row in rows:
-        cells = []
-        for key, heading in columns.items():
-            form = heading.partition("|")[2] or "{}"
-            cells.append("–" if row.get(key) is None else form.format(row[key]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.comparison import confusion, mean_iou
-from ailurus_hf.segmenter import sliding_window_logits
+from ailurus_hf.segmenter import first_window, windowed_outputs
 
 from .datasets import DATASETS, SegmentationData
 from .harness import environment, interleaved, markdown, model_flops, save
@@ -58,28 +57,11 @@ def pixel_values(processor: SegmenterImageProcessor, data: SegmentationData, ind
     return processor(images=data.image(index), return_tensors="pt")["pixel_values"]
 
 
-def first_window(processor: SegmenterImageProcessor, pixels: Tensor) -> Tensor:
-    """What the encoder sees at once: of an image seen in windows, one of them."""
-    window = getattr(processor, "window_size", None)
-    if window is None:
-        return pixels
-    height, width = (window, window) if isinstance(window, int) else window
-    return pixels[..., :height, :width]
-
-
-def outputs_of(model: nn.Module, processor: SegmenterImageProcessor, pixels: Tensor) -> SemanticSegmenterOutput:
-    """The model's output, as its processor says: of the whole image, or averaged over windows."""
-    window = getattr(processor, "window_size", None)
-    if window is None:
-        return model(pixels)
-    return SemanticSegmenterOutput(logits=sliding_window_logits(model, pixels, window, processor.window_stride))
-
-
 @torch.inference_mode()
 def label_maps(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> list[Tensor]:
     maps = []
     for i in range(len(data)):
-        outputs = outputs_of(model, processor, pixel_values(processor, data, i))
+        outputs = windowed_outputs(model, processor, pixel_values(processor, data, i))
         maps += processor.post_process_semantic_segmentation(outputs, target_sizes=[data.image(i).size[::-1]])
     return [labels.to(torch.uint8) for labels in maps]
 
@@ -132,7 +114,7 @@ def measure(
     images = [pixel_values(processor, data, i) for i in range(0, len(data), 7)]
     with torch.inference_mode():
         runs = {
-            name: (lambda n, m=m: outputs_of(m, processor, images[n % len(images)]))
+            name: (lambda n, m=m: windowed_outputs(m, processor, images[n % len(images)]))
             for name, m in {"plain": model, **twins}.items()
         }
         seconds = interleaved(runs, repeats, warmup=3)

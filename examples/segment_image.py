@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 from ailurus_hf import (
+    AiluRusConfig,
     SegmenterForSemanticSegmentation,
     SegmenterImageProcessor,
     ailurus_status,
     apply_ailurus,
-    remove_ailurus,
 )
-from ailurus_hf.comparison import confusion, format_table, mean_iou, median_times
+from ailurus_hf.apply import ailurus_on
+from ailurus_hf.comparison import confusion, format_table, mean_iou
+from ailurus_hf.measuring import interleaved
 from ailurus_hf.visualization import compare_predictions, draw_assignment
 
 ASSETS = Path(__file__).parent / "assets"
@@ -45,20 +47,12 @@ image = Image.open(args.image).convert("RGB")
 labels = np.asarray(Image.open(args.labels)).astype(int) if args.labels else None
 class_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
 inputs = processor(images=image, return_tensors="pt").to(device)
-
-
-def off() -> None:
-    remove_ailurus(model)
-
-
-def on() -> None:
-    apply_ailurus(
-        model,
-        cluster_location=args.cluster_location,
-        keep_ratio=args.keep_ratio,
-        clustering=args.clustering,
-        restore=args.restore,
-    )
+reduction = AiluRusConfig(
+    cluster_location=args.cluster_location,
+    keep_ratio=args.keep_ratio,
+    clustering=args.clustering,
+    restore=args.restore,
+)
 
 
 @torch.inference_mode()
@@ -67,10 +61,15 @@ def run() -> np.ndarray:
     return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].cpu().numpy()
 
 
-off_ms, on_ms = median_times([(off, run), (on, run)], args.repeats, device)
-off()
+seconds = interleaved(
+    {"off": lambda _: run(), "on": lambda _: run()},
+    args.repeats,
+    device=device,
+    around=lambda name: ailurus_on(model, reduction if name == "on" else None),
+)
+off_ms, on_ms = 1e3 * seconds["off"], 1e3 * seconds["on"]
 plain = run()
-on()
+apply_ailurus(model, reduction)
 reduced = run()
 status = ailurus_status(model)
 clusters, grid = status.last_clusters, status.last_grid

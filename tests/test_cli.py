@@ -15,7 +15,7 @@ from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTIm
 
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, config, doctor
 from ailurus_hf.cli import AILURUS_FIELDS, build_parser, main
-from ailurus_hf.comparison import confusion, mean_iou, median_times
+from ailurus_hf.comparison import confusion, mean_iou
 from ailurus_hf.segmenter import sliding_window_logits
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
@@ -344,16 +344,3 @@ def test_mean_iou_counts_the_classes_that_occur() -> None:
     assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
     assert mean_iou(matrix) == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert np.isnan(mean_iou(np.zeros((3, 3), dtype=int)))
-
-
-def test_timing_alternates_and_leaves_the_first_round_out() -> None:
-    events: list[str] = []
-
-    def slow_at_first() -> None:
-        events.append("run a")
-        time.sleep(1 if events.count("run a") == 1 else 0.01)
-
-    runs = [(lambda: events.append("a"), slow_at_first), (lambda: events.append("b"), lambda: events.append("run b"))]
-    first, second = median_times(runs, 1, torch.device("cpu"))
-    assert events == ["a", "run a", "b", "run b"] * 2
-    assert 10 <= first < 400 and second < 400

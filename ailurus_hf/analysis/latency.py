@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..clusters import TokenClusters
+from ..measuring import wait_for
 from ..vision.finding import find_encoders
 from ..vision.installation import reducers_of
 
@@ -56,10 +57,7 @@ class Stopwatch:
         return run
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        wait_for(self.device)
         return time.perf_counter()
 
 

@@ -104,17 +104,8 @@ def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Pla
         full += projection_flops(stack, tokens)
         reduced = sum(block_flops(block, queries, clusters, others) for block in stack.blocks)
         reduced += projection_flops(stack, projected)
-    return Place(
-        where=".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__,
-        location=number,
-        restored=restored,
-        num_tokens=record.last_tokens,
-        num_clusters=record.last_clusters_count,
-        forwards=record.forwards,
-        clusterings=record.clusterings,
-        flops=full,
-        reduced_flops=reduced,
-    )
+    where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
+    return record.place(where, number, restored, full, reduced)
 
 
 def _status_of_processors(target: Any) -> Status:

@@ -4,7 +4,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSeg
 
 from .configuration_segmenter import SegmenterConfig
 from .convert import convert_segmenter_checkpoint
-from .image_processing_segmenter import SegmenterImageProcessor, sliding_window_logits
+from .image_processing_segmenter import (
+    SegmenterImageProcessor,
+    first_window,
+    sliding_window_logits,
+    windowed_outputs,
+)
 from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterPreTrainedModel
 
 AutoConfig.register("segmenter", SegmenterConfig, exist_ok=True)
@@ -17,5 +22,7 @@ __all__ = [
     "SegmenterImageProcessor",
     "SegmenterPreTrainedModel",
     "convert_segmenter_checkpoint",
+    "first_window",
     "sliding_window_logits",
+    "windowed_outputs",
 ]

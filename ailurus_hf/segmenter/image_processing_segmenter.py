@@ -18,6 +18,7 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
 )
+from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.processing_utils import ImagesKwargs
 
 # (mean, std) by the name that variant.yml gives them: AugReg ViTs were trained on -1..1, DeiTs on ImageNet statistics.
@@ -193,6 +194,24 @@ def sliding_window_logits(
     return logits
 
 
+def first_window(processor: SegmenterImageProcessor, pixel_values: Tensor) -> Tensor:
+    """What the encoder sees at once: of images seen in windows, the first one; else all. Tensor[B, 3, H, W] -> same."""
+    if processor.window_size is None:
+        return pixel_values
+    height, width = _pair(processor.window_size, "window_size")
+    return pixel_values[..., :height, :width]
+
+
+def windowed_outputs(
+    model: torch.nn.Module, processor: SegmenterImageProcessor, pixel_values: Tensor
+) -> SemanticSegmenterOutput:
+    """The model's output as its processor says: of whole images, or averaged over windows."""
+    if processor.window_size is None:
+        return model(pixel_values)
+    logits = sliding_window_logits(model, pixel_values, processor.window_size, processor.window_stride)
+    return SemanticSegmenterOutput(logits=logits)
+
+
 def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or min(pair) < 1:
@@ -214,4 +233,4 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
-__all__ = ["NORMALIZATION", "SegmenterImageProcessor", "sliding_window_logits"]
+__all__ = ["NORMALIZATION", "SegmenterImageProcessor", "first_window", "sliding_window_logits", "windowed_outputs"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -107,28 +107,25 @@ def _uses_interface(module: nn.Module) -> bool:
     )
 
 
-def use_ailurus_attention(
-    configs: Iterable[PreTrainedConfig], eager_as: str = "eager"
-) -> list[tuple[PreTrainedConfig, str | None, str | None]]:
-    """Switches configs to the registered attention; returns what to give to `restore_attention`.
+def use_ailurus_attention(configs: Iterable[PreTrainedConfig], eager_as: str = "eager") -> Callable[[], None]:
+    """Switches configs to the registered attention; returns the call that switches them back.
 
     Eager attention stays, because it alone returns attention maps, and it takes the bias as its mask; or it becomes
     `eager_as`, where layers take no mask.
     """
-    previous = []
+    switched = []
     for config in configs:
         before = config._attn_implementation
         after = {"eager": eager_as, None: before}.get(before, ATTENTION_NAME)
         config._attn_implementation = after
-        previous.append((config, before, after))
-    return previous
+        switched.append((config, before, after))
 
+    def restore() -> None:
+        for config, before, after in switched:
+            if config._attn_implementation == after:  # what the user has changed since stays
+                config._attn_implementation = before
 
-def restore_attention(previous: Iterable[tuple[PreTrainedConfig, str | None, str | None]]) -> None:
-    """Undoes `use_ailurus_attention`; what the user has changed since stays."""
-    for config, before, after in previous:
-        if config._attn_implementation == after:
-            config._attn_implementation = before
+    return restore
 
 
 def layers_of(encoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

@@ -32,17 +32,8 @@ def _place(reducer: EncoderReducer, number: int) -> Place:
     full = reduced = None
     if first is not None and None not in counts:
         full, reduced = (_flops(reducer, first, each) for each in ([first] * len(counts), counts))
-    return Place(
-        where=type(found.encoder).__name__,
-        location=locations[number],
-        restored=f"{restored} ({config.restore})",
-        num_tokens=record.last_tokens,
-        num_clusters=record.last_clusters_count,
-        forwards=record.forwards,
-        clusterings=record.clusterings,
-        flops=full,
-        reduced_flops=reduced,
-    )
+    where = type(found.encoder).__name__
+    return record.place(where, locations[number], f"{restored} ({config.restore})", full, reduced)
 
 
 def _flops(reducer: EncoderReducer, num_tokens: int, counts: list[Any]) -> float:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..clustering import Clustering, Nesting
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
+from ..hooks import Hooks
 from ..status import Place, Record
 from . import adapters
 from .backend import (
@@ -29,7 +29,6 @@ from .backend import (
     attention_configs,
     bias_parameter,
     parameters_of,
-    restore_attention,
     use_ailurus_attention,
 )
 from .finding import FoundEncoder
@@ -46,8 +45,7 @@ class EncoderReducer:
     clustering: Clustering
     nesting: Nesting
     records: list[Record] = field(default_factory=list)
-    handles: list[RemovableHandle] = field(default_factory=list)
-    previous_attention: list[tuple[Any, str | None, str | None]] = field(default_factory=list)
+    hooks: Hooks = field(default_factory=Hooks)
     # One model may run in several threads at once, so each has a Run of its own.
     runs: dict[int, Run] = field(default_factory=dict)
     # What the reader around the encoder is about to read.
@@ -73,6 +71,9 @@ class EncoderReducer:
         self.reduced_layers = list(self.found.layers[locations[0] : self.restore_location])
         self.bias_parameter = bias_parameter(self.found.layers[0])
         self.parameters = parameters_of(self.found.layers[0])
+        in_layers = {id(module) for layer in self.found.layers for module in layer.modules()}
+        self.shared_bias = [m for m in adapters.relative_bias_modules(self.found.encoder) if id(m) not in in_layers]
+        self.takes_masks = bool(self.shared_bias) or self.found.family.queries is not None
         self.adapters = [self._adapters_of(layer) for layer in self.found.layers]
         self.decoder_bias_parameter = "attention_mask"
         self.decoder_parameters: list[str] = []
@@ -83,10 +84,7 @@ class EncoderReducer:
     def _adapters_of(self, layer: nn.Module) -> list[adapters.Adapter]:
         """What this layer is given beside tokens and a bias."""
         found = []
-        in_layers = {id(module) for each in self.found.layers for module in each.modules()}
-        shared = [m for m in adapters.relative_bias_modules(self.found.encoder) if id(m) not in in_layers]
-        self.takes_masks = bool(shared) or self.found.family.queries is not None
-        if modules := shared + adapters.relative_bias_modules(layer):
+        if modules := self.shared_bias + adapters.relative_bias_modules(layer):
             found.append(adapters.add_relative_bias(modules))
         if "position_embeddings" in self.parameters:
             found.append(adapters.rotate_at_centroids)
@@ -103,39 +101,34 @@ class EncoderReducer:
         return encoder_places(self)
 
     def install(self) -> None:
-        found, locations, last = self.found, self.config.locations, self.restore_location
+        found, locations, last, hooks = self.found, self.config.locations, self.restore_location, self.hooks
         if found.reader is not None:
-            self._pre_hook(found.reader[0], self.note_reader)
-        self._pre_hook(found.encoder, self.begin)
+            hooks.before(found.reader[0], self.note_reader)
+        hooks.before(found.encoder, self.begin)
         for index in range(locations[0], last):
-            self._pre_hook(found.layers[index], partial(self.enter_layer, index))
+            hooks.before(found.layers[index], partial(self.enter_layer, index))
             restores = index == last - 1 and not self.through_decoder
             if restores or found.family.between is not None:
                 # Prepended, so that hooks that were there before see all N tokens.
-                hook = partial(self.leave_layer, index)
-                self.handles.append(found.layers[index].register_forward_hook(hook, prepend=True))
+                hooks.behind(found.layers[index], partial(self.leave_layer, index), prepend=True)
         for bias in adapters.relative_bias_modules(found.encoder):
-            self._pre_hook(bias, adapters.shrink_relative_bias)
-            self.handles.append(bias.register_forward_hook(adapters.drop_relative_bias, with_kwargs=True))
+            hooks.before(bias, adapters.shrink_relative_bias)
+            hooks.behind(bias, adapters.drop_relative_bias, with_kwargs=True)
         if found.stack is not found.encoder:
-            self.handles.append(found.stack.register_forward_hook(self.finish_stack))
-        self.handles.append(found.encoder.register_forward_hook(self.finish_encoder))
+            hooks.behind(found.stack, self.finish_stack)
+        hooks.behind(found.encoder, self.finish_encoder)
         reduced_layers = list(self.reduced_layers)
         if self.through_decoder:
             assert found.decoder is not None
             for layer in found.decoder_layers:
-                self._pre_hook(layer, self.enter_decoder_layer)
-            self.handles.append(found.decoder.register_forward_hook(self.finish_decoder))
+                hooks.before(layer, self.enter_decoder_layer)
+            hooks.behind(found.decoder, self.finish_decoder)
             reduced_layers += found.decoder_layers
         eager_as = EAGER_NAME if self.bias_parameter == KEY_BIAS else "eager"
-        self.previous_attention = use_ailurus_attention(attention_configs(reduced_layers), eager_as)
+        hooks.on_removal(use_ailurus_attention(attention_configs(reduced_layers), eager_as))
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        restore_attention(self.previous_attention)
-        self.previous_attention = []
+        self.hooks.remove()
 
     # Hooks, in the order in which a forward meets them.
 
@@ -314,9 +307,6 @@ class EncoderReducer:
             if stage.location < location:
                 return run.unfold(state, stage, self.config.restore)
         return state
-
-    def _pre_hook(self, module: nn.Module, hook: Any) -> None:
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def _asks_for_states(module: nn.Module, kwargs: dict) -> bool:

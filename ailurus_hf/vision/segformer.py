@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..clustering import Clustering
 from ..clusters import TokenClusters
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
+from ..hooks import Hooks
 from ..status import Place, Record
-from .backend import attention_configs, restore_attention, use_ailurus_attention
+from .backend import attention_configs, use_ailurus_attention
 from .run import thread
 
 STAGE = "transformers.models.segformer.modeling_segformer.SegformerStage"
@@ -51,8 +51,7 @@ class StageReducer:
     config: AiluRusConfig
     clustering: Clustering
     records: list[Record] = field(default_factory=lambda: [Record()])
-    handles: list[RemovableHandle] = field(default_factory=list)
-    previous_attention: list[tuple[Any, str | None, str | None]] = field(default_factory=list)
+    hooks: Hooks = field(default_factory=Hooks)
     # One model may run in several threads at once, so each has clusters and a Run of its own.
     clusters: dict[int, TokenClusters | None] = field(default_factory=dict)
     runs: dict[int, StageRun] = field(default_factory=dict)
@@ -80,26 +79,24 @@ class StageReducer:
 
     def install(self) -> None:
         reduced = self.blocks[self.first : self.last]
-        self._pre_hook(reduced[0], self.cluster)
+        hooks = self.hooks
+        hooks.before(reduced[0], self.cluster)
         for block in reduced:
-            self._pre_hook(block, self.enter_block)
+            hooks.before(block, self.enter_block)
             attention, mlp = block.attention, block.mlp
-            self._pre_hook(attention, self.enter_attention)
+            hooks.before(attention, self.enter_attention)
             if attention.sequence_reduction_ratio > 1:
-                self._pre_hook(attention.sequence_reduction, self.all_tokens)
-            self.handles.append(attention.register_forward_hook(self.leave_attention))
-            self._pre_hook(mlp, self.merge)
-            self._pre_hook(mlp.dwconv, self.unmerge)
-            self.handles.append(mlp.dwconv.register_forward_hook(self.leave_convolution))
-            self.handles.append(mlp.register_forward_hook(self.leave_mlp))
-        self.previous_attention = use_ailurus_attention(attention_configs(reduced))
+                hooks.before(attention.sequence_reduction, self.all_tokens)
+            hooks.behind(attention, self.leave_attention)
+            hooks.before(mlp, self.merge)
+            hooks.before(mlp.dwconv, self.unmerge)
+            hooks.behind(mlp.dwconv, self.leave_convolution)
+            hooks.behind(mlp, self.leave_mlp)
+        hooks.behind(reduced[-1], self.forget)
+        hooks.on_removal(use_ailurus_attention(attention_configs(reduced)))
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        restore_attention(self.previous_attention)
-        self.previous_attention = []
+        self.hooks.remove()
 
     # Hooks, in the order in which a forward meets them.
 
@@ -159,8 +156,9 @@ class StageReducer:
         run = self.runs.pop(thread(), None)
         return output if run is None else run.clusters.unmerge(output)
 
-    def _pre_hook(self, module: nn.Module, hook: Any) -> None:
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def forget(self, block: nn.Module, args: tuple, output: Any) -> None:
+        # Gradient checkpointing, which runs a block again later, hands it the clusters as an argument.
+        self.clusters.pop(thread(), None)
 
     def places(self) -> list[Place]:
         """What the last forward did, for the status table."""
@@ -173,19 +171,8 @@ class StageReducer:
             reduced = outside + sum(
                 block_flops(block, record.last_tokens, record.last_clusters_count) for block in inside
             )
-        return [
-            Place(
-                where=f"{type(self.module).__name__} {self.number}",
-                location=self.first,
-                restored="in every layer (residual)",
-                num_tokens=record.last_tokens,
-                num_clusters=record.last_clusters_count,
-                forwards=record.forwards,
-                clusterings=record.clusterings,
-                flops=full,
-                reduced_flops=reduced,
-            )
-        ]
+        where = f"{type(self.module).__name__} {self.number}"
+        return [record.place(where, self.first, "in every layer (residual)", full, reduced)]
 
 
 def block_flops(block: Any, num_tokens: int, num_clusters: int) -> float:

@@ -7,6 +7,7 @@ each query takes its prototype's result.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,13 +106,12 @@ class ACT(Peer):
     def install(self) -> None:
         super().install()
         for config in attention_configs(self.layers):
+            self.hooks.on_removal(partial(setattr, config, "_attn_implementation", config._attn_implementation))
             config._attn_implementation = NAME
 
     def remove(self) -> None:
         for module in getattr(self, "modules", []):
             vars(module).pop("_act", None)
-        for config, before, _ in self.previous_attention:
-            config._attn_implementation = before
         super().remove()
 
     def begin(self) -> None:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
+from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.adapters import relative_bias_modules
-from ailurus_hf.vision.backend import attention_configs, parameters_of, restore_attention, use_ailurus_attention
+from ailurus_hf.vision.backend import attention_configs, parameters_of, use_ailurus_attention
 from ailurus_hf.vision.finding import FoundEncoder, find_encoders
 from ailurus_hf.vision.installation import ATTRIBUTE
 
@@ -33,8 +34,7 @@ class Peer:
         _check_plain(found)
         self.found, self.layers, self.prefix = found, found.layers, found.prefix
         self.through_decoder = restore_at == "decoder" and found.decoder is not None
-        self.handles: list[Any] = []
-        self.previous_attention: list[Any] = []
+        self.hooks = Hooks()
         # Of the last forward: patch tokens after each layer, the first entry before all of them.
         self.token_counts: list[int] = []
 
@@ -50,15 +50,15 @@ class Peer:
     def merge_before(self, index: int, merge: Callable[[Tensor], Tensor]) -> None:
         """Patch tokens Tensor[B, N, C] through `merge` before layer `index` (0: the embeddings)."""
 
-        def hook(layer: nn.Module, args: tuple) -> tuple:
+        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
             prefix, tokens = self.split(args[0])
             merged = merge(tokens)
             if merged is not tokens and index == 0:
                 # transformers records the first layer's input, which is merged by then, as the embeddings.
                 self.history[0] = lambda _: tokens
-            return (args[0] if merged is tokens else torch.cat([prefix, merged], 1), *args[1:])
+            return (args[0] if merged is tokens else torch.cat([prefix, merged], 1), *args[1:]), kwargs
 
-        self.handles.append(self.layers[index].register_forward_pre_hook(hook))
+        self.hooks.before(self.layers[index], hook)
 
     def merge_inside(self, index: int, merge: Callable[[Tensor, int], Tensor]) -> None:
         """The whole sequence Tensor[B, L, C] through `merge(sequence, index)` between attention and MLP of a layer.
@@ -68,13 +68,13 @@ class Peer:
         """
         held: dict[str, Tensor] = {}
 
-        def before_mlp(norm: nn.Module, args: tuple) -> tuple | None:
+        def before_mlp(norm: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
             held.clear()
             merged = merge(args[0], index)
             if merged is args[0]:
                 return None
             held["merged"] = merged
-            return (merged,)
+            return (merged,), kwargs
 
         def after_mlp(mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if not held:
@@ -87,10 +87,10 @@ class Peer:
 
         layer = self.layers[index]
         norm, last = _mlp_parts(layer)
-        self.handles.append(norm.register_forward_pre_hook(before_mlp))
-        self.handles.append(last.register_forward_hook(after_mlp))
+        self.hooks.before(norm, before_mlp)
+        self.hooks.behind(last, after_mlp)
         # Prepended, so that what records hidden states sees the merged ones.
-        self.handles.append(layer.register_forward_hook(after_layer, prepend=True))
+        self.hooks.behind(layer, after_layer, prepend=True)
 
     def watch(self, index: int, name: str) -> dict[str, Tensor]:
         """A dict whose "output" is the last output of a layer's submodule, such as "k_proj": Tensor[B, L, C]."""
@@ -102,7 +102,7 @@ class Peer:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             seen["output"] = output
 
-        self.handles.append(modules[0].register_forward_hook(hook))
+        self.hooks.behind(modules[0], hook)
         return seen
 
     def split(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,32 +113,28 @@ class Peer:
     def install(self) -> None:
         encoder = self.found.encoder
         self.mask_position = parameters_of(self.layers[0]).index("attention_mask")
-        self._pre(encoder, self._begin)
+        self.hooks.before(encoder, self._begin)
         for location, layer in enumerate(self.layers, start=1):
             restores = location == len(self.layers) and not self.through_decoder
             hook = self._restore if restores else self._remember(location)
-            self.handles.append(layer.register_forward_hook(hook, prepend=True))
+            self.hooks.behind(layer, hook, prepend=True)
         # Its hooks behind layers are prepended too, and so run before those above.
         self.place()
         # After the method's own: a merge before a layer changes the length that the bias has to have.
         for layer in self.layers:
-            self._pre(layer, self._add_bias)
-        self.handles.append(encoder.register_forward_hook(self._finish))
+            self.hooks.before(layer, self._add_bias)
+        self.hooks.behind(encoder, self._finish)
         layers: list[nn.Module] = list(self.layers)
         if self.through_decoder:
             assert self.found.decoder is not None
             for layer in self.found.decoder_layers:
-                self._pre(layer, self._add_decoder_bias)
-            self.handles.append(self.found.decoder.register_forward_hook(self._finish_decoder))
+                self.hooks.before(layer, self._add_decoder_bias)
+            self.hooks.behind(self.found.decoder, self._finish_decoder)
             layers += self.found.decoder_layers
-        self.previous_attention = use_ailurus_attention(attention_configs(layers))
+        self.hooks.on_removal(use_ailurus_attention(attention_configs(layers)))
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        restore_attention(self.previous_attention)
-        self.previous_attention = []
+        self.hooks.remove()
 
     def _begin(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
         pixel_values = args[0] if args else kwargs["pixel_values"]
@@ -195,9 +191,6 @@ class Peer:
 
     def _finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output if self.unfold is None else self.back(output, self.unfold)
-
-    def _pre(self, module: nn.Module, hook: Any) -> None:
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 class Applied:
