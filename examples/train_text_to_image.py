@@ -58,7 +58,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 def make_vae(width: int) -> AutoencoderKL:
     """Pictures to latents a quarter of their sides."""
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         block_out_channels=(width, 2 * width, 2 * width),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -66,6 +66,11 @@ def make_vae(width: int) -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=SIDE,
     )
+    # Little noise on the latents from the start: with that of random weights nothing comes through for a long while.
+    with torch.no_grad():
+        vae.quant_conv.weight[4:].zero_()
+        vae.quant_conv.bias[4:].fill_(-6)
+    return vae
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
@@ -134,8 +139,10 @@ class Autoencoding(nn.Module):
 
     def loss(self, rng: np.random.Generator, done: float) -> Tensor:
         _, pictures, _ = scene_batch(rng, self.batch_size)
-        top, left = (int(value) for value in rng.integers(0, SIDE // 2 + 1, 2))
-        windows = pictures[:, :, top : top + SIDE // 2, left : left + SIDE // 2]
+        window = SIDE // 4
+        places = rng.integers(0, SIDE - window + 1, (self.batch_size, 2)).tolist()
+        cut = [p[:, y : y + window, x : x + window] for p, (y, x) in zip(pictures, places, strict=True)]
+        windows = torch.stack(cut)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         posterior = self.vae.encode(windows).latent_dist
         decoded = self.vae.decode(posterior.sample(generator)).sample
@@ -267,7 +274,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
         typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
         spent += min(taken, 4 * typical) / 60
         recent = [*recent[-199:], loss.item()]
-        if step % 100 == 0:
+        if step % 50 == 0:
             log.info("%s step %d  %.1f min  loss %.4f  %.2f s a step", name, step, spent, np.mean(recent), typical)
         if spent - saved >= args.save_minutes:
             saved = spent
