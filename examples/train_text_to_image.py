@@ -10,6 +10,10 @@ The pictures are made while it trains (shape_scenes.py), so it needs no data. Th
     pipe("large red circle left and small blue ring right on pink stripes", num_inference_steps=25, guidance_scale=3)
     controlnet = ControlNetModel.from_pretrained("shapes/controlnet")
 
+On a CPU, one single-threaded process a core waits far less than one process with many threads:
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_text_to_image.py --output run
+
 run/vae.pt, unet.pt and controlnet.pt hold weights, their averages and all that going on needs; run/metrics.json and
 run/samples.png what was seen of them last.
 """
@@ -17,6 +21,7 @@ run/samples.png what was seen of them last.
 import argparse
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,10 +36,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from shape_scenes import SIDE, WORDS, Scene, draw, edge_adherence, edges, random_scene, read
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -131,16 +138,16 @@ def control_picture(masks: Tensor) -> Tensor:
 
 
 class Autoencoding(nn.Module):
-    """First stage: the autoencoder, on windows of pictures (it has no attention: they stand for the whole)."""
+    """First stage: the autoencoder, on small windows of pictures, and at the end on whole ones: norms see all of them."""
 
     def __init__(self, vae: AutoencoderKL, batch_size: int):
         super().__init__()
         self.vae, self.batch_size = vae, batch_size
 
     def loss(self, rng: np.random.Generator, done: float) -> Tensor:
-        _, pictures, _ = scene_batch(rng, self.batch_size)
-        window = SIDE // 4
-        places = rng.integers(0, SIDE - window + 1, (self.batch_size, 2)).tolist()
+        window, number = (SIDE // 4, self.batch_size) if done < 0.6 else (SIDE, max(self.batch_size // 8, 1))
+        _, pictures, _ = scene_batch(rng, number)
+        places = rng.integers(0, SIDE - window + 1, (number, 2)).tolist()
         cut = [p[:, y : y + window, x : x + window] for p, (y, x) in zip(pictures, places, strict=True)]
         windows = torch.stack(cut)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
@@ -165,13 +172,15 @@ class Denoising(nn.Module):
     ):
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
+        # On a CPU, in training, SDPA is the slower of the two.
+        unet.set_attn_processor(AttnProcessor())
         self.batch_size, self.half_share, self.scenes = args.batch_size, half_share, args.scenes
         self.vae, self.tokenizer, self.scheduler = vae.requires_grad_(False), make_tokenizer(), make_scheduler()
         self.known: dict[tuple[int, int], tuple[str, Tensor, Tensor]] = {}
 
     def loss(self, rng: np.random.Generator, done: float) -> Tensor:
         half = done < self.half_share
-        number, side = (3 * self.batch_size, SIDE // 2) if half else (self.batch_size, SIDE)
+        number, side = (2 * self.batch_size, SIDE // 2) if half else (self.batch_size, SIDE)
         captions, latents, masks = self.examples(rng.integers(self.scenes, size=number).tolist(), side)
         captions = ["" if rng.random() < 0.1 else caption for caption in captions]
         noisy, timesteps, target, weight = self.noised(latents, rng)
@@ -222,6 +231,7 @@ class Controlling(Denoising):
         text_encoder.requires_grad_(False)
         unet.requires_grad_(False)
         self.controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
+        self.controlnet.set_attn_processor(AttnProcessor())
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor, masks: Tensor) -> Tensor:
         down, middle = self.controlnet(noisy, timesteps, text, control_picture(masks), return_dict=False)
@@ -236,6 +246,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
     average = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     step, spent, typical, recent = 0, 0.0, None, []
+    rank = dist.get_rank() if dist.is_initialized() else 0
     if path.exists():
         state = torch.load(path)
         stage.load_state_dict(state["weights"], strict=False)
@@ -245,6 +256,8 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
         log.info("%s: on from step %d, %.1f of %.1f minutes", name, step, spent, minutes)
 
     def save() -> None:
+        if rank:
+            return
         weights = {n: p.detach() for n, p in trained.items()}
         state = {"weights": weights, "average": average, "optimizer": optimizer.state_dict()}
         fresh = path.with_suffix(".new")
@@ -254,13 +267,15 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
     saved = seen = spent
     while spent < minutes and step < args.max_steps:
         started, done = time.time(), spent / minutes
-        rng = np.random.default_rng((args.seed, len(name), step))
+        rng = np.random.default_rng((args.seed, len(name), step, rank))
         lr = args.lr * min(1.0, (step + 1) / args.warmup_steps, (1 - done) / args.decay_share)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast("cpu", torch.bfloat16):
             loss = stage.loss(rng, done)
         loss.backward()
+        taken = torch.tensor(time.time() - started)
+        average_over_processes([*(p.grad for p in trained.values() if p.grad is not None), taken])
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -270,7 +285,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
             torch._foreach_lerp_(list(average.values()), list(trained.values()), 1 - decay)
 
         # A process that was paused has not trained: a step counts for no more than a few typical ones.
-        taken = time.time() - started
+        taken = taken.item()
         typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
         spent += min(taken, 4 * typical) / 60
         recent = [*recent[-199:], loss.item()]
@@ -279,12 +294,23 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
         if spent - saved >= args.save_minutes:
             saved = spent
             save()
-        if spent - seen >= args.look_minutes and isinstance(stage, Denoising):
+        if spent - seen >= args.look_minutes:
             seen = spent
-            look(stage, average, name, args, step)
+            if rank == 0 and isinstance(stage, Denoising):
+                look(stage, average, name, args, step)
     if minutes:
         save()
     stage.load_state_dict(average, strict=False)
+
+
+def average_over_processes(values: list[Tensor]) -> None:
+    """In place, and the same on all of them."""
+    if dist.is_initialized():
+        flat = torch.cat([value.flatten() for value in values])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for value, part in zip(values, flat.split([value.numel() for value in values]), strict=True):
+            value.copy_(part.view_as(value))
 
 
 def look(stage: Denoising, average: dict[str, Tensor], name: str, args: argparse.Namespace, step: int) -> None:
@@ -377,6 +403,9 @@ def export(stage: Controlling, folder: Path, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        log.disabled = dist.get_rank() > 0
     torch.manual_seed(args.seed)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     tokenizer, vae = make_tokenizer(), make_vae(args.vae_width)
@@ -401,7 +430,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--unet-minutes", type=float, default=65)
     parser.add_argument("--controlnet-minutes", type=float, default=18)
     parser.add_argument("--max-steps", type=int, default=10**9, help="of each stage, if that comes first")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8, help="a process")
     parser.add_argument("--scenes", type=int, default=8192, help="different ones to learn from")
     parser.add_argument("--half-share", type=float, default=0.25, help="of the UNet's budget, on pictures of half size")
     parser.add_argument("--widths", type=int, nargs="+", default=(32, 96, 128), help="of the UNet, multiples of 32")
