@@ -1,0 +1,86 @@
+"""The networks of a small Stable Diffusion for the pictures of shape_scenes.py; trained by train_text_to_image.py."""
+
+import json
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from shape_scenes import SIDE, WORDS
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TEXT_TOKENS = 16
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A CLIPTokenizer in which each of WORDS is one token."""
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(
+        WORDS, trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", min_frequency=1)
+    )
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TEXT_TOKENS)
+
+
+def make_vae(width: int) -> AutoencoderKL:
+    """Pictures to latents a quarter of their sides."""
+    vae = AutoencoderKL(
+        block_out_channels=(width, 2 * width, 2 * width),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIDE,
+    )
+    # Little noise on the latents from the start: with that of random weights nothing comes through for a long while.
+    with torch.no_grad():
+        vae.quant_conv.weight[4:].zero_()
+        vae.quant_conv.bias[4:].fill_(-6)
+    return vae
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def make_unet(widths: tuple[int, ...], text_width: int) -> UNet2DConditionModel:
+    """As Stable Diffusion's, with attention at every resolution: of 32 x 32, 16 x 16 and 8 x 8 tokens."""
+    return UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        attention_head_dim=tuple(width // 32 for width in widths),
+        cross_attention_dim=text_width,
+        norm_num_groups=8,
+        use_linear_projection=True,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """The last timestep is pure noise, or grounds would all be of medium brightness (Lin et al. 2024)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
