@@ -1,14 +1,19 @@
-"""The networks of a small Stable Diffusion for the pictures of shape_scenes.py; trained by train_text_to_image.py."""
+"""The networks of a small Stable Diffusion for the pictures of shape_scenes.py, and the card of what was trained.
+
+Used by train_text_to_image.py.
+"""
 
 import json
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from shape_scenes import SIDE, WORDS
+from shape_scenes import COLOURS, GROUNDS, PATTERNS, SHAPES, SIDE, WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_TOKENS = 16
+GUIDANCE = 3.0
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -84,3 +89,38 @@ def make_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
     )
+
+
+def model_card(sizes: dict[str, float], result: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items())
+    spent = ", ".join(f"{name} {s['steps']} steps in {s['minutes']} minutes" for name, s in result["training"].items())
+    text, control = result["text"], result["control"]
+    return f"""# A small Stable Diffusion for captioned shapes
+
+Text to image at {SIDE} x {SIDE} pixels, with a ControlNet on edges, in the format of diffusers; parameters: {parts}, in
+half precision. It knows {len(SHAPES)} shapes in {len(COLOURS)} colours on {len(GROUNDS)} x {len(PATTERNS)} grounds and is
+made for tests and measurements of token reduction: its self-attention runs on 32 x 32, 16 x 16 and 8 x 8 tokens.
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("shapes")
+pipe("large red circle left and small blue ring right on pink stripes", num_inference_steps=20, guidance_scale={GUIDANCE})
+```
+
+## How good it is
+
+{result["pictures"]} scenes that it was not trained on, 20 DDIM steps, guidance {GUIDANCE}, float32, read by the rules of
+examples/shape_scenes.py (colour at its place, shape and size of each thing, colour of the ground):
+
+| | facts shown | captions shown whole | edges (F1 within 2 pixels) |
+| --- | --- | --- | --- |
+| text | {text["facts"]:.1%} | {text["whole captions"]:.1%} | |
+| text and edges | {control["facts"]:.1%} | {control["whole captions"]:.1%} | {control["edges"]:.3f} |
+
+## How it was made
+
+    python examples/train_text_to_image.py
+
+on pictures that the script makes, from nothing: {spent}. The weights are under this project's licence.
+"""

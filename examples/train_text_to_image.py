@@ -28,35 +28,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from shape_models import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
-from shape_scenes import (
-    COLOURS,
-    GROUNDS,
-    PATTERNS,
-    SHAPES,
-    SIDE,
-    Scene,
-    draw,
-    edge_adherence,
-    edges,
-    random_scene,
-    read,
-)
+from shape_models import GUIDANCE, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae, model_card
+from shape_scenes import SIDE, Scene, draw, edge_adherence, edges, random_scene, read
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from transformers import CLIPTextModel
 
 log = logging.getLogger("train")
-GUIDANCE = 3.0
 
 
 def scene_batch(rng: np.random.Generator, number: int, side: int = SIDE) -> tuple[list[Scene], Tensor, Tensor]:
@@ -354,41 +336,6 @@ def export(stage: Controlling, folder: Path, args: argparse.Namespace) -> None:
     (folder / "README.md").write_text(model_card(sizes, result))
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
     log.info("%s: %.1f MB, %s", folder, size, result)
-
-
-def model_card(sizes: dict[str, float], result: dict[str, Any]) -> str:
-    parts = ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items())
-    spent = ", ".join(f"{name} {s['steps']} steps in {s['minutes']} minutes" for name, s in result["training"].items())
-    text, control = result["text"], result["control"]
-    return f"""# A small Stable Diffusion for captioned shapes
-
-Text to image at {SIDE} x {SIDE} pixels, with a ControlNet on edges, in the format of diffusers; parameters: {parts}, in
-half precision. It knows {len(SHAPES)} shapes in {len(COLOURS)} colours on {len(GROUNDS)} x {len(PATTERNS)} grounds and is
-made for tests and measurements of token reduction: its self-attention runs on 32 x 32, 16 x 16 and 8 x 8 tokens.
-
-```python
-from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("shapes")
-pipe("large red circle left and small blue ring right on pink stripes", num_inference_steps=20, guidance_scale={GUIDANCE})
-```
-
-## How good it is
-
-{result["pictures"]} scenes that it was not trained on, 20 DDIM steps, guidance {GUIDANCE}, float32, read by the rules of
-examples/shape_scenes.py (colour at its place, shape and size of each thing, colour of the ground):
-
-| | facts shown | captions shown whole | edges (F1 within 2 pixels) |
-| --- | --- | --- | --- |
-| text | {text["facts"]:.1%} | {text["whole captions"]:.1%} | |
-| text and edges | {control["facts"]:.1%} | {control["whole captions"]:.1%} | {control["edges"]:.3f} |
-
-## How it was made
-
-    python examples/train_text_to_image.py
-
-on pictures that the script makes, from nothing: {spent}. The weights are under this project's licence.
-"""
 
 
 def main() -> None:
