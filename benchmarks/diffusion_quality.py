@@ -104,9 +104,11 @@ METHODS: dict[str, Switch] = {
             "blocks, every 4 steps": {"refresh_every": 4},
             "blocks, merged projections, every 4 steps": {"projections": "merged", "refresh_every": 4},
             "blocks, first 2 steps whole": {"unreduced_first_steps": 2},
+            "blocks, merged projections, first 4 steps whole": {"projections": "merged", "unreduced_first_steps": 4},
         }.items()
         for keep in (0.5, 0.25)
     },
+    "blocks 0.25 at full size, 0.5 at half": ours(keep_ratio={1: 0.25, 2: 0.5}),
     "blocks 0.5 at full size": ours(keep_ratio={1: 0.5}),
     "blocks 0.25 at full size": ours(keep_ratio={1: 0.25}),
 }

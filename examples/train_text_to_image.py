@@ -181,8 +181,9 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
         fresh.replace(path)
 
     saved = seen = spent
+    last = time.time()
     while spent < minutes and step < args.max_steps:
-        started, done = time.time(), spent / minutes
+        done = spent / minutes
         rng = np.random.default_rng((args.seed, len(name), step, rank))
         lr = args.lr * min(1.0, (step + 1) / args.warmup_steps, (1 - done) / args.decay_share)
         for group in optimizer.param_groups:
@@ -190,7 +191,8 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
         with torch.autocast("cpu", torch.bfloat16):
             loss = stage.loss(rng, done)
         loss.backward()
-        taken = torch.tensor(time.time() - started)
+        now = time.time()
+        taken, last = torch.tensor(now - last), now
         average_over_processes([*(p.grad for p in trained.values() if p.grad is not None), taken])
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
@@ -214,6 +216,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
             seen = spent
             if rank == 0 and isinstance(stage, Denoising):
                 look(stage, average, name, args, step)
+            last = time.time()
     if minutes:
         save()
     stage.load_state_dict(average, strict=False)
@@ -307,8 +310,8 @@ def set_scaling_factor(vae: AutoencoderKL) -> None:
 
 def export(stage: Controlling, folder: Path, args: argparse.Namespace) -> None:
     """Writes the pipeline and its ControlNet in half precision with a model card, and scores what was written."""
-    spent = {n: torch.load(Path(args.output) / f"{n}.pt") for n in ("vae", "unet", "controlnet")}
-    spent = {n: {"steps": state["step"], "minutes": round(state["minutes"], 1)} for n, state in spent.items()}
+    states = {path.stem: torch.load(path) for path in sorted(Path(args.output).glob("*.pt"))}
+    spent = {n: {"steps": state["step"], "minutes": round(state["minutes"], 1)} for n, state in states.items()}
     parts = dict(pipeline_of(stage).components)
     controlnet = parts.pop("controlnet")
     pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
