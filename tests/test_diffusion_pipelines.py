@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     AnimateDiffPipeline,
     LCMScheduler,
@@ -294,6 +295,10 @@ OTHER_SAVINGS = {
     "VAE tiling": lambda pipe: pipe.vae.enable_tiling(),
     "fused projections": lambda pipe: pipe.fuse_qkv_projections(vae=False),
     "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    # As enable_sequential_cpu_offload, which cannot offload from a CPU: it asks for its number.
+    "sequential offload": lambda pipe: [cpu_offload(part, torch.device("cpu")) for part in (pipe.unet, pipe.vae)],
+    "group offload": lambda pipe: pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+    "VAE slicing": lambda pipe: pipe.vae.enable_slicing(),
 }
 
 

@@ -1,0 +1,312 @@
+"""What token reduction does to the pictures of a trained text-to-image model: AiluRus, tomesd and ToDo, with their cost.
+
+    python examples/train_text_to_image.py --output run
+    python examples/train_text_to_image.py --output run --export shapes
+    python -m benchmarks.diffusion_quality shapes                   # results, tables, and pictures side by side
+    python -m benchmarks.diffusion_quality shapes --prompts 8 --seeds 1 --methods "tomesd 0.5" "blocks 0.5"
+
+Each method's pictures are compared with those of the unreduced model from the same seeds (PSNR, SSIM), and read by the
+rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the ControlNet of the
+folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads. FLOPs (matrix products
+and convolutions, as torch counts them) and time are of whole generations without the autoencoder's decoder, of one
+picture with guidance. The model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomesd
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+from tqdm import tqdm
+
+from ailurus_hf import apply_ailurus, remove_ailurus
+from examples.shape_scenes import draw, edge_adherence, edges, random_scene, read
+
+from .diffusion_speed import downsampled_keys
+from .harness import environment, interleaved, log, markdown, model_flops, save
+
+# Switches itself on for a pipeline and returns what switches it off.
+Switch = Callable[[Any], Callable[[], Any]]
+# Two levels of the model have at least as many tokens.
+MIN_TOKENS = 256
+GUIDANCE = 3.0
+
+
+def ours(**fields: Any) -> Switch:
+    def on(pipe: Any) -> Callable[[], Any]:
+        apply_ailurus(pipe, min_tokens=MIN_TOKENS, **fields)
+        return lambda: remove_ailurus(pipe)
+
+    return on
+
+
+def merged_by_tomesd(**settings: Any) -> Switch:
+    def on(pipe: Any) -> Callable[[], Any]:
+        # Of all networks: given a pipeline it takes the UNet alone, and AiluRus takes the ControlNet too.
+        networks = [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
+        for network in networks:
+            tomesd.apply_patch(network, **settings)
+
+        def off() -> None:
+            for network in networks:
+                tomesd.remove_patch(network)
+                for module in network.modules():
+                    vars(module).pop("_tome_info", None)
+
+        return off
+
+    return on
+
+
+def keys_downsampled(factor: int) -> Switch:
+    def on(pipe: Any) -> Callable[[], Any]:
+        networks = [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
+        offs = [downsampled_keys(factor)(network, pipe.unet.config.sample_size**2) for network in networks]
+        return lambda: [off() for off in offs]
+
+    return on
+
+
+ALL = {"merge_crossattn": True, "merge_mlp": True}
+METHODS: dict[str, Switch] = {
+    "plain": lambda pipe: lambda: None,
+    **{
+        f"tomesd {ratio}, max_downsample {most}{', all' if parts else ''}": merged_by_tomesd(
+            ratio=ratio, max_downsample=most, **parts
+        )
+        for parts in ({}, ALL)
+        for most in (1, 2)
+        for ratio in (0.25, 0.5, 0.75)
+    },
+    "tomesd 0.5, max_downsample 2, MLP": merged_by_tomesd(ratio=0.5, max_downsample=2, merge_mlp=True),
+    "tomesd 0.5, max_downsample 2, cross": merged_by_tomesd(ratio=0.5, max_downsample=2, merge_crossattn=True),
+    "ToDo 2": keys_downsampled(2),
+    "ToDo 4": keys_downsampled(4),
+    **{
+        f"{name} {keep}": ours(keep_ratio=keep, **fields)
+        for name, fields in {
+            "attention": {"scope": "attention"},
+            "keys and values": {"scope": "attention", "reduce": "kv"},
+            "blocks": {},
+            "blocks, merged projections": {"projections": "merged"},
+            "blocks, density peaks": {"clustering": "density_peaks"},
+            "blocks, every 4 steps": {"refresh_every": 4},
+            "blocks, merged projections, every 4 steps": {"projections": "merged", "refresh_every": 4},
+            "blocks, first 2 steps whole": {"unreduced_first_steps": 2},
+            "blocks, merged projections, first 4 steps whole": {"projections": "merged", "unreduced_first_steps": 4},
+        }.items()
+        for keep in (0.5, 0.25)
+    },
+    "blocks 0.25 at full size, 0.5 at half": ours(keep_ratio={1: 0.25, 2: 0.5}),
+    "blocks 0.5 at full size": ours(keep_ratio={1: 0.5}),
+    "blocks 0.25 at full size": ours(keep_ratio={1: 0.25}),
+}
+COLUMNS = {
+    "method": "method",
+    "psnr": "PSNR|{:.2f} dB",
+    "ssim": "SSIM|{:.4f}",
+    "facts": "facts of the caption|{:.1%}",
+    "edges": "edges|{:.3f}",
+    "gflops": "a step|{:.3f} GFLOPs",
+    "fewer_flops": "fewer FLOPs|{:.2f}×",
+    "ms": "a step|{:.1f} ms",
+    "speed_up": "speed-up|{:.2f}×",
+}
+AGAINST = {
+    "method": "tomesd",
+    "psnr": "PSNR|{:.2f} dB",
+    "by_flops": "ours, of no more FLOPs",
+    "by_flops_gain": "PSNR|{:+.2f} dB",
+    "by_time": "ours, no slower",
+    "by_time_gain": "PSNR|{:+.2f} dB",
+}
+
+
+class Task:
+    """Scenes to be drawn by a pipeline: each prompt from each seed. Scenes are others than those of the training."""
+
+    def __init__(self, pipe: Any, prompts: int, seeds: int, steps: int, batch_size: int = 8) -> None:
+        self.pipe, self.steps, self.batch_size = pipe, steps, batch_size
+        self.controlled = hasattr(pipe, "controlnet")
+        rng = np.random.default_rng(2**32)
+        scenes = [random_scene(rng) for _ in range(prompts)]
+        self.jobs = [(scene, seed * prompts + n) for seed in range(seeds) for n, scene in enumerate(scenes)]
+        self.edges = {id(scene): edges(draw(scene)[1]) for scene in scenes}
+
+    def generate(self, jobs: list, output_type: str) -> Tensor:
+        """Pictures Tensor[B, 3, H, W] from 0 to 1, or their latents."""
+        inputs = {}
+        if self.controlled:
+            lines = torch.stack([self.edges[id(scene)] for scene, _ in jobs])
+            inputs = {"image": lines[:, None].repeat(1, 3, 1, 1).float()}
+        result: Tensor = self.pipe(
+            [scene.caption for scene, _ in jobs],
+            **inputs,
+            num_inference_steps=self.steps,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
+            output_type=output_type,
+        ).images
+        return result
+
+    def pictures(self) -> Tensor:
+        starts = range(0, len(self.jobs), self.batch_size)
+        return torch.cat([self.generate(self.jobs[start : start + self.batch_size], "pt") for start in starts]).float()
+
+    def scores(self, pictures: Tensor, plain: Tensor) -> dict[str, float | None]:
+        """Means over the pictures; the distance to equal pictures is 100 dB."""
+        both = [(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in zip(pictures, plain, strict=True)]
+        with np.errstate(divide="ignore"):
+            distances = [min(peak_signal_noise_ratio(b, a, data_range=1.0), 100.0) for a, b in both]
+        similar = [structural_similarity(b, a, channel_axis=2, data_range=1.0) for a, b in both]
+        facts = [fact for (s, _), p in zip(self.jobs, pictures, strict=True) for fact in read(p, s).values()]
+        scores: dict[str, float | None] = {
+            "psnr": float(np.mean(distances)),
+            "ssim": float(np.mean(similar)),
+            "facts": float(np.mean(facts)),
+            "edges": None,
+        }
+        if self.controlled:
+            found = [edge_adherence(p, self.edges[id(s)]) for (s, _), p in zip(self.jobs, pictures, strict=True)]
+            scores["edges"] = float(np.mean(found))
+        return scores
+
+
+@contextmanager
+def switched_on(name: str, pipe: Any) -> Iterator[None]:
+    off = METHODS[name](pipe)
+    try:
+        yield
+    finally:
+        off()
+
+
+@torch.inference_mode()
+def measure(task: Task, methods: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """One row a method, plain first, and the pictures of each."""
+    methods = ["plain", *(name for name in methods if name != "plain")]
+    pictures: dict[str, Tensor] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    one = lambda number: task.generate([task.jobs[number % len(task.jobs)]], "latent")  # noqa: E731
+    for name in tqdm(methods, desc="pictures", disable=None):
+        with switched_on(name, task.pipe):
+            pictures[name] = task.pictures()
+            one(0)  # tables of the grids are made once, and are no part of a step
+            flops = model_flops(lambda: one(0)) / task.steps
+        rows[name] = {"method": name, **task.scores(pictures[name], pictures["plain"]), "gflops": flops / 1e9}
+    rows["plain"] |= {"psnr": None, "ssim": None}
+    seconds = interleaved(
+        dict.fromkeys(methods, one), repeats, warmup=1, around=lambda name: switched_on(name, task.pipe)
+    )
+    for name, row in rows.items():
+        row["ms"], row["speed_up"] = 1e3 * seconds[name] / task.steps, seconds["plain"] / seconds[name]
+        row["fewer_flops"] = rows["plain"]["gflops"] / row["gflops"]
+    return list(rows.values()), pictures
+
+
+def against_tomesd(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each setting of tomesd the setting of ours nearest to the plain pictures of those that cost no more."""
+    of_ours = [row for row in rows if not row["method"].startswith(("plain", "tomesd", "ToDo"))]
+    compared = []
+    for row in rows:
+        if not row["method"].startswith("tomesd"):
+            continue
+        found = {"method": row["method"], "psnr": row["psnr"]}
+        for key, cost in (("by_flops", "gflops"), ("by_time", "ms")):
+            cheaper = [other for other in of_ours if other[cost] <= row[cost]]
+            best = max(cheaper, key=lambda other: other["psnr"], default=None)
+            found[key] = None if best is None else best["method"]
+            found[f"{key}_gain"] = None if best is None else best["psnr"] - row["psnr"]
+        compared.append(found)
+    return compared
+
+
+def sheet(task: Task, pictures: dict[str, Tensor], methods: list[str], rows: int = 6) -> Image.Image:
+    """Pictures side by side: a row a prompt, a column a method, the edges first where there are any."""
+    side, head, left = pictures["plain"].shape[-1], 30, 4
+    columns = [(name, pictures[name]) for name in methods]
+    if task.controlled:
+        wanted = torch.stack([task.edges[id(scene)] for scene, _ in task.jobs])
+        columns.insert(0, ("edges", wanted[:, None].expand(-1, 3, -1, -1).float()))
+    rows = min(rows, len(task.jobs))
+    page = Image.new("RGB", (len(columns) * (side + left) - left, head + rows * (side + 18)), "white")
+    pen = ImageDraw.Draw(page)
+    for column, (name, made) in enumerate(columns):
+        pen.multiline_text((column * (side + left), 2), name.replace(", ", ",\n", 1), fill="black")
+        for row in range(rows):
+            pixels = (255 * made[row].clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+            page.paste(Image.fromarray(pixels), (column * (side + left), head + row * (side + 18)))
+    for row in range(rows):
+        pen.text((0, head + row * (side + 18) + side + 2), task.jobs[row][0].caption, fill="black")
+    return page
+
+
+def load(folder: str, controlled: bool) -> Any:
+    """The pipeline of a folder, in float32."""
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    if controlled:
+        options["controlnet"] = ControlNetModel.from_pretrained(Path(folder) / "controlnet")
+    kind: Any = StableDiffusionControlNetPipeline if controlled else StableDiffusionPipeline
+    pipe = kind.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder that examples/train_text_to_image.py --export wrote")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5, help="of whole generations, for the time of a step")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument(
+        "--shown",
+        nargs="+",
+        default=[
+            "plain",
+            "blocks 0.5",
+            "blocks 0.25",
+            "tomesd 0.5, max_downsample 2",
+            "tomesd 0.75, max_downsample 2, all",
+        ],
+        choices=METHODS,
+        metavar="METHOD",
+        help="methods of the picture, of those measured",
+    )
+    parser.add_argument("--without-control", action="store_true", help="text to image only")
+    parser.add_argument("--output", type=Path, help="folder of the pictures (default: where the results go)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = Path(args.model)
+    output = args.output or folder.parent
+    tasks = {"text": False}
+    if (folder / "controlnet").is_dir() and not args.without_control:
+        tasks["control"] = True
+    rows: list[dict[str, Any]] = []
+    for name, controlled in tasks.items():
+        task = Task(load(args.model, controlled), args.prompts, args.seeds, args.steps)
+        measured, pictures = measure(task, args.methods, args.repeats)
+        rows += [{"task": name, **row} for row in measured]
+        path = output / f"{folder.name}-{name}-reduced.png"
+        sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)
+        log.info("wrote %s", path)
+        columns = COLUMNS if controlled else {key: head for key, head in COLUMNS.items() if key != "edges"}
+        print(f"\n{name}\n\n{markdown(measured, columns)}\n\n{markdown(against_tomesd(measured), AGAINST)}")
+    about = {"prompts": args.prompts, "seeds": args.seeds, "steps": args.steps}
+    save("diffusion_quality", rows, {**environment(torch.device("cpu"), "fp32"), **about})
+
+
+if __name__ == "__main__":
+    main()
