@@ -90,9 +90,7 @@ class NetworkReducer:
             if given.get(name) is not None:
                 raise AiluRusError(f"{name} in cross_attention_kwargs cannot follow merged tokens: call without them")
         latents, compiling = self.call.latents(args, kwargs), torch.compiler.is_compiling()
-        timestep = self.call.argument("timestep", args, kwargs)
-        # The compiler cannot follow the reference to a pipeline.
-        pipeline = None if compiling else self._pipeline_of(timestep)
+        timestep, pipeline = self._schedule(args, kwargs)
         if not compiling and self.processor is not None:
             self._notice_lost_processors()
         share = self.config.share_cfg
@@ -101,6 +99,12 @@ class NetworkReducer:
         if share is None:
             share = latents.shape[0] % 2 == 0 and pairs_halves(pipeline, self.call, args, kwargs)
         self.store.begin(max(latents.shape[-2:]), share, timestep, pipeline)
+
+    def _schedule(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """The timestep of this call, and the pipeline that makes it, None where it is not known."""
+        timestep = self.call.argument("timestep", args, kwargs)
+        # The compiler cannot follow the reference to a pipeline.
+        return timestep, None if torch.compiler.is_compiling() else self._pipeline_of(timestep)
 
     def _pipeline_of(self, timestep: Any) -> Any:
         """The pipeline, if it is the one that makes this call: another may have the same network."""
