@@ -99,9 +99,7 @@ def find_networks(target: Any) -> list[nn.Module]:
 def find_stacks(network: nn.Module) -> list[Stack]:
     """The stacks of a network whose blocks are self-attention, cross-attention at most, and an MLP, on image tokens."""
     if isinstance(network, JOINT_TRANSFORMERS):
-        blocks = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", [])]
-        patch = FLUX_PATCH if isinstance(network, FluxTransformer2DModel) else int(network.config.patch_size)
-        return [Stack("", network, blocks, patch, 0)]
+        return [_joint_stack(network)]
     if isinstance(network, PATCH_TRANSFORMERS):
         found = [("", network)]
     else:
@@ -122,6 +120,12 @@ def find_stacks(network: nn.Module) -> list[Stack]:
             "(blocks of cross-attention alone and of gated attention cannot be reduced)"
         )
     return stacks
+
+
+def _joint_stack(network: Any) -> Stack:
+    blocks = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", [])]
+    patch = FLUX_PATCH if isinstance(network, FluxTransformer2DModel) else int(network.config.patch_size)
+    return Stack("", network, blocks, patch, 0)
 
 
 def _plain(block: nn.Module) -> bool:

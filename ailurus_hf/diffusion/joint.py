@@ -274,8 +274,8 @@ class JointProcessor:
         out = attend(*parts, mask=attention_mask, key_bias=bias, backend=self._attention_backend)
         out = out.transpose(1, 2).flatten(2).to(query.dtype)
         if clusters is not None and scope == "attention" and self.reducer.config.reduce == "qkv":
-            text, image = self._split(out, clusters.num_clusters)
-            out = self._joined(text, clusters.unmerge(image))
+            of_text, of_image = self._split(out, clusters.num_clusters)
+            out = self._joined(of_text, clusters.unmerge(of_image))
         return self._output(attn, out, encoder_hidden_states)
 
     def _clusters(self, run: Run, hidden_states: Tensor) -> TokenClusters | None:
