@@ -113,9 +113,9 @@ def make_sd3(**fields):
         sample_size=16,
         pos_embed_max_size=32,
         in_channels=4,
+        out_channels=4,
         caption_projection_dim=16,
-        qk_norm="rms_norm",
-        **fields,
+        **{"qk_norm": "rms_norm", **fields},
     )
 
 

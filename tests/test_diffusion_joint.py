@@ -4,17 +4,35 @@ import logging
 
 import pytest
 import torch
-from benchmarks.harness import model_flops
 from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
-from diffusion_models import NETWORKS, SETTINGS, latents, make_network, make_vae, packed, predict, text
+from diffusion_models import (
+    NETWORKS,
+    SETTINGS,
+    latents,
+    make_network,
+    make_sd3,
+    make_vae,
+    packed,
+    predict,
+    sharpen,
+    text,
+)
 from test_diffusion_behaviours import duplicated, sample
 
-from ailurus_hf import AiluRusError, UnsupportedModelError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import (
+    AiluRusDiffusionConfig,
+    AiluRusError,
+    UnsupportedModelError,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
 from ailurus_hf.clusters import TokenClusters
-from ailurus_hf.diffusion import joint
+from ailurus_hf.diffusion import backend, joint
 from ailurus_hf.diffusion.backend import joint_block_flops
 from ailurus_hf.diffusion.installation import install, reducers_of
+from benchmarks.harness import model_flops
 
 on_both = pytest.mark.parametrize("name", ["SD3.5", "Flux"])
 in_both_scopes = pytest.mark.parametrize("scope", ["blocks", "attention"])
@@ -61,27 +79,6 @@ def test_text_tokens_are_not_merged(name, scope):
     assert set(lengths) == {(5, 24 if scope == "blocks" else 96)}
 
 
-def test_representatives_are_rotated_by_the_centroid_of_their_own_image():
-    # The two images have other clusters, so no table without a batch could rotate both.
-    network = make_network("Flux")
-    picture = duplicated(latents((4, 4, 6), batch=1), 4)
-    tokens, ids = packed(torch.cat([picture, picture.roll(2, -1)]))
-    apply_ailurus(network, keep_ratio=0.25, min_tokens=1)
-    reduced = flux(network, tokens, ids)
-    clusters = ailurus_status(network).last_clusters
-    assert not torch.equal(clusters.assignment[0], clusters.assignment[1])
-    spread = tokens - clusters.unmerge(clusters.merge(tokens))
-    plain = remove_ailurus(network)
-    centroids = clusters.unmerge(clusters.merge(ids.expand(2, -1, -1)))
-    for image in (0, 1):
-        if spread[image].abs().max() > 1e-5:
-            continue
-        want = flux(plain, tokens[image : image + 1], centroids[image])
-        torch.testing.assert_close(reduced[image : image + 1], want, rtol=1e-4, atol=1e-4)
-        assert (flux(plain, tokens[image : image + 1], ids) - want).abs().max() > 1e-2
-    assert spread.abs().flatten(1).amax(1).min() < 1e-5
-
-
 def pairs(features, grid, num_clusters):
     """Clusters of two neighbours in a row; of the second image, in a column."""
     index = torch.arange(features.shape[1]).view(grid)
@@ -91,14 +88,12 @@ def pairs(features, grid, num_clusters):
     return TokenClusters.from_assignment(torch.stack([in_rows.flatten(), in_columns.flatten()]), num_clusters)
 
 
-def test_each_image_has_its_own_rotary_embedding():
-    from ailurus_hf import AiluRusDiffusionConfig
-
+def test_representatives_are_rotated_by_the_centroids_of_their_own_image():
     network = make_network("Flux")
     small = latents((16, 4, 6))
     images = [small[0].repeat_interleave(2, -1), small[1].repeat_interleave(2, -2)]
     grids = [image.shape[-2:] for image in images]
-    for turned in (False, True):
+    for turned in (0, 1):
         height, width = grids[turned]
         both = torch.stack([latents((16, height, width), batch=1)[0], latents((16, height, width), batch=1, seed=1)[0]])
         both[turned] = images[turned]
@@ -108,7 +103,7 @@ def test_each_image_has_its_own_rotary_embedding():
         reduced = flux(network, tokens, ids)[turned]
         remove_ailurus(network)
         centroids = ids.clone()
-        centroids[:, 1 + (not turned)] = centroids[:, 1 + (not turned)] // 2 * 2 + 0.5
+        centroids[:, 2 - turned] = centroids[:, 2 - turned] // 2 * 2 + 0.5
         want = flux(network, tokens, centroids)[turned]
         torch.testing.assert_close(reduced, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
         assert (flux(network, tokens, ids)[turned] - want).abs().max() > 1e-2 * want.abs().max()
@@ -160,7 +155,7 @@ def test_half_precision_ids_and_ids_of_several_images():
     network = apply_ailurus(make_network("Flux"), **SETTINGS)
     tokens, ids = packed(sample("Flux"))
     for other in (torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, 0])):
-        with pytest.raises(AiluRusError, match="192 img_ids.*one image"):
+        with pytest.raises(AiluRusError, match=r"192 img_ids.*one image"):
             flux(network, torch.cat([tokens, tokens], 1), torch.cat([ids, ids + other]))
     with pytest.raises(AiluRusError, match="96 img_ids"):
         flux(network, tokens, ids[torch.randperm(96, generator=torch.Generator().manual_seed(0))])
@@ -195,10 +190,12 @@ def test_flux_compiles_to_one_graph_where_its_grid_is_given(scope):
 
 
 def test_processors_that_do_something_else_are_refused_or_noticed(caplog):
-    network, x = make_network("SD3"), sample("SD3")
+    # Without normalised queries and keys, which diffusers' fused processor leaves out.
+    torch.manual_seed(0)
+    network, x = sharpen(make_sd3(qk_norm=None)), sample("SD3")
     layer = network.transformer_blocks[0].attn
     layer.set_processor(SD3IPAdapterJointAttnProcessor2_0(hidden_size=16, ip_hidden_states_dim=8, head_dim=8))
-    with pytest.raises(UnsupportedModelError, match="SD3IPAdapterJointAttnProcessor2_0.*no IP-Adapter"):
+    with pytest.raises(UnsupportedModelError, match=r"SD3IPAdapterJointAttnProcessor2_0.*no IP-Adapter"):
         apply_ailurus(network, **SETTINGS)
     layer.set_processor(JointAttnProcessor2_0())
     plain = predict(network, "SD3", x)
@@ -282,9 +279,8 @@ def test_flops_are_those_that_torch_counts(name):
         counted.append(model_flops(lambda x=x: predict(network, name, x)))
         tokens = size[0] * size[1] // 4
         known.append(sum(joint_block_flops(block, tokens, tokens, tokens, 5) for block in blocks))
-    # What does not depend on tokens, and the maps into and out of tokens.
-    assert 0.97 < (known[1] - known[0]) / (counted[1] - counted[0]) <= 1
-    assert known[0] < counted[0]
+    # What is left is constant, but for the maps into and out of 4 · 4 channels: 1024 a token.
+    assert counted[1] - counted[0] == known[1] - known[0] + 72 * 1024
 
 
 # Whole generations
@@ -353,6 +349,7 @@ def test_another_caller_of_the_same_flux_has_its_own_steps():
     def stop(pipe, index, timestep, tensors):
         if index == 1:
             raise RuntimeError("enough")
+        return {}
 
     with pytest.raises(RuntimeError, match="enough"):
         generate(pipe, callback_on_step_end=stop)
@@ -377,18 +374,12 @@ def test_halves_share_one_assignment_and_guidance_by_skipped_layers_has_none():
         pipe, steps=2, **inputs, skip_guidance_layers=[1], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=1
     )
     assert shared == [[True, 4], [True, 4], [False, 2]]
-    apply_ailurus(pipe, **SETTINGS, share_cfg=False)
-    generate(pipe, steps=1)
-    clusters = ailurus_status(pipe).last_clusters
-    assert not torch.equal(clusters.assignment[:1], clusters.assignment[1:])
 
 
 @on_both
 def test_the_chosen_backend_is_used(name, monkeypatch):
     network, used = apply_ailurus(make_network(name), **SETTINGS), []
     want = predict(network, name, sample(name))
-    from ailurus_hf.diffusion import backend
-
     dispatch = backend.dispatch_attention_fn
     monkeypatch.setattr(
         backend, "dispatch_attention_fn", lambda *a, **k: [used.append(k["backend"].value), dispatch(*a, **k)][1]
