@@ -15,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNetMotionModel,
+    WanTransformer3DModel,
 )
 from torch import nn
 
@@ -168,6 +169,22 @@ NETWORKS = {
         (4, 16, 24),
         maps=False,
         grids=[(8, 12)],
+    ),
+    "Wan": Network(
+        lambda: WanTransformer3DModel(
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=TEXT,
+            freq_dim=8,
+            ffn_dim=32,
+            rope_max_seq_len=64,
+        ),
+        shape=(4, 3, 8, 12),
+        maps=False,
+        grids=[(3, 4, 6)],
     ),
 }
 

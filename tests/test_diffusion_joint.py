@@ -1,11 +1,18 @@
-"""What is special about SD3 and Flux: joint attention, rotation at centroids, Flux's grid, their pipelines and schedules."""
+"""What is special about SD3, Flux and Wan: joint attention, rotation at centroids, Flux's grid, pipelines and schedules."""
 
 import logging
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    WanPipeline,
+)
 from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusion_models import (
     NETWORKS,
     SETTINGS,
@@ -30,7 +37,6 @@ from ailurus_hf import (
 )
 from ailurus_hf.clusters import TokenClusters
 from ailurus_hf.diffusion import backend, joint
-from ailurus_hf.diffusion.backend import joint_block_flops
 from ailurus_hf.diffusion.installation import install, reducers_of
 from benchmarks.harness import model_flops
 
@@ -269,18 +275,20 @@ def test_training(name, scope):
         assert network.get_submodule(part).weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["SD3", "SD3.5", "Flux"])
+@pytest.mark.parametrize("name", ["SD3", "SD3.5", "Flux", "Wan"])
 def test_flops_are_those_that_torch_counts(name):
     network, counted, known = make_network(name), [], []
-    blocks = reducers_of(apply_ailurus(network, **SETTINGS))[0][1].stacks[0].blocks
+    reducer = reducers_of(apply_ailurus(network, **SETTINGS))[0][1]
+    blocks = reducer.stacks[0].blocks
     remove_ailurus(network)
     for size in ((8, 12), (16, 24)):
-        x = latents((4, *size), batch=1)
+        x = latents((4, 1, *size) if name == "Wan" else (4, *size), batch=1)
         counted.append(model_flops(lambda x=x: predict(network, name, x)))
         tokens = size[0] * size[1] // 4
-        known.append(sum(joint_block_flops(block, tokens, tokens, tokens, 5) for block in blocks))
-    # What is left is constant, but for the maps into and out of 4 · 4 channels: 1024 a token.
-    assert counted[1] - counted[0] == known[1] - known[0] + 72 * 1024
+        known.append(sum(reducer.block_flops(block, tokens, tokens, tokens, 5) for block in blocks))
+    # What is left is constant, but for the maps into and out of 16 channels.
+    width = 24 if name == "Wan" else 16
+    assert counted[1] - counted[0] == known[1] - known[0] + 72 * 4 * 16 * width
 
 
 # Whole generations
@@ -388,3 +396,86 @@ def test_the_chosen_backend_is_used(name, monkeypatch):
     got = predict(network, name, sample(name))
     assert set(used) == {"_native_math"}
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+# Wan: frames, rows and columns
+
+
+def twos_along(axis_of_each_video):
+    """A clustering: each video's neighbours along an axis of its own, two by two."""
+
+    def clustering(features, grid, num_clusters):
+        assignments = []
+        for axis in axis_of_each_video:
+            places = torch.cartesian_prod(*(torch.arange(side) for side in grid))
+            places[:, axis] //= 2
+            assignments.append(places.unique(dim=0, return_inverse=True)[1])
+        return TokenClusters.from_assignment(torch.stack(assignments), num_clusters)
+
+    return clustering
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (2, 0)])
+def test_representatives_of_a_video_are_rotated_at_their_mean_place(axes):
+    network = make_network("Wan")
+    video = latents((4, 4, 8, 12))
+    for number, axis in enumerate(axes):
+        # Two tokens alike: two frames, or four rows or columns of patches of two.
+        patch = (1, 2, 2)[axis]
+        pairs = video[number].unflatten(1 + axis, (-1, 2, patch))
+        pairs.select(2 + axis, 1).copy_(pairs.select(2 + axis, 0).clone())
+    install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1), twos_along(axes))
+    reduced = predict(network, "Wan", video)
+    plain = predict(remove_ailurus(network), "Wan", video)
+    for number, axis in enumerate(axes):
+        places = torch.cartesian_prod(*(torch.arange(float(side)) for side in (4, 4, 6)))
+        places[:, axis] = places[:, axis] // 2 * 2 + 0.5
+        widths = (network.rope.t_dim, network.rope.h_dim, network.rope.w_dim)
+        parts = [
+            get_1d_rotary_pos_embed(width, places[:, i], use_real=True, freqs_dtype=torch.float64)
+            for i, width in enumerate(widths)
+        ]
+        rotary = tuple(torch.cat(part, 1)[None, :, None] for part in zip(*parts, strict=True))
+        hook = network.rope.register_forward_hook(lambda module, args, output, rotary=rotary: rotary)
+        want = predict(network, "Wan", video)[number]
+        hook.remove()
+        torch.testing.assert_close(reduced[number], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        assert (plain[number] - want).abs().max() > 1e-2 * want.abs().max()
+
+
+def test_what_wan_cannot_follow_is_refused():
+    network, x = apply_ailurus(make_network("Wan"), **SETTINGS), sample("Wan")
+    with torch.no_grad(), pytest.raises(AiluRusError, match=r"timestep for each token, \(2, 72\).*\(2,\)"):
+        network(x, torch.full((2, 72), 5), text(2))
+    with pytest.raises(AiluRusError, match=r"\(3, 4, 6\), got \(4, 6\)"):
+        predict(network, "Wan", x, attention_kwargs={"grid": (4, 6)})
+
+
+@pytest.mark.parametrize("scope", ["blocks", "attention"])
+def test_wan_pipeline(scope):
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=make_network("Wan"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {
+        "prompt_embeds": text(2),
+        "negative_prompt_embeds": text(2, 9),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+    }
+    inputs |= {"num_inference_steps": 4, "output_type": "latent"}
+    run = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
+    plain = run()
+    apply_ailurus(pipe, **SETTINGS, scope=scope, refresh_every=2)
+    reduced = run()
+    assert (reduced - plain).abs().max() > 1e-3 and torch.equal(run(), reduced)
+    place, clusters = ailurus_status(pipe).places[0], ailurus_status(pipe).last_clusters
+    assert (place.num_tokens, place.num_clusters, place.clusterings) == (72, 18, 4)
+    # Two videos, and not the halves of one: guidance calls twice.
+    assert not torch.equal(clusters.assignment[0], clusters.assignment[1])
+    assert torch.equal((remove_ailurus(pipe), run())[1], plain)

@@ -16,6 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNetMotionModel,
+    WanTransformer3DModel,
 )
 from diffusers import DiTTransformer2DModel as DiTModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -23,6 +24,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from ..attention import biased_attention, with_extra_channel
@@ -34,13 +36,14 @@ PATCH_TRANSFORMERS = (PixArtTransformer2DModel, DiTModel)
 # Those whose attention is over image and text tokens at once, and the processors that joint.py can stand in for.
 JOINT_TRANSFORMERS = (SD3Transformer2DModel, FluxTransformer2DModel)
 JOINT_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, FluxAttnProcessor)
-NETWORKS = (*UNETS, *PATCH_TRANSFORMERS, *JOINT_TRANSFORMERS)
+# As wan.py does it.
+WAN_PROCESSORS = (WanAttnProcessor,)
+NETWORKS = (*UNETS, *PATCH_TRANSFORMERS, *JOINT_TRANSFORMERS, WanTransformer3DModel)
 # Flux's pipelines make one token of so many rows and columns of the latents.
 FLUX_PATCH = 2
 
 # Why the better known of the others are refused, by their class.
 REFUSED = {
-    "WanTransformer3DModel": "its attention is over frames, rows and columns at once, and rotates tokens by their place",
     "SanaTransformer2DModel": "its attention is linear in the number of tokens: fewer of them gain nothing",
 }
 
@@ -100,6 +103,8 @@ def find_stacks(network: nn.Module) -> list[Stack]:
     """The stacks of a network whose blocks are self-attention, cross-attention at most, and an MLP, on image tokens."""
     if isinstance(network, JOINT_TRANSFORMERS):
         return [_joint_stack(network)]
+    if isinstance(network, WanTransformer3DModel):
+        return [Stack("", network, list(network.blocks), int(network.config.patch_size[-1]), 0)]  # type: ignore
     if isinstance(network, PATCH_TRANSFORMERS):
         found = [("", network)]
     else:
@@ -150,6 +155,8 @@ def self_attentions(stacks: Iterable[Stack]) -> dict[str, Attention]:
 
 
 def _block_path(stack: Stack, number: int) -> str:
+    if isinstance(stack.module, WanTransformer3DModel):
+        return f"blocks.{number}"
     first: int = len(stack.module.transformer_blocks)  # type: ignore[arg-type]
     return f"transformer_blocks.{number}" if number < first else f"single_transformer_blocks.{number - first}"
 
@@ -222,6 +229,15 @@ def joint_block_flops(block: nn.Module, queries: int, keys: int, others: int, te
                 (of_text if is_text else of_image).append(module)
         flops += _own_flops(of_image) * (others + text * single) + _own_flops(of_text) * text
     return flops
+
+
+def wan_block_flops(block: nn.Module, queries: int, keys: int, others: int, text: int) -> float:
+    """FLOPs of a block of Wan on one video; tokens as in `joint_block_flops`."""
+    own, cross, mlp = block.attn1, block.attn2, block.ffn
+    width: int = own.inner_dim  # type: ignore
+    flops = 4.0 * width * (queries * keys + others * text)
+    flops += others * _linear_flops([own, cross.to_q, cross.to_out, mlp])  # type: ignore
+    return flops + text * _linear_flops([cross.to_k, cross.to_v])  # type: ignore
 
 
 def projection_flops(stack: Stack, num_tokens: int) -> float:

@@ -14,6 +14,7 @@ from ..status import Place, Status
 from .backend import (
     JOINT_TRANSFORMERS,
     Stack,
+    WanTransformer3DModel,
     block_flops,
     find_networks,
     find_stacks,
@@ -25,6 +26,7 @@ from .joint import JointReducer
 from .processor import AiluRusProcessor
 from .reducer import NetworkReducer
 from .stacks import StackHooks
+from .wan import WanReducer
 
 # The attribute on a network that holds its reducer; gone again after `uninstall`.
 ATTRIBUTE = "_ailurus_reducer"
@@ -43,7 +45,11 @@ def install(target: Any, config: AiluRusDiffusionConfig, clustering: Clustering 
         )
     reducers = []
     for network in find_networks(target):
-        kind = JointReducer if isinstance(network, JOINT_TRANSFORMERS) else NetworkReducer
+        kind = NetworkReducer
+        if isinstance(network, JOINT_TRANSFORMERS):
+            kind = JointReducer
+        elif isinstance(network, WanTransformer3DModel):
+            kind = WanReducer
         reducers.append(kind(network, config, find_stacks(network), clustering or configured(config), pipeline))
     uninstall(target)
     for reducer in reducers:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..clusters import TokenClusters
 from ..errors import AiluRusError, UnsupportedModelError
-from .backend import JOINT_PROCESSORS, FluxTransformer2DModel, attend, joint_block_flops
+from .backend import JOINT_PROCESSORS, FluxTransformer2DModel, attend, joint_block_flops, self_attentions
 from .reducer import NetworkReducer
 from .stacks import with_argument
 from .store import Run
@@ -31,7 +31,7 @@ Rotary = tuple[Tensor, Tensor]
 class Arriving:
     """A forward that is to be reduced and has not met its first block. ids: of text and image (Flux), Tensor[L, 3] each."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     ids: tuple[Tensor, Tensor] | None
 
 
@@ -51,6 +51,11 @@ class Merged:
 class JointReducer(NetworkReducer):
     """What reduces one SD3 or Flux transformer."""
 
+    # The argument of its forward that processors are given more with; the processors that ours can stand in for.
+    KWARGS = "joint_attention_kwargs"
+    PROCESSORS: tuple[type, ...] = JOINT_PROCESSORS
+    block_flops = staticmethod(joint_block_flops)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.is_flux = isinstance(self.network, FluxTransformer2DModel)
@@ -58,17 +63,21 @@ class JointReducer(NetworkReducer):
         # The last tensors that were read, held weakly: img_ids and its grid; a schedule and the img_ids it came with.
         self._grid_of: tuple[Any, int, tuple[int, int]] | None = None
         self._schedule_of: tuple[Any, Any] | None = None
-        for name, processor in self.network.attn_processors.items():  # type: ignore[operator, union-attr]
+        for name, layer in self_attentions(self.stacks).items():
+            processor = layer.processor
             # A subclass may do something else.
-            if type(processor) not in (*JOINT_PROCESSORS, JointProcessor):
+            if type(processor) not in self.PROCESSORS and not isinstance(processor, JointProcessor):
                 raise UnsupportedModelError(
-                    f"{name} is a {type(processor).__name__}: joint attention can be reduced where it runs on one of "
-                    f"{', '.join(kind.__name__ for kind in JOINT_PROCESSORS)} (no IP-Adapter, no perturbed attention)"
+                    f"{name} runs on a {type(processor).__name__}: it can be reduced where it runs on one of "
+                    f"{', '.join(kind.__name__ for kind in self.PROCESSORS)} (no IP-Adapter, no perturbed attention)"
                 )
+
+    def _new_processor(self) -> JointProcessor:
+        return JointProcessor(self)
 
     def install(self) -> None:
         super().install()
-        self.set_processor(JointProcessor(self))
+        self.set_processor(self._new_processor())
         if self.config.scope == "blocks":
             # On all of them: the first one may be skipped.
             for block in self.stacks[0].blocks:
@@ -76,7 +85,7 @@ class JointReducer(NetworkReducer):
             self.pre_hook(self.network.norm_out, self.restore)  # type: ignore[arg-type]
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = self.call.argument("joint_attention_kwargs", args, kwargs) or {}
+        given = self.call.argument(self.KWARGS, args, kwargs) or {}
         ids = self._ids(args, kwargs) if self.is_flux else None
         grid = self._grid(self.call.latents(args, kwargs), ids, given.get("grid"))
         super().begin(network, args, kwargs)
@@ -98,7 +107,7 @@ class JointReducer(NetworkReducer):
     def _refuse_what_cannot_follow(self, given: dict, args: tuple, kwargs: dict) -> None:
         for name in ("attention_mask", "ip_adapter_image_embeds", "ip_hidden_states", "ip_adapter_masks"):
             if given.get(name) is not None:
-                raise AiluRusError(f"{name} in joint_attention_kwargs cannot follow merged tokens: call without it")
+                raise AiluRusError(f"{name} in {self.KWARGS} cannot follow merged tokens: call without it")
         if self.processor._parallel_config is not None:
             raise AiluRusError(
                 "context parallelism cuts the sequence, of which AiluRus needs all: switch one of them off"
@@ -126,7 +135,7 @@ class JointReducer(NetworkReducer):
         text, image = (self.call.argument(name, args, kwargs) for name in ("txt_ids", "img_ids"))
         return (text[0] if text.ndim == 3 else text), (image[0] if image.ndim == 3 else image)
 
-    def _grid(self, latents: Tensor, ids: tuple[Tensor, Tensor] | None, given: Any) -> tuple[int, int]:
+    def _grid(self, latents: Tensor, ids: tuple[Tensor, Tensor] | None, given: Any) -> tuple[int, ...]:
         """The grid of the image tokens. given: what the caller says that it is."""
         if given is not None and len(given) != 2:
             raise AiluRusError(f"grid in joint_attention_kwargs must be (H, W), got {given}")
@@ -191,8 +200,7 @@ class JointReducer(NetworkReducer):
         arriving = run.current
         clusters = self.assign(run, self.stacks[0], arriving.grid, tokens)
         merged = clusters.merge(tokens)
-        rotary = None if arriving.ids is None else self._rotary_at_centroids(clusters, *arriving.ids)
-        run.current = Merged(clusters, tokens, merged, rotary)
+        run.current = Merged(clusters, tokens, merged, self._rotary(clusters, arriving))
         return with_argument(args, kwargs, 0, "hidden_states", merged)
 
     def restore(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -204,9 +212,11 @@ class JointReducer(NetworkReducer):
         restored = state.kept + state.clusters.unmerge(tokens - state.start)
         return with_argument(args, kwargs, 0, "x", restored)
 
-    def _rotary_at_centroids(self, clusters: TokenClusters, text_ids: Tensor, image_ids: Tensor) -> Rotary:
-        """The network's own embedding of text tokens and of each cluster's centroid, Tensor[B, T + M, D] each."""
-        batch = clusters.assignment.shape[0]
+    def _rotary(self, clusters: TokenClusters, arriving: Arriving) -> Rotary | None:
+        """Flux's own embedding of text tokens and of each cluster's centroid, Tensor[B, T + M, D] each; SD3 has none."""
+        if arriving.ids is None:
+            return None
+        (text_ids, image_ids), batch = arriving.ids, clusters.assignment.shape[0]
         centroids = clusters.merge(image_ids.float().expand(batch, -1, -1))
         ids = torch.cat([text_ids.float().expand(batch, -1, -1), centroids], 1)
         cos, sin = self.network.pos_embed(ids.flatten(0, 1))  # type: ignore[operator]
@@ -222,8 +232,8 @@ class JointReducer(NetworkReducer):
         others = tokens if self.config.scope == "attention" else clusters
         queries = tokens if self.config.reduce == "kv" else clusters
         text = self.text_tokens
-        full = sum(joint_block_flops(block, tokens, tokens, tokens, text) for block in stack.blocks)
-        return full, sum(joint_block_flops(block, queries, clusters, others, text) for block in stack.blocks)
+        full = sum(self.block_flops(block, tokens, tokens, tokens, text) for block in stack.blocks)
+        return full, sum(self.block_flops(block, queries, clusters, others, text) for block in stack.blocks)
 
 
 class JointProcessor:

@@ -97,8 +97,11 @@ class NetworkReducer:
         if share and latents.shape[0] % 2:
             raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {latents.shape[0]} images")
         if share is None:
-            share = latents.shape[0] % 2 == 0 and pairs_halves(pipeline, self.call, args, kwargs)
+            share = latents.shape[0] % 2 == 0 and self._pairs_halves(pipeline, args, kwargs)
         self.store.begin(max(latents.shape[-2:]), share, timestep, pipeline)
+
+    def _pairs_halves(self, pipeline: Any, args: tuple, kwargs: dict) -> bool:
+        return pairs_halves(pipeline, self.call, args, kwargs)
 
     def _schedule(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """The timestep of this call, and the pipeline that makes it, None where it is not known."""
@@ -118,14 +121,14 @@ class NetworkReducer:
             self._say_that_nothing_was_reduced(run.most_unreduced)
         self.store.end()
 
-    def num_clusters(self, run: Run, grid: tuple[int, int]) -> int:
+    def num_clusters(self, run: Run, grid: tuple[int, ...]) -> int:
         """M for a grid in this forward; N where it runs unreduced."""
         num_tokens = math.prod(grid)
         # Sides are halved and rounded up, so a level is known by its nearest power of two.
         level = 2 ** round(math.log2(run.latent_side / max(grid)))
         return self.config.clusters_for(num_tokens, level) if run.reduce else num_tokens
 
-    def assign(self, run: Run, stack: Stack, grid: tuple[int, int], tokens: Tensor) -> TokenClusters:
+    def assign(self, run: Run, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> TokenClusters:
         """The run's clusters of a grid, made from Tensor[B, N, C] if it has none."""
         if tokens.shape[1] != math.prod(grid):
             raise AiluRusError(f"grid {grid} has {math.prod(grid)} places, but there are {tokens.shape[1]} tokens")
