@@ -174,7 +174,7 @@ NETWORKS = {
         lambda: WanTransformer3DModel(
             num_layers=2,
             num_attention_heads=2,
-            attention_head_dim=12,
+            attention_head_dim=16,
             in_channels=4,
             out_channels=4,
             text_dim=TEXT,

@@ -50,13 +50,17 @@ class WanReducer(JointReducer):
     def _rotary(self, clusters: TokenClusters, arriving: Arriving) -> Rotary:
         """cos and sin at each cluster's mean frame, row and column, Tensor[B, M, D] each."""
         rope: Any = self.network.rope
-        # The angle of place 1 is at most 1, so cosine and sine tell it; that of place p is p times as much.
-        step = torch.atan2(rope.freqs_sin[1].double(), rope.freqs_cos[1].double()).float()
-        sides = (torch.arange(side, device=step.device, dtype=torch.float32) for side in arriving.grid)
-        places = torch.cartesian_prod(*sides).expand(clusters.assignment.shape[0], -1, -1)
-        widths = torch.tensor([rope.t_dim, rope.h_dim, rope.w_dim], device=step.device)
-        along = clusters.merge(places).repeat_interleave(widths, -1, output_size=len(step))
-        return (along * step).cos(), (along * step).sin()
+        device = clusters.assignment.device
+        # Asked for two places a side, the last token is at place 1 of each. Its angles are at most 1, so cosine and sine
+        # tell them; those of place p are p times as much.
+        cos, sin = rope(torch.empty((1, 1, *(2 * size for size in rope.patch_size)), device=device))
+        step = torch.atan2(sin[0, -1, 0].double(), cos[0, -1, 0].double()).float()
+        places = torch.cartesian_prod(*(torch.arange(float(side), device=device) for side in arriving.grid))
+        centroids = clusters.merge(places.expand(clusters.assignment.shape[0], -1, -1))
+        widths = (rope.t_dim, rope.h_dim, rope.w_dim)
+        along = [place.expand(-1, -1, width) for place, width in zip(centroids.split(1, -1), widths, strict=True)]
+        angles = torch.cat(along, -1) * step
+        return angles.cos(), angles.sin()
 
 
 class WanProcessor(JointProcessor):
