@@ -54,7 +54,7 @@ class WanReducer(JointReducer):
         # Asked for two places a side, the last token is at place 1 of each. Its angles are at most 1, so cosine and sine
         # tell them; those of place p are p times as much.
         cos, sin = rope(torch.empty((1, 1, *(2 * size for size in rope.patch_size)), device=device))
-        step = torch.atan2(sin[0, -1, 0].double(), cos[0, -1, 0].double()).float()
+        step = torch.atan2(sin[0, -1, 0], cos[0, -1, 0])
         places = torch.cartesian_prod(*(torch.arange(float(side), device=device) for side in arriving.grid))
         centroids = clusters.merge(places.expand(clusters.assignment.shape[0], -1, -1))
         widths = (rope.t_dim, rope.h_dim, rope.w_dim)
