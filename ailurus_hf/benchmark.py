@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper": {"clustering": "density_peaks", "restore": "copy"},
     "density-peaks": {"clustering": "density_peaks", "restore": "residual"},
     "local-kmeans": {"clustering": "local_kmeans", "restore": "residual"},
+    "local-kmeans-smooth": {"clustering": "local_kmeans", "restore": "smooth"},
     "local-kmeans-copy": {"clustering": "local_kmeans", "restore": "copy"},
 }
 COLUMNS = {

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import cli_video
 from .errors import AiluRusError
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ailurus(status)
     status.set_defaults(run=_status)
 
+    video = commands.add_parser("video", help="text to video along a clip's motion (ControlVideo), reduced or compared")
+    _add_model(video)
+    cli_video.add_options(video, _positive)
+    video.set_defaults(run=cli_video.run)
+
     doctor = commands.add_parser("doctor", help="versions, extras, devices, attention kernels, and a self-check")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
@@ -133,7 +139,7 @@ def _add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> No
     size.add_argument("--keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
     size.add_argument("--num-clusters", type=int, metavar="M", help="number of tokens to keep")
     group.add_argument("--clustering", choices=("density_peaks", "local_kmeans"))
-    group.add_argument("--restore", choices=("copy", "residual"), help="what a token gets back")
+    group.add_argument("--restore", choices=("copy", "residual", "smooth"), help="what a token gets back")
     group.add_argument("--restore-at", choices=("backbone", "decoder"), help="where a segmenter unfolds")
     group.add_argument("--restore-location", type=int, metavar="R", help="layer from which all tokens run again")
     if can_be_off:

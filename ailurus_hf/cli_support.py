@@ -223,11 +223,11 @@ def load_model(name: str, task: str | None, device: str, dtype: str, ailurus: di
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    _check_name(name)
-    config = _read(name, transformers.AutoConfig.from_pretrained)
+    check_name(name)
+    config = read_pretrained(name, transformers.AutoConfig.from_pretrained)
     reduced = None if ailurus is None else _ailurus_config(getattr(config, "ailurus_config", None), ailurus)
-    processor = _read(name, transformers.AutoImageProcessor.from_pretrained)
-    model = _read(name, _auto_class(config, task).from_pretrained, dtype=getattr(torch, dtype))
+    processor = read_pretrained(name, transformers.AutoImageProcessor.from_pretrained)
+    model = read_pretrained(name, _auto_class(config, task).from_pretrained, dtype=getattr(torch, dtype))
     loaded = LoadedModel(name, model.to(place).eval(), processor, place, getattr(torch, dtype), reduced)
     loaded.switch_on()  # a model or a location that cannot be reduced is refused before the first image
     loaded.switch_off()
@@ -239,7 +239,12 @@ def require_transformers() -> None:
         raise BadInputError('this command needs transformers: pip install "ailurus-hf[vision]"')
 
 
-def _read(name: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
+def require_diffusers() -> None:
+    if importlib.util.find_spec("diffusers") is None:
+        raise BadInputError('this command needs diffusers: pip install "ailurus-hf[video]"')
+
+
+def read_pretrained(name: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     try:
         return from_pretrained(name, **options)
     except Exception as error:  # a folder can be wrong in as many ways as there are parsers behind this call
@@ -264,20 +269,23 @@ def _auto_class(config: Any, task: str | None) -> Any:
     return transformers.AutoModel
 
 
-def _check_name(name: str) -> None:
-    """Refuses at once what the Hub client would retry for half a minute: a folder that is not there."""
+def check_name(name: str, file: str = "config.json") -> None:
+    """Refuses at once what the Hub client would retry for half a minute: a folder that is not there.
+
+    file: what a folder of that kind has in it.
+    """
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadInputError(f"{name} is no model folder: it has no config.json")
+        if not (path / file).is_file():
+            raise BadInputError(f"{name} is no model folder: it has no {file}")
         return
     if path.is_file():
-        raise BadInputError(f"{name} is a file; a model is a folder with config.json, or a name on the Hub")
+        raise BadInputError(f"{name} is a file; a model is a folder with {file}, or a name on the Hub")
     from huggingface_hub import constants, try_to_load_from_cache
 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise BadInputError(f"no model folder {name}, and no name on the Hub looks like that")
-    if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+    if isinstance(try_to_load_from_cache(name, file), str) or urllib.request.getproxies():
         return
     host = urlsplit(constants.ENDPOINT).hostname
     try:

@@ -14,11 +14,12 @@ from .checks import check_settings
 from .errors import AiluRusError
 
 CLUSTERINGS = ("density_peaks", "local_kmeans")
-RESTORES = ("copy", "residual")
+RESTORES = ("copy", "residual", "smooth")
 RESTORE_PLACES = (None, "backbone", "decoder")
 SCOPES = ("blocks", "attention")
 REDUCES = ("qkv", "kv")
 PROJECTIONS = ("all", "merged")
+FRAMES = ("each", "joint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,15 @@ class AiluRusConfig:
         ascending, reduce several times: clusters are joined to larger ones (by density peaks, whatever `clustering` is).
     num_clusters, keep_ratio: M itself, or M = round(keep_ratio · N) per image size; exactly one of them, with as many
         numbers as there are locations, descending. An image of at most M tokens runs unreduced.
+    min_keep_ratio: with it each image keeps between this share of its tokens and keep_ratio, the more the more detail it
+        has (clustering/budget.py); None: all keep keep_ratio. For one location, batches of one image, and not compiled.
     clustering: "density_peaks" (the paper) or "local_kmeans", which keeps more where few tokens are kept.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
-    restore: "copy" (the paper: a token takes its representative's value) or "residual" (a token keeps its own value at L
-        and adds what its representative gained since; the default but for restore_at="decoder").
-    restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; copy only); None: "decoder" for
-        copy, "backbone" for residual. Models without a token decoder restore after the backbone either way.
+    restore: "copy" (the paper: a token takes its representative's value), "smooth" (a token takes a mean of the
+        representatives around it, by likeness), or "residual" (a token keeps its own value at L and adds what its
+        representative gained since; the default but for restore_at="decoder").
+    restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; not for residual); None:
+        "backbone" for residual, else "decoder". Models without a token decoder restore after the backbone either way.
     restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
     stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: the third.
         L and R then count the layers of a stage.
@@ -44,6 +48,7 @@ class AiluRusConfig:
     cluster_location: int | tuple[int, ...] = 2
     num_clusters: int | tuple[int, ...] | None = None
     keep_ratio: float | tuple[float, ...] | None = None
+    min_keep_ratio: float | None = None
     clustering: str = "density_peaks"
     alpha: float = 0.9
     num_spatial_neighbors: int = 50
@@ -122,6 +127,14 @@ class AiluRusConfig:
             raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {self.keep_ratio}")
         if any(b >= a for a, b in pairwise(given)):
             raise AiluRusError(f"{name} must descend from one location to the next, got {given}")
+        if self.min_keep_ratio is not None:
+            if not isinstance(self.keep_ratio, (int, float)):
+                raise AiluRusError(f"min_keep_ratio needs one keep_ratio, the most that is kept, got {self.keep_ratio}")
+            if not 0 < self.min_keep_ratio < self.keep_ratio < 1:
+                raise AiluRusError(
+                    "min_keep_ratio must be above 0 and below keep_ratio, and that below 1, "
+                    f"got {self.min_keep_ratio} and {self.keep_ratio}"
+                )
 
     @property
     def locations(self) -> tuple[int, ...]:
@@ -132,13 +145,13 @@ class AiluRusConfig:
         """M for an image of N tokens at one of the locations, the first by default; N where it runs unreduced."""
         if self.num_clusters is not None:
             return min(_each(self.num_clusters)[place], num_tokens)
-        return min(max(math.floor(_each(self.keep_ratio)[place] * num_tokens + 0.5), 1), num_tokens)
+        return rounded_share(_each(self.keep_ratio)[place], num_tokens)
 
     @property
     def restores_after_decoder(self) -> bool:
         """Whether a token decoder, where there is one, sees M tokens."""
         if self.restore_at is None:
-            return self.restore == "copy" and self.restore_location is None
+            return self.restore != "residual" and self.restore_location is None
         return self.restore_at == "decoder"
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,6 +186,9 @@ class AiluRusDiffusionConfig:
         pipeline says that its batches are such; False: never.
     unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline, which
         knows how many there are.
+    frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by frame,
+        "joint" over space and time: what stands still is kept once, and not once a frame. Where a frame attends to some
+        of the others only, each is clustered alone.
     clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in `AiluRusConfig`.
     """
 
@@ -185,6 +201,7 @@ class AiluRusDiffusionConfig:
     share_cfg: bool | None = None
     unreduced_first_steps: int = 0
     unreduced_last_steps: int = 0
+    frames: str = "each"
     clustering: str = "local_kmeans"
     alpha: float = 0.9
     num_spatial_neighbors: int = 50
@@ -212,6 +229,7 @@ class AiluRusDiffusionConfig:
         _check_choice("scope", self.scope, SCOPES)
         _check_choice("reduce", self.reduce, REDUCES)
         _check_choice("projections", self.projections, PROJECTIONS)
+        _check_choice("frames", self.frames, FRAMES)
         _check_choice("clustering", self.clustering, CLUSTERINGS)
         if self.reduce == "kv" and self.scope == "blocks":
             raise AiluRusError("reduce='kv' keeps every token's query: use scope='attention', got 'blocks'")
@@ -221,7 +239,7 @@ class AiluRusDiffusionConfig:
         ratio = self.keep_ratio.get(level, 1.0) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
         if num_tokens < self.min_tokens:
             return num_tokens
-        return min(max(math.floor(ratio * num_tokens + 0.5), 1), num_tokens)
+        return rounded_share(ratio, num_tokens)
 
     @property
     def counts_steps(self) -> bool:
@@ -231,6 +249,11 @@ class AiluRusDiffusionConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-serialisable dict; `AiluRusDiffusionConfig(**fields)` reads it."""
         return dataclasses.asdict(self)
+
+
+def rounded_share(ratio: float, num_tokens: int) -> int:
+    """round(ratio · N), halves up, within [1, N]."""
+    return min(max(math.floor(ratio * num_tokens + 0.5), 1), num_tokens)
 
 
 def _each(value: Any) -> tuple:

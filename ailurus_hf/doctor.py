@@ -17,7 +17,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "vision": ("transformers", "accelerate", "pillow", "safetensors", "pyyaml", "tqdm"),
     "diffusion": ("diffusers", "transformers", "accelerate"),
     "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow"),
-    "bench": ("matplotlib", "tomesd"),
+    "detection": ("torchvision", "pycocotools"),
+    "bench": ("matplotlib", "tomesd", "pyarrow", "scikit-image"),
 }
 
 

@@ -13,7 +13,10 @@ from .clusters import TokenClusters
 
 @dataclass
 class Record:
-    """Filled by the hooks of one encoder at one place. Compiled graphs leave it as it is: counting in them would recompile them."""
+    """Filled by the hooks of one encoder at one place. Compiled graphs leave it as it is: counting in them would recompile them.
+
+    attended: images whose keys a token takes in self-attention; more than 1 in cross-frame attention.
+    """
 
     forwards: int = 0
     clusterings: int = 0
@@ -21,6 +24,7 @@ class Record:
     last_clusters_count: int | None = None
     last_clusters: TokenClusters | None = None
     last_grid: tuple[int, ...] | None = None
+    attended: int = 1
 
     def reduced(
         self,

@@ -1,14 +1,16 @@
-"""The registry of segmentation data sets: where their images and labels lie, and what the labels mean.
+"""The registry of data sets, segmentation and classification: where their images and labels lie, and what they mean.
 
 A folder is given on the command line or is DATASET in the folder named by AILURUS_DATA. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,6 +125,57 @@ class SegmentationData:
     def label(self, index: int) -> Tensor:
         """Class ids, LongTensor[H, W], IGNORED where nothing is scored."""
         return torch.from_numpy(self.layout.to_classes(np.array(Image.open(self.pairs[index][1])))).long()
+
+
+def _parquet(folder: Path, split: str) -> tuple[list[Any], list[int]]:
+    path = folder / f"{split}.parquet"
+    if not path.is_file():
+        return [], []
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    return [row["bytes"] for row in table["image"].to_pylist()], table["label"].to_pylist()
+
+
+def _folder_a_class(folder: Path, split: str) -> tuple[list[Any], list[int]]:
+    """The classes count in the order of their folders' names."""
+    part = folder / {"validation": "val"}.get(split, split)
+    classes = sorted(path for path in part.iterdir() if path.is_dir()) if part.is_dir() else []
+    found = [(image, label) for label, path in enumerate(classes) for image in sorted(path.iterdir())]
+    return [image for image, _ in found], [label for _, label in found]
+
+
+# What a folder holds, and how its images (files, or files' bytes) and labels are found.
+CLASSIFICATION = {
+    "cifar10": ("validation.parquet with columns image {bytes, path} and label", _parquet),
+    "imagenet": ("val/CLASS/*.JPEG, a folder a class", _folder_a_class),
+}
+
+
+class ClassificationData:
+    """One split of a data set of images with one label each. limit: only so many, evenly from the whole split."""
+
+    def __init__(
+        self, name: str, folder: str | Path | None = None, split: str = "validation", limit: int | None = None
+    ):
+        if name not in CLASSIFICATION:
+            raise AiluRusError(f"no data set {name!r}: there are {', '.join(CLASSIFICATION)}")
+        layout, find = CLASSIFICATION[name]
+        self.folder = data_folder(name, folder)
+        files, labels = find(self.folder, split)
+        if not files:
+            raise AiluRusError(f"{self.folder} holds no {split} images of {name}: it should hold {layout}")
+        count = min(limit or len(files), len(files))
+        chosen = [i * len(files) // count for i in range(count)]
+        self.files, self.labels = [files[i] for i in chosen], [labels[i] for i in chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """The photograph, RGB."""
+        file = self.files[index]
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
 
 
 def data_folder(name: str, given: str | Path | None) -> Path:

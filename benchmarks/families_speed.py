@@ -25,8 +25,12 @@ from transformers import (
     Dinov2Config,
     EomtConfig,
     EomtForUniversalSegmentation,
+    SamVisionConfig,
+    SamVisionModel,
     SegformerConfig,
     SegformerModel,
+    VitDetConfig,
+    VitDetModel,
 )
 
 from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
@@ -62,6 +66,21 @@ def eomt(size: int) -> nn.Module:
     )
 
 
+def sam(size: int) -> nn.Module:
+    """SAM-B's image encoder: 4 of 12 layers have global attention."""
+    return SamVisionModel(SamVisionConfig(image_size=size))
+
+
+def vitdet(size: int) -> nn.Module:
+    """VitDet-B, as ViTMatte and detectron2 have it but for convolutions."""
+    windowed = [0, 1, 3, 4, 6, 7, 9, 10]
+    return VitDetModel(
+        VitDetConfig(
+            image_size=size, window_size=14, window_block_indices=windowed, use_relative_position_embeddings=True
+        )
+    )
+
+
 def segformer(depths: list[int], hidden_sizes: list[int]) -> Callable[[int], nn.Module]:
     return lambda size: SegformerModel(SegformerConfig(depths=depths, hidden_sizes=hidden_sizes, image_size=size))
 
@@ -85,6 +104,8 @@ B0, B2, B5 = (
 GEOMETRIES = {
     "DINOv2-L + DPT head 518": Geometry(depth_anything, 518, lambda out: out.predicted_depth),
     "EoMT-L 640": Geometry(eomt, 640, lambda out: out.masks_queries_logits),
+    "SAM-B 1024": Geometry(sam, 1024, lambda out: out.last_hidden_state, STAGE),
+    "VitDet-B 1024": Geometry(vitdet, 1024, lambda out: out.last_hidden_state, STAGE),
     **{
         f"SegFormer-{name} {size}": Geometry(make, size, lambda out: out.last_hidden_state, STAGE)
         for name, make in (("B0", B0), ("B2", B2), ("B5", B5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
 import json
 import logging
@@ -11,17 +12,32 @@ import resource
 import shlex
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from ailurus_hf.measuring import interleaved, markdown, wait_for
 
-__all__ = ["RESULTS", "environment", "interleaved", "log", "markdown", "model_flops", "peak_bytes", "save"]
+__all__ = [
+    "RESULTS",
+    "environment",
+    "interleaved",
+    "log",
+    "markdown",
+    "model_flops",
+    "peak_bytes",
+    "peak_on_shapes",
+    "save",
+]
 
 RESULTS = Path(__file__).parent / "results"
 log = logging.getLogger("benchmarks")
@@ -62,6 +78,51 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         done.set()
         sampler.join()
     return max(seen) - before
+
+
+class StorageWatch(TorchDispatchMode):
+    """Bytes of the tensors that are made inside and still alive (`now`), and the most that there were at once (`most`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (key := (storage := tensor.untyped_storage())._cdata) not in self.sizes
+            ):
+                self.sizes[key] = storage.nbytes()
+                self.now += self.sizes[key]
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, key)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as kernels do it that hold no scores; for shapes alone, where torch would take it apart."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return args[0].new_empty(*args[0].shape[:-1], args[2].shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+def peak_on_shapes(run: Callable[[], Any]) -> int:
+    """Bytes that a call on meta tensors would need at most beyond what was held before, were its attention fused.
+
+    An estimate: workspaces of convolutions and what an allocator cannot use again come on top.
+    """
+    gc.collect()
+    with torch.no_grad(), FusedAttention(), StorageWatch() as watch:
+        run()
+    return watch.most
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:

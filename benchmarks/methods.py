@@ -203,8 +203,10 @@ def _pairs(turn: float, num_tokens: int) -> dict[str, Any]:
 # merged before it for the same FLOPs. "Last values" (EViT) and residuals are there before a decoder only.
 METHODS: dict[str, Ours | Direct | Matched] = {
     PAPER: Ours("density_peaks", "copy"),
+    "density peaks, smooth": Ours("density_peaks", "smooth"),
     "density peaks, residual": Ours("density_peaks", "residual"),
     "local k-means, copy": Ours("local_kmeans", "copy"),
+    "local k-means, smooth": Ours("local_kmeans", "smooth"),
     "local k-means, residual": Ours("local_kmeans", "residual"),
     "random centres, copy": Ours("density_peaks", "copy", random_centers),
     "random centres, residual": Ours("density_peaks", "residual", random_centers),

@@ -3,7 +3,7 @@
 A sample is a window of whole patches cut from a canvas as large as an enlarged image. The canvas is a random scale,
 mirror image and shift of the photograph, so a window's place on the canvas means what it means at test time (sky is up,
 road is down) and position embeddings are trained at the very places where they will be used.
-Used by pretrain_masked.py and train_segmenter.py.
+Used by pretrain_masked.py, train_segmenter.py and finetune_segmentation.py.
 """
 
 import os

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,26 +50,35 @@ def small_segmenter(
     return SegmenterForSemanticSegmentation(config)
 
 
-@torch.no_grad()
 def start_well(model: SegmenterForSemanticSegmentation, data: CamVid) -> None:
-    """Starting values that spare a ViT without pretraining the learning of the obvious.
-
-    Patch embedding: the patches' principal components, partly whitened. Positions: sines and cosines. Attention: query
-    and key alike, value and output opposite to the identity (Trockman and Kolter 2023, "Mimetic initialization").
-    """
-    embeddings = model.encoder.embeddings
-    width = embeddings.position_embeddings.shape[-1]
+    """Starting values for a Segmenter without pretraining."""
     pixels = torch.stack([data.image(i) for i in range(0, len(data), 4)])[:, :, : HEIGHT // PATCH * PATCH]
+    start_embeddings(model.encoder.embeddings, pixels, data.grid)
+    start_attention([*model.encoder.layers, *model.decoder.layers])
+
+
+@torch.no_grad()
+def start_embeddings(embeddings: nn.Module, pixels: Tensor, grid: tuple[int, int]) -> None:
+    """Patch embedding: the patches' principal components, partly whitened. Positions: sines and cosines."""
+    width = embeddings.position_embeddings.shape[-1]
     patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
     variance, directions = torch.linalg.eigh(torch.cov(patches.T))
     variance, directions = variance.flip(0)[:width], directions.flip(1)[:, :width]
     filters = directions / (variance + variance[width // 8]).sqrt()
     embeddings.patch_embeddings.projection.weight.copy_(filters.T.reshape(width, 3, PATCH, PATCH))
     embeddings.patch_embeddings.projection.bias.copy_(-patches.mean(0) @ filters)
-    embeddings.position_embeddings[0, 1:] = 0.5 * sine_positions(data.grid, width)
+    embeddings.position_embeddings[0, 1:] = 0.5 * sine_positions(grid, width)
 
-    for layer in [*model.encoder.layers, *model.decoder.layers]:
+
+@torch.no_grad()
+def start_attention(layers: Iterable[nn.Module]) -> None:
+    """Query and key alike, value and output opposite to the identity (Trockman and Kolter 2023, "Mimetic initialization").
+
+    It spares a ViT without pretraining the learning of the obvious.
+    """
+    for layer in layers:
         attention = layer.attention
+        width = attention.q_proj.in_features
         for head in range(attention.num_attention_heads):
             rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
             u, s, v = torch.linalg.svd(0.7 * torch.randn(width, width) / width**0.5 + 0.7 * torch.eye(width))

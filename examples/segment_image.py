@@ -32,7 +32,7 @@ parser.add_argument("--model", default=str(ASSETS / "segmenter-camvid"), help="S
 parser.add_argument("--cluster-location", type=int, default=2, help="merge at the output of this layer")
 parser.add_argument("--keep-ratio", type=float, default=0.45, help="share of the tokens to keep")
 parser.add_argument("--clustering", default="local_kmeans", help="density_peaks or local_kmeans")
-parser.add_argument("--restore", default="residual", help="copy or residual: what a token gets back")
+parser.add_argument("--restore", default="residual", help="copy, residual or smooth: what a token gets back")
 parser.add_argument("--repeats", type=int, default=11, help="timed runs of each")
 parser.add_argument("--output", type=Path, default=Path("demo/street_comparison.png"))
 args = parser.parse_args()

@@ -18,9 +18,6 @@ import argparse
 import copy
 import json
 import logging
-import os
-import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +39,7 @@ from camvid_data import (
 from pretrain_masked import small_segmenter, start_well
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import add_arguments, add_stochastic_depth, make_accelerator, train
 from transformers import AutoModelForSemanticSegmentation
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation, SegmenterImageProcessor
@@ -65,11 +63,7 @@ class TrainedModel(nn.Module):
         self.segmenter, self.whole = segmenter, whole
         self.cells = nn.Linear(segmenter.config.hidden_size, len(CLASSES) * CELLS**2)
         self.register_buffer("class_weights", class_weights, persistent=False)
-        layers = [*segmenter.encoder.layers, *segmenter.decoder.layers]
-        for depth, layer in enumerate(layers):
-            rate = drop_path * depth / (len(layers) - 1)
-            layer.attention.register_forward_hook(lambda _, args, out, r=rate: (drop_branch(out[0], r, self), out[1]))
-            layer.mlp.register_forward_hook(lambda _, args, out, r=rate: drop_branch(out, r, self))
+        add_stochastic_depth(self, [*segmenter.encoder.layers, *segmenter.decoder.layers], drop_path)
 
     def forward(self, images: Tensor, labels: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
         """Loss of windows Tensor[B, 3, h, w] that begin at patch `places` of their canvas."""
@@ -93,14 +87,6 @@ class TrainedModel(nn.Module):
         )
 
 
-def drop_branch(branch: Tensor, rate: float, model: nn.Module) -> Tensor:
-    """Stochastic depth: leave a residual branch out for a random part of the batch."""
-    if rate == 0 or not model.training:
-        return branch
-    kept = torch.rand(len(branch), 1, 1) >= rate
-    return branch * (kept / (1 - rate)).to(branch.dtype)
-
-
 def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
     """Weighted cross entropy plus soft Dice over the classes in the batch; logits Tensor[B, 11, h, w]."""
     entropy = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=UNLABELLED)
@@ -120,31 +106,6 @@ def class_weights(data: CamVid) -> Tensor:
     share = counts / counts.sum()
     weights = share.rsqrt()
     return (weights / (weights * share).sum()).float()
-
-
-def make_optimizers(model: TrainedModel, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the transformer layers, AdamW for the rest; both at AdamW's learning rates."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
-    known = set(map(id, matrices))
-    others = [p for p in model.parameters() if id(p) not in known]
-    decayed = [p for p in others if p.ndim in (2, 4)]
-    plain = [p for p in others if p.ndim not in (2, 4)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)]
-
-
-class Progress:
-    """Where training is; saved with the state."""
-
-    def __init__(self):
-        self.step, self.minutes, self.images, self.best, self.history = 0, 0.0, 0, 0.0, []
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
 
 
 def evaluate(model: SegmenterForSemanticSegmentation, data: CamVid, accelerator: Accelerator) -> dict:
@@ -171,106 +132,47 @@ def image_processor(enlarge: int) -> SegmenterImageProcessor:
     return SegmenterImageProcessor(label_pad_value=UNLABELLED, do_resize=enlarge > 1, size=size)
 
 
-def write_folder(model: SegmenterForSemanticSegmentation, enlarge: int, folder: Path, extra: dict) -> None:
-    """A folder for from_pretrained, replaced in one move: whoever reads it sees the old or the new one, whole."""
-    fresh = folder.with_name(f"{folder.name}.new-{os.getpid()}")
-    model.save_pretrained(fresh)
-    image_processor(enlarge).save_pretrained(fresh)
-    (fresh / "metrics.json").write_text(json.dumps(extra, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+def write(model: SegmenterForSemanticSegmentation, enlarge: int, folder: Path) -> None:
+    """The folder that from_pretrained and the `ailurus-hf` commands read."""
+    model.save_pretrained(folder)
+    image_processor(enlarge).save_pretrained(folder)
 
 
 def main() -> None:
     args = parse_arguments()
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    log.disabled = not accelerator.is_main_process
+    accelerator = make_accelerator()
     folder, output = data_folder(args.data), Path(args.output)
     val = CamVid(folder, "val", args.enlarge)
     if args.export:
         return export(output / "best", Path(args.export), val, args.average_with)
 
     set_seed(args.seed)
-    train = CamVid(folder, "train", args.enlarge)
+    data = CamVid(folder, "train", args.enlarge)
     if args.init:
         segmenter = SegmenterForSemanticSegmentation.from_pretrained(args.init, dtype=torch.float32)
-        set_position_grid(segmenter, train.grid)
+        set_position_grid(segmenter, data.grid)
     else:
-        segmenter = small_segmenter(train.grid, args.width, args.layers, args.decoder_layers)
-        start_well(segmenter, train)
+        segmenter = small_segmenter(data.grid, args.width, args.layers, args.decoder_layers)
+        start_well(segmenter, data)
     average = copy.deepcopy(segmenter).requires_grad_(False)
-    model = TrainedModel(segmenter, train.grid, class_weights(train), args.drop_path)
+    model = TrainedModel(segmenter, data.grid, class_weights(data), args.drop_path)
 
-    model, *optimizers = accelerator.prepare(model, *make_optimizers(model, args.weight_decay))
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress, average)
-    if args.resume:
-        accelerator.load_state(output / "state")
-        log.info("resumed at step %d, %.1f minutes, best %.2f", progress.step, progress.minutes, progress.best)
-
-    total_images = args.epochs * len(train)
-    typical, next_evaluation, recent = None, progress.minutes + args.eval_minutes, []
-    while (done := max(progress.minutes / args.max_minutes, progress.images / total_images)) < 1:
-        started = time.time()
+    def loss_of(model: nn.Module, done: float, rng: np.random.Generator) -> tuple[Tensor, int]:
         whole = done >= 1 - args.whole_share
-        grid = train.grid if whole else tuple(args.grid)
+        grid = data.grid if whole else tuple(args.grid)
         # On a CPU, in training, SDPA is the slower of the two at few tokens.
         segmenter.set_attn_implementation("sdpa" if grid[0] * grid[1] > 1000 else "eager")
-        batch_size = max(
-            args.min_batch_size, round(args.batch_size * args.grid[0] * args.grid[1] / (grid[0] * grid[1]))
-        )
-        draw = (args.seed, progress.step, accelerator.process_index)
-        rng = np.random.default_rng(draw)
-        torch.manual_seed(hash(draw))
-        indices = rng.integers(len(train), size=batch_size).tolist()
+        as_many_tokens = args.batch_size * args.grid[0] * args.grid[1] / (grid[0] * grid[1])
+        batch_size = max(args.min_batch_size, round(as_many_tokens))
+        indices = rng.integers(len(data), size=batch_size).tolist()
         scales = (0.9, 1.5) if whole else (0.7, 1.8)
-        images, labels, places = training_batch(train, indices, grid, scales, args.paste, rng)
+        images, labels, places = training_batch(data, indices, grid, scales, args.paste, rng)
+        return model(images, labels, places, grid), batch_size
 
-        lr = args.lr * min(1.0, (progress.step + 1) / args.warmup_steps, (1 - done) / args.decay_share)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        model.train()
-        loss = model(images, labels, places, grid)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 2.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        progress.step += 1
-        progress.images += batch_size * accelerator.num_processes
-        decay = min(args.ema, (1 + progress.step) / (10 + progress.step))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), segmenter.parameters()):
-                kept.lerp_(new, 1 - decay)
-
-        # A process that was paused has not trained: a step counts for no more than a few typical ones.
-        taken = accelerator.reduce(torch.tensor(time.time() - started), "mean").item()
-        typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
-        progress.minutes += min(taken, 4 * typical) / 60
-        recent = [*recent[-99:], loss.item()]
-        if progress.step % 50 == 0:
-            rate = batch_size * accelerator.num_processes / typical
-            log.info(
-                "step %d  %.1f min  epoch %.1f  loss %.4f  lr %.2e  %.1f images/s",
-                progress.step, progress.minutes, progress.images / len(train), np.mean(recent), lr, rate,
-            )  # fmt: skip
-        last = max(progress.minutes / args.max_minutes, progress.images / total_images) >= 1
-        if progress.minutes >= next_evaluation or last:
-            next_evaluation = progress.minutes + args.eval_minutes
-            result = evaluate(average, val, accelerator)
-            result |= {k: round(getattr(progress, k), 2) for k in ("step", "minutes", "images")}
-            progress.history.append(result | {"loss": round(float(np.mean(recent)), 4)})
-            log.info("val mIoU %.2f (best %.2f)  %s", result["miou"], progress.best, result["iou"])
-            if result["miou"] > progress.best:
-                progress.best = result["miou"]
-                if accelerator.is_main_process:
-                    write_folder(average, args.enlarge, output / "best", result)
-            accelerator.save_state(output / "state")
-            report = {"args": vars(args), "best": progress.best, "history": progress.history}
-            (output / "metrics.json").write_text(json.dumps(report, indent=2))
+    train(
+        accelerator, model, average, segmenter, len(data), loss_of, lambda: evaluate(average, val, accelerator), "miou",
+        lambda folder: write(average, args.enlarge, folder), args,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -361,16 +263,11 @@ Shotton, J. Fauqueur, R. Cipolla, "Segmentation and recognition using structure 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="CamVid folder (default: $AILURUS_DATA/camvid)")
-    parser.add_argument("--output", required=True, help="folder of the run")
     parser.add_argument("--init", help="Segmenter folder to start from (default: from nothing)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last saved state")
     parser.add_argument("--export", metavar="FOLDER", help="write the run's best model in half precision and stop")
     parser.add_argument(
         "--average-with", metavar="FOLDER", help="export the mean of the weights and an earlier stage's"
     )
-    parser.add_argument("--max-minutes", type=float, default=72, help="of training, evaluations not counted")
-    parser.add_argument("--epochs", type=float, default=1e9, help="stop after so many, if that comes first")
-    parser.add_argument("--eval-minutes", type=float, default=8, help="of training between evaluations")
     parser.add_argument(
         "--enlarge", type=int, default=1, help="how many times larger than the photographs it sees them"
     )
@@ -381,14 +278,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--whole-share", type=float, default=0.46, help="share of the budget spent on whole images")
     parser.add_argument("--batch-size", type=int, default=14, help="windows a process; as many tokens of whole images")
     parser.add_argument("--min-batch-size", type=int, default=2, help="whole images a process, at least")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--warmup-steps", type=int, default=150)
-    parser.add_argument("--decay-share", type=float, default=0.4, help="share of the budget in which lr falls to 0")
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--paste", type=float, default=0.5, help="probability of pasting rare objects into a window")
-    parser.add_argument("--ema", type=float, default=0.995)
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser, max_minutes=72, eval_minutes=8)
     return parser.parse_args()
 
 

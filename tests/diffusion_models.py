@@ -105,7 +105,7 @@ def control_conditions(batch):
 
 def make_controlnet(**fields):
     fields = {**{name: value for name, value in UNET.items() if name != "sample_size"}, **fields}
-    return ControlNetModel(**fields, attention_head_dim=2, conditioning_embedding_out_channels=(4, 8))
+    return ControlNetModel(**{"attention_head_dim": 2, "conditioning_embedding_out_channels": (4, 8), **fields})
 
 
 def make_sd3(**fields):

@@ -231,6 +231,14 @@ CASES = {
     "SiglipVisionModel": Case(
         lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)), lambda out: out.pooler_output
     ),
+    "Siglip2VisionModel": Case(
+        lambda: hf.Siglip2VisionModel(
+            hf.Siglip2VisionConfig(**{k: v for k, v in SIZES.items() if k != "image_size"}, num_patches=64)
+        ),
+        lambda out: out.pooler_output,
+        compiles=False,
+        auto="AiluRusModel",
+    ),
     "DPTForDepthEstimation": Case(
         lambda: hf.DPTForDepthEstimation(
             hf.DPTConfig(**{**SIZES, "image_size": SQUARE[0] * PATCH}, **NECK, backbone_out_indices=[0, 1, 2, 3])
@@ -401,7 +409,20 @@ def run(model, pixel_values, **kwargs):
         patch = original.config.patch_size
         places = pixel_values.shape[-2] // patch * (pixel_values.shape[-1] // patch)
         kwargs["noise"] = torch.arange(places).expand(len(pixel_values), -1)
+    if "spatial_shapes" in parameters:
+        pixel_values = patchified(pixel_values, original.config.patch_size, kwargs)
     return model(pixel_values=pixel_values, **kwargs)
+
+
+def patchified(pixel_values, patch, kwargs, padding=3):
+    """Patches as SigLIP 2 takes them, with padding behind; puts the mask and the grids into kwargs."""
+    patches = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+    grid, patches = patches.shape[1:3], patches.flatten(3).flatten(1, 2)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long)
+    kwargs["spatial_shapes"] = torch.tensor([list(grid)] * len(patches))
+    kwargs["pixel_attention_mask"] = nn.functional.pad(mask, (0, padding))
+    # What stands in the padding is never seen.
+    return nn.functional.pad(patches, (0, 0, 0, padding), value=1e3)
 
 
 def predict(model, name, pixel_values, **kwargs):

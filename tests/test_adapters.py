@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from models import images, make_model, patchified
 from transformers import BeitConfig, DINOv3ViTConfig
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
-from ailurus_hf import AiluRusConfig, TokenClusters
+from ailurus_hf import AiluRusConfig, AiluRusError, TokenClusters, apply_ailurus
 from ailurus_hf.clustering import configured, configured_nesting
 from ailurus_hf.vision.adapters import relative_bias_of_clusters, rotary_at_centroids
 from ailurus_hf.vision.run import Run, Stage
@@ -94,3 +95,17 @@ def test_the_clusters_of_a_second_place_are_unions_of_the_firsts(grid, clusterin
     for image in range(2):
         for cluster in range(first.num_clusters):
             assert len(second.assignment[image][first.assignment[image] == cluster].unique()) <= 1
+
+
+def test_images_of_different_grids_are_refused():
+    model = apply_ailurus(make_model("Siglip2VisionModel"), cluster_location=1, keep_ratio=0.25)
+    given = {}
+    given["pixel_values"] = patchified(images(2), 4, given)
+    wrong = {**given, "spatial_shapes": torch.tensor([[8, 12], [12, 8]])}
+    with pytest.raises(AiluRusError, match="2 different grids"):
+        model(**wrong)
+    mask = given["pixel_attention_mask"].clone()
+    mask[1, 90:] = 0
+    with pytest.raises(AiluRusError, match="open for the 96 patches"):
+        model(**{**given, "pixel_attention_mask": mask})
+    model(**given)

@@ -30,6 +30,7 @@ CONFIGS = {
     "residual": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="residual"),
     "copy at backbone": AiluRusConfig(cluster_location=2, keep_ratio=0.25, restore="copy", restore_at="backbone"),
     "restored early": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="residual", restore_location=3),
+    "smooth": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="smooth"),
     "local k-means": AiluRusConfig(cluster_location=1, keep_ratio=0.25, clustering="local_kmeans"),
 }
 CONFIGS["two places"] = AiluRusConfig(cluster_location=(1, 2), keep_ratio=(0.5, 0.25), restore="residual")

@@ -14,7 +14,9 @@ from ailurus_hf.cli_support import load_model
 from benchmarks import (
     clustering_cost,
     datasets,
+    detection_speed,
     families_speed,
+    finetune_speed,
     harness,
     methods,
     report,
@@ -60,6 +62,29 @@ def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
     rows = families_speed.measure("tiny", ["local_kmeans"], repeats=1, stages=[(3,), (2, 3)])
     assert [row["place"] for row in rows] == ["16 → 4, local_kmeans", "64 → 16, 16 → 4, local_kmeans"]
     assert 1 < rows[0]["ideal"] < rows[1]["ideal"] and rows[0]["cosine"] > rows[1]["cosine"]
+
+
+def test_training_steps_of_every_kind_of_method(monkeypatch):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    monkeypatch.setitem(finetune_speed.GEOMETRIES, "tiny", (128, sizes))
+    names = [methods.PAPER, "Expedite", "ToMe"]
+    plain, *rows = finetune_speed.measure("tiny", names, [0.25], repeats=1, location=1, batch_size=2, precision="bf16")
+    assert [row["method"] for row in rows] == names and plain["share_of_plain"] == 1
+    for row in rows:
+        assert row["seconds"] > 0 and row["ideal_share"] == pytest.approx(0.65, abs=0.04)
+        assert row["tflops"] == pytest.approx(row["ideal_share"] * plain["tflops"])
+    assert [row["num_clusters"] for row in rows[:2]] == [16, 16]
+
+
+@pytest.mark.parametrize("make", [detection_speed.beit, detection_speed.vit, detection_speed.yolos])
+@pytest.mark.parametrize("part", ["encoder", "pyramid"])
+def test_speed_of_detectors(monkeypatch, make, part):
+    monkeypatch.setattr(detection_speed, "SIZE", (96, 128))
+    monkeypatch.setitem(detection_speed.MODELS, "tiny", make({**SIZES, "image_size": 96, "patch_size": 16}))
+    rows = detection_speed.measure("tiny", [(1, 12), (2, 24)], repeats=1, size=(96, 128), part=part)
+    assert [row["place"] for row in rows] == ["1, 48 → 12", "2, 48 → 24"]
+    assert rows[0]["ideal"] > rows[1]["ideal"] > 1 and -1 <= rows[0]["cosine"] <= 1
+    assert rows[0]["share_of_ideal"] == pytest.approx(rows[0]["speed_up"] / rows[0]["ideal"])
 
 
 def test_quality_of_every_method_on_two_images(tmp_path):

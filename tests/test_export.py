@@ -11,6 +11,7 @@ from ailurus_hf import apply_ailurus
 NAMES = ["ViTForImageClassification", "Segmenter(ViT, mask transformer)"]
 SETTINGS = {
     "density peaks, copy": {"clustering": "density_peaks", "restore": "copy"},
+    "local k-means, smooth": {"clustering": "local_kmeans", "restore": "smooth"},
     "local k-means, residual": {"clustering": "local_kmeans", "restore": "residual"},
 }
 

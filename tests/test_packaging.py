@@ -87,7 +87,8 @@ import torch
 start = time.perf_counter()
 import ailurus_hf
 print(time.perf_counter() - start)
-print(*{"transformers", "diffusers", "PIL", "matplotlib", "accelerate"} & set(sys.modules))
+optional = {"transformers", "diffusers", "PIL", "matplotlib", "accelerate", "torchvision"}
+print(*optional & set(sys.modules))
 """
     seconds, loaded = (python(code, tmp_path, PYTHONPATH=str(ROOT)) + "\n").split("\n")[:2]
     assert loaded == ""
@@ -114,7 +115,5 @@ def test_doctor_knows_the_extras() -> None:
 def test_constraints_pin_what_make_installs() -> None:
     pinned = {re.split(r"[=;]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     extras = PROJECT["optional-dependencies"]
-    needed = names_of(
-        PROJECT["dependencies"] + extras["vision"] + extras["diffusion"] + extras["bench"] + extras["test"]
-    )
+    needed = names_of(PROJECT["dependencies"] + [name for extra in extras.values() for name in extra])
     assert needed - pinned == set()

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import ailurus_hf.segmenter  # noqa: F401  registers Segmenter
@@ -26,20 +25,6 @@ from camvid_data import (  # noqa: E402
     training_batch,
     window_positions,
 )
-
-
-@pytest.fixture(scope="module")
-def camvid(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("camvid")
-    for split, number in (("train", 4), ("val", 2)):
-        for part in ("images", "labels"):
-            (folder / split / part).mkdir(parents=True)
-        for i in range(number):
-            # The colour tells the class, so that a window's pixels and labels can be held against each other.
-            label = np.kron(np.random.default_rng(i).integers(0, 12, (9, 12)), np.ones((40, 40))).astype(np.uint8)
-            Image.fromarray(np.stack([label * 20] * 3, -1)).save(folder / split / "images" / f"{i}.jpg", quality=100)
-            Image.fromarray(label).save(folder / split / "labels" / f"{i}.png")
-    return folder
 
 
 def run(script, *args):

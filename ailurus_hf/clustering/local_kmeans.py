@@ -58,7 +58,7 @@ def local_kmeans(
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A grid divided into M cells of about equal size, in rows.
+    """A grid divided into M cells of about equal size, in rows; those of a video are as long through time as can be.
 
     start:      LongTensor[N], the cell each place lies in.
     candidates: LongTensor[N, 9] (27 in 3-D), that cell and those around it; at borders some appear twice.
@@ -71,7 +71,7 @@ class Cells:
 
 @grid_table
 def grid_cells(grid: Grid, num_cells: int, device: torch.device) -> Cells:
-    """Divides a grid into exactly `num_cells` cells, as square as may be."""
+    """Divides a grid into exactly `num_cells` cells, in space as square as may be."""
     coordinates = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid))
     candidates = _cells_around(coordinates, grid, num_cells)
     start = candidates[:, candidates.shape[1] // 2]
@@ -99,11 +99,15 @@ def _cells_around(coordinates: Tensor, grid: Grid, num_cells: int) -> Tensor:
 
 
 def _num_rows(grid: Grid, num_cells: int) -> int:
-    """Rows that make cells square; near that number, one that divides the cells evenly."""
+    """Rows that make cells square; near that number, one that divides the cells evenly. Through time, as few as can be."""
     if len(grid) == 1:
         return num_cells
     rest = math.prod(grid[1:])
     least, most = -(-num_cells // rest), min(grid[0], num_cells)
+    if len(grid) == 3:
+        # Frames differ less than places do, above all where they share their noise: on real clips cells that reach far
+        # through time and are small in space kept far more than cubes.
+        return least
     square = grid[0] * (num_cells / (grid[0] * rest)) ** (1 / len(grid))
     near = [rows for rows in range(least, most + 1) if abs(math.log(rows / square)) < 0.15]
     return min(near or range(least, most + 1), key=lambda rows: (bool(near) * (num_cells % rows), abs(rows - square)))

@@ -22,6 +22,7 @@ from diffusers import DiTTransformer2DModel as DiTModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -161,6 +162,14 @@ def _block_path(stack: Stack, number: int) -> str:
     return f"transformer_blocks.{number}" if number < first else f"single_transformer_blocks.{number - first}"
 
 
+def convolution_norms(network: nn.Module) -> list[nn.GroupNorm]:
+    """The group norms around a network's convolutions: of its ResNet blocks, and before its last convolution."""
+    blocks = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
+    norms: list[Any] = [norm for block in blocks for norm in (block.norm1, block.norm2)]
+    norms.append(getattr(network, "conv_norm_out", None))
+    return [norm for norm in norms if isinstance(norm, nn.GroupNorm)]
+
+
 class Call:
     """Reads the arguments of a network's forward by name, given in whatever way."""
 
@@ -195,15 +204,18 @@ def pairs_halves(pipeline: Any, call: Call, args: tuple, kwargs: dict) -> bool:
 TEXT_TOKENS = 77
 
 
-def block_flops(block: nn.Module, queries: int, keys: int, others: int) -> float:
-    """FLOPs of a block on one image, by its tokens: queries and keys of self-attention, and those of all the rest."""
+def block_flops(block: nn.Module, queries: int, keys: int, others: int, attended: int = 1) -> float:
+    """FLOPs of a block on one image, by its tokens: queries and keys of self-attention, and those of all the rest.
+
+    attended: images (frames) whose keys a query takes.
+    """
     attention, cross = block.attn1, getattr(block, "attn2", None)
     rest = [block.ff] if cross is None else [block.ff, cross.to_q, cross.to_out]
     flops: float = (
         queries * _linear_flops([attention.to_q, attention.to_out])  # type: ignore
         + keys * _linear_flops([attention.to_k, attention.to_v])  # type: ignore
         + others * _linear_flops(rest)  # type: ignore
-        + 4.0 * queries * keys * attention.inner_dim  # type: ignore
+        + 4.0 * queries * keys * attended * attention.inner_dim  # type: ignore
     )
     if cross is not None:
         flops += TEXT_TOKENS * (_linear_flops([cross.to_k, cross.to_v]) + 4.0 * others * cross.inner_dim)

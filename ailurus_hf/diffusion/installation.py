@@ -123,9 +123,9 @@ def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Pla
         others = tokens if config.scope == "attention" else clusters
         queries = tokens if config.reduce == "kv" else clusters
         projected = clusters if config.scope == "blocks" and config.projections == "merged" else tokens
-        full = sum(block_flops(block, tokens, tokens, tokens) for block in stack.blocks)
+        full = sum(block_flops(block, tokens, tokens, tokens, record.attended) for block in stack.blocks)
         full += projection_flops(stack, tokens)
-        reduced = sum(block_flops(block, queries, clusters, others) for block in stack.blocks)
+        reduced = sum(block_flops(block, queries, clusters, others, record.attended) for block in stack.blocks)
         reduced += projection_flops(stack, projected)
     where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
     return record.place(where, number, restored, full, reduced)

@@ -199,6 +199,7 @@ class JointReducer(NetworkReducer):
         tokens = args[0] if args else kwargs["hidden_states"]
         arriving = run.current
         clusters = self.assign(run, self.stacks[0], arriving.grid, tokens)
+        assert isinstance(clusters, TokenClusters)
         merged = clusters.merge(tokens)
         run.current = Merged(clusters, tokens, merged, self._rotary(clusters, arriving))
         return with_argument(args, kwargs, 0, "hidden_states", merged)
@@ -290,7 +291,9 @@ class JointProcessor:
 
     def _clusters(self, run: Run, hidden_states: Tensor) -> TokenClusters | None:
         _, grid = run.current
-        return self.reducer.assign_current(self._split(hidden_states, math.prod(grid))[1])
+        clusters = self.reducer.assign_current(self._split(hidden_states, math.prod(grid))[1])
+        assert clusters is None or isinstance(clusters, TokenClusters)
+        return clusters
 
     def _projected(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
         """Query, key and value of all tokens in the network's order, Tensor[B, L, heads, D]."""

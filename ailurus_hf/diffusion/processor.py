@@ -19,10 +19,11 @@ from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError, UnsupportedModelError
 from .backend import attend
+from .frames import JointClusters
 from .reducer import cluster_tokens
 
 # The clusters of Tensor[B, N, C], or None where a layer runs unreduced.
-Assign = Callable[[Tensor], TokenClusters | None]
+Assign = Callable[[Tensor], TokenClusters | JointClusters | None]
 
 
 class AiluRusProcessor:
@@ -105,21 +106,34 @@ class AiluRusProcessor:
         return scaled
 
     def _attention(
-        self, attn: Any, asking: Tensor, answering: Tensor, mask: Tensor | None, clusters: TokenClusters | None
+        self,
+        attn: Any,
+        asking: Tensor,
+        answering: Tensor,
+        mask: Tensor | None,
+        clusters: TokenClusters | JointClusters | None,
     ) -> Tensor:
         batch, keys = answering.shape[:2]
-        query, key, value = (
-            part.view(batch, -1, attn.heads, part.shape[-1] // attn.heads).transpose(1, 2)
-            for part in (attn.to_q(asking), attn.to_k(answering), attn.to_v(answering))
-        )
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
+        query, key, value = self._projected(attn, asking, answering)
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, keys, batch).view(batch, attn.heads, -1, keys)
         bias = None if clusters is None else clusters.log_counts()
         out = attend(query, key, value, mask=mask, key_bias=bias, backend=self._attention_backend)
-        out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        projected: Tensor = attn.to_out[1](attn.to_out[0](out))
+        return self._output(attn, out.to(query.dtype))
+
+    def _projected(self, attn: Any, asking: Tensor, answering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, Tensor[B, heads, L, D]."""
+        query, key, value = (
+            part.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for part in (attn.to_q(asking), attn.to_k(answering), attn.to_v(answering))
+        )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        return query, key, value
+
+    def _output(self, attn: Any, out: Tensor) -> Tensor:
+        """From Tensor[B, heads, L, D] to [B, L, C]."""
+        projected: Tensor = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return projected
 
     def cluster(self, tokens: Tensor) -> TokenClusters | None:

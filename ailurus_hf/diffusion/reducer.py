@@ -23,6 +23,7 @@ from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..status import Record
 from .backend import Call, Stack, pairs_halves, self_attentions
+from .frames import Frames, JointClusters
 from .store import AssignmentStore, Run, place_among
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,11 @@ class NetworkReducer:
 
     def without_processor(self) -> list[str]:
         """Self-attention layers that run on something else by now."""
-        return [n for n, layer in self_attentions(self.stacks).items() if layer.processor is not self.processor]
+        return [
+            name
+            for name, layer in self_attentions(self.stacks).items()
+            if self.processor not in (layer.processor, getattr(layer.processor, "stands_for", None))
+        ]
 
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -128,20 +133,41 @@ class NetworkReducer:
         level = 2 ** round(math.log2(run.latent_side / max(grid)))
         return self.config.clusters_for(num_tokens, level) if run.reduce else num_tokens
 
-    def assign(self, run: Run, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> TokenClusters:
+    def assign(self, run: Run, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> TokenClusters | JointClusters:
         """The run's clusters of a grid, made from Tensor[B, N, C] if it has none."""
         if tokens.shape[1] != math.prod(grid):
             raise AiluRusError(f"grid {grid} has {math.prod(grid)} places, but there are {tokens.shape[1]} tokens")
-        key, num_clusters = (grid, tokens.shape[0]), self.num_clusters(run, grid)
+        frames, num_clusters = frames_of(stack), self.num_clusters(run, grid)
+        key = grid, tokens.shape[0], None if frames is None else frames.numbers
         clusters = run.assignments.get(key)
         made = clusters is None
         if clusters is None:
-            clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, run.share_cfg)
+            if frames is not None and frames.all_joined and self.config.frames == "joint":
+                clusters = self._cluster_videos(frames, tokens, grid, num_clusters, run.share_cfg)
+            else:
+                clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, run.share_cfg)
             run.assignments[key] = clusters
-        self.records[stack.name].reduced(tokens.shape[1], num_clusters, clusters, grid, made)
+        record = self.records[stack.name]
+        record.attended = 1 if frames is None else len(frames.sources[0])
+        if isinstance(clusters, JointClusters):
+            record.reduced(tokens.shape[1], num_clusters, clusters.clusters, (clusters.frames, *grid), made)
+        else:
+            record.reduced(tokens.shape[1], num_clusters, clusters, grid, made)
         return clusters
 
-    def assign_current(self, tokens: Tensor) -> TokenClusters | None:
+    def _cluster_videos(
+        self, frames: Frames, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool
+    ) -> JointClusters:
+        """Clusters over space and time, as many a frame as there would be of each frame alone."""
+        count, videos = frames.count, frames.videos(tokens.shape[0])
+        if share_halves and videos % 2:
+            raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {videos} videos of {count} frames")
+        joined = tokens.reshape(videos, -1, tokens.shape[2])
+        return JointClusters(
+            cluster_tokens(self.clustering, joined, (count, *grid), count * num_clusters, share_halves), count
+        )
+
+    def assign_current(self, tokens: Tensor) -> TokenClusters | JointClusters | None:
         """For the processor: clusters of the stack that is running, None where it runs unreduced."""
         run = self.store.run
         if run is None or run.current is None:
@@ -154,7 +180,9 @@ class NetworkReducer:
 
     def leave(self, run: Run, stack: Stack, num_tokens: int) -> None:
         """A stack runs unreduced."""
-        self.records[stack.name].unreduced(num_tokens)
+        record, frames = self.records[stack.name], frames_of(stack)
+        record.attended = 1 if frames is None else len(frames.sources[0])
+        record.unreduced(num_tokens)
         if run.reduce:
             run.most_unreduced = max(run.most_unreduced, num_tokens)
 
@@ -181,6 +209,12 @@ class NetworkReducer:
                 type(self.network).__name__,
             )
         self.lost_processors = lost
+
+
+def frames_of(stack: Stack) -> Frames | None:
+    """The frames that a batch holds, where the stack's self-attention runs on a CrossFrameProcessor."""
+    layer = getattr(stack.blocks[0], "attn1", None)
+    return getattr(getattr(layer, "processor", None), "frames", None)
 
 
 @torch.no_grad()

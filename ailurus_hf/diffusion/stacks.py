@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..clusters import TokenClusters
 from ..errors import AiluRusError
 from .backend import BLOCK_MASK_POSITION, Stack
+from .frames import JointClusters
 from .reducer import NetworkReducer
 
 
@@ -28,7 +29,7 @@ class Merged:
     kept: what all N tokens keep, [B, N, C] or [B, C, H, W]. start: the representatives that the gain is counted from.
     """
 
-    clusters: TokenClusters
+    clusters: TokenClusters | JointClusters
     kept: Tensor
     start: Tensor
     bias: Tensor
@@ -163,7 +164,7 @@ class StackHooks:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the network without one")
 
 
-def _bias(clusters: TokenClusters, tokens: Tensor) -> Tensor:
+def _bias(clusters: TokenClusters | JointClusters, tokens: Tensor) -> Tensor:
     """Log counts as blocks take a bias on self-attention: Tensor[B, 1, M]."""
     return clusters.log_counts()[:, None, :].to(tokens.dtype)
 

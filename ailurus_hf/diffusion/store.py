@@ -16,9 +16,10 @@ from torch import Tensor
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
+from .frames import JointClusters
 
-# Grid and batch.
-Assignments = dict[tuple[tuple[int, ...], int], TokenClusters]
+# By grid, batch, and which frames of a video those are.
+Assignments = dict[tuple[tuple[int, ...], int, tuple[int, ...] | None], TokenClusters | JointClusters]
 
 
 @dataclass

@@ -130,6 +130,9 @@ class SegmenterPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    # The loss is a mean over a batch's pixels; else Trainer takes forward's **kwargs for a sum that it need not divide
+    # among accumulated batches and processes.
+    accepts_loss_kwargs = False
     _no_split_modules = ["SegmenterViTEmbeddings", "SegmenterDeiTEmbeddings", "ViTLayer", "DeiTLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -164,3 +164,11 @@ def follow_query_mask(arguments: dict[str, Any], run: Run, stage: Stage, bias: T
     of_queries = F.pad(count.round().log().transpose(1, 2), (front, 0))[:, None]
     of_patches = bias.expand(-1, 1, stage.clusters.num_clusters, -1)
     return torch.cat([of_queries.to(bias.dtype), of_patches], 2)
+
+
+# Padding behind the patches (SigLIP 2): nobody looks at it. The mask that says so is as long as all N patches.
+
+
+def mask_padding(arguments: dict[str, Any], run: Run, stage: Stage, bias: Tensor) -> Tensor:
+    """The bias with padding closed; the mask over all patches is dropped."""
+    return F.pad(bias[..., : bias.shape[-1] - run.suffix], (0, run.suffix), value=-torch.inf)

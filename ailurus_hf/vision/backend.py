@@ -128,8 +128,15 @@ def use_ailurus_attention(configs: Iterable[PreTrainedConfig], eager_as: str = "
     return restore
 
 
-def layers_of(encoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+# The one model of timm, and the one kind of layer in it, whose forward is known here.
+TIMM_MODEL = "timm.models.vision_transformer.VisionTransformer"
+TIMM_LAYER = "timm.models.vision_transformer.Block"
+
+
+def layers_of(encoder: nn.Module) -> tuple[nn.Module, nn.ModuleList | nn.Sequential]:
     """The encoder's transformer layers and the module that calls them, found by their number and not by their name."""
+    if isinstance(wrapped := getattr(encoder, "timm_model", None), nn.Module):
+        return wrapped, _timm_layers(wrapped)
     depth = cast(PreTrainedConfig, encoder.config).num_hidden_layers
     found = [
         (parent, child)
@@ -145,6 +152,21 @@ def layers_of(encoder: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     return found[0]
 
 
+def _timm_layers(model: Any) -> nn.Sequential:
+    kinds = {qualified_name(model), *map(qualified_name, getattr(model, "blocks", []))}
+    if kinds != {TIMM_MODEL, TIMM_LAYER}:
+        names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in kinds))
+        raise UnsupportedModelError(
+            f"of timm's models only VisionTransformer with layers of class Block can be reduced, this one is of {names}"
+        )
+    layers: nn.Sequential = model.blocks
+    return layers
+
+
+def qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _is_layer(module: nn.Module) -> bool:
     return "hidden_states" in inspect.signature(module.forward).parameters
 
@@ -157,7 +179,7 @@ def parameters_of(layer: nn.Module) -> list[str]:
 def bias_parameter(layer: nn.Module) -> str:
     """The argument by which `layer` takes an attention bias."""
     parameters = inspect.signature(layer.forward).parameters
-    for name in ("attention_mask", "relative_position_bias"):
+    for name in ("attention_mask", "relative_position_bias", "attn_mask"):
         if name in parameters:
             return name
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

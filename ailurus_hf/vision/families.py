@@ -32,10 +32,12 @@ class Family:
 
     name: what users call the family.
     encoder: the class's qualified name. It has to match exactly: a subclass may do anything between its layers.
-    prefix: tokens before the patches (CLS, distillation); and the config's field that counts registers, if there is one.
+    prefix: tokens before the patches (CLS, distillation), or what counts them; and the config's field that counts
+        registers, if there is one.
     suffix, queries: the config's field that counts tokens behind the patches, or tokens that join in front at a late layer.
     models: what users load that has this encoder inside, for the table.
     grid: the patch grid of an input.
+    layout: where the arguments of a forward say it instead: the grid, and how many tokens of padding stand behind it.
     reads: the hidden states that the class itself reads (a backbone's feature maps); None: it is no backbone.
     between: the layers whose output the class reads on the grid before the next layer; None: there never are any.
     prepare: called with the arguments of a forward, which it may change; raises AiluRusError on what cannot be reduced.
@@ -43,12 +45,13 @@ class Family:
 
     name: str
     encoder: str
-    prefix: int = 0
+    prefix: int | Callable[[Any], int] = 0
     registers: str | None = None
     suffix: str | None = None
     queries: str | None = None
     models: str = ""
     grid: Callable[[nn.Module, Tensor], tuple[int, int]] = patch_grid
+    layout: Callable[[Any, dict[str, Any]], tuple[tuple[int, int], int]] | None = None
     reads: Callable[[Any], Iterable[int]] | None = None
     between: Callable[[Any], Iterable[int]] | None = None
     prepare: Callable[[Any, dict[str, Any]], None] | None = None
@@ -112,9 +115,46 @@ def in_grid_order(encoder: Any, arguments: dict[str, Any]) -> None:
         raise AiluRusError(f"{type(encoder).__name__} shuffles tokens by noise, which has to ascend in each image")
 
 
+def common_grid(encoder: Any, arguments: dict[str, Any]) -> tuple[tuple[int, int], int]:
+    """SigLIP 2 takes patches, with a grid for each image and padding to one length."""
+    patches, mask, grids = (arguments[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes"))
+    if bool((grids != grids[:1]).any()):
+        raise AiluRusError(
+            f"the images of this batch have {len(grids.unique(dim=0))} different grids, which one number of clusters "
+            "does not fit: give images of one grid together, or one at a time"
+        )
+    rows, columns = grids[0].tolist()
+    num_tokens, length = rows * columns, patches.shape[1]
+    if mask is not None and bool((mask.bool() != (torch.arange(length, device=mask.device) < num_tokens)).any()):
+        raise AiluRusError(
+            f"pixel_attention_mask must be open for the {num_tokens} patches of the grid, and for no others"
+        )
+    return (rows, columns), length - num_tokens
+
+
+def timm_grid(encoder: Any, pixel_values: Tensor) -> tuple[int, int]:
+    rows, columns = encoder.timm_model.patch_embed.dynamic_feat_size(pixel_values.shape[-2:])
+    return rows, columns
+
+
+def timm_prefix(encoder: Any) -> int:
+    return int(encoder.timm_model.num_prefix_tokens)
+
+
+def as_timm_runs_layers(encoder: Any, arguments: dict[str, Any]) -> None:
+    """timm makes grids of hidden states between its layers, and checkpoints them in a way that runs hooks twice."""
+    name = type(encoder).__name__
+    if arguments.get("output_hidden_states") or (
+        encoder.config.output_hidden_states and "output_hidden_states" not in arguments
+    ):
+        raise AiluRusError(f"{name} reads hidden states on the whole grid: call it without output_hidden_states")
+    if encoder.training and getattr(encoder.timm_model, "grad_checkpointing", False):
+        raise AiluRusError(f"timm's gradient checkpointing clusters twice: switch it off on {name}")
+
+
 _AT = "transformers.models."
 
-FAMILIES = (
+FAMILIES: tuple[Family, ...] = (
     Family("ViT", _AT + "vit.modeling_vit.ViTModel", prefix=1),
     Family("DeiT", _AT + "deit.modeling_deit.DeiTModel", prefix=2),
     Family("ViTMSN", _AT + "vit_msn.modeling_vit_msn.ViTMSNModel", prefix=1),
@@ -163,6 +203,12 @@ FAMILIES = (
         "SigLIP vision", _AT + "siglip.modeling_siglip.SiglipVisionModel", models="SiglipModel, PaliGemma and others"
     ),
     Family(
+        "SigLIP 2 vision (one grid a batch)",
+        _AT + "siglip2.modeling_siglip2.Siglip2VisionModel",
+        models="Siglip2Model, Siglip2ForImageClassification",
+        layout=common_grid,
+    ),
+    Family(
         "DPT",
         _AT + "dpt.modeling_dpt.DPTModel",
         prefix=1,
@@ -200,12 +246,28 @@ FAMILIES = (
     ),
 )
 
+FAMILIES += tuple(
+    Family(
+        name,
+        f"{_AT}timm_wrapper.modeling_timm_wrapper.{encoder}",
+        prefix=timm_prefix,
+        models="timm's VisionTransformer in transformers",
+        grid=timm_grid,
+        prepare=as_timm_runs_layers,
+    )
+    for name, encoder in (
+        ("timm ViT", "TimmWrapperModel"),
+        ("timm ViT, classification", "TimmWrapperForImageClassification"),
+    )
+)
+
 DECODERS = (
     TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.MaskTransformerDecoder", suffix="num_labels"),
     TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.LinearDecoder"),
 )
 
 READERS = (
+    Reader("ailurus_hf.detection.pyramid.ViTPyramid", lambda pyramid: pyramid.taps),
     Reader(_AT + "beit.modeling_beit.BeitBackbone", feature_maps),
     Reader(
         _AT + "beit.modeling_beit.BeitForSemanticSegmentation", lambda model: [i - 1 for i in model.config.out_indices]
@@ -218,7 +280,6 @@ READERS = (
     Reader(_AT + "dpt.modeling_dpt.DPTForSemanticSegmentation", dpt_neck),
 )
 
-_WINDOWS = "its windowed attention needs the whole grid in most layers, and its global attention takes no bias"
 _PYRAMID = (
     "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
 )
@@ -232,13 +293,8 @@ REFUSED = {
     "hiera": _PYRAMID,
     "pvt": _PYRAMID,
     "pvt_v2": _PYRAMID,
-    "vitdet": _WINDOWS,
-    "sam": _WINDOWS,
-    "sam_hq": _WINDOWS,
     "blip": _OWN_ATTENTION,
-    "timm_wrapper": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
-    "timm_backbone": "timm's layers are not transformers' own and take no bias: load the model in transformers' format",
-    "siglip2": "its images come in grids of their own, padded to one length, which no common number of clusters fits",
+    "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, or in transformers' format",
 }
 
 
@@ -250,6 +306,9 @@ def supported_models() -> str:
             f"| {family.name} | `{family.encoder.rsplit('.', 1)[1]}` | {family.models or '–'} | {_around(family)} |"
         )
     rows.append("| SegFormer | `SegformerModel` | SegFormer's heads | none; stage by stage: segformer.py |")
+    rows.append(
+        "| VitDet, SAM, SAM-HQ | `VitDetModel`, `SamVisionModel` | VitMatte, SamModel | none; global layers only: windowed.py |"
+    )
     rows += ["", "| refused | why |", "| --- | --- |"]
     reasons: dict[str, list[str]] = {}
     for module, reason in REFUSED.items():
@@ -259,10 +318,13 @@ def supported_models() -> str:
 
 
 def _around(family: Family) -> str:
-    before = f"{family.prefix}" + (" + registers" if family.registers else "") + " before"
+    prefix = "CLS and registers" if callable(family.prefix) else str(family.prefix)
+    before = prefix + (" + registers" if family.registers else "") + " before"
     parts = [before if family.prefix or family.registers else "none"]
     if family.suffix:
         parts.append("detection tokens behind")
+    if family.layout:
+        parts.append("padding behind")
     if family.queries:
         parts.append("queries join late")
     return ", ".join(parts)

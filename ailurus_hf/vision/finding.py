@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .backend import layers_of
+from .backend import layers_of, qualified_name
 from .families import DECODERS, FAMILIES, READERS, REFUSED, Family, Reader
 
 
@@ -37,16 +37,16 @@ def find_encoders(target: nn.Module) -> list[FoundEncoder]:
     """Every supported encoder in a model; raises UnsupportedModelError, naming the class, where there is none."""
     families = {family.encoder: family for family in FAMILIES}
     decoders = {decoder.decoder: decoder for decoder in DECODERS}
-    encoders = [module for module in target.modules() if _qualified_name(module) in families]
-    token_decoders = [module for module in target.modules() if _qualified_name(module) in decoders]
+    encoders = [module for module in target.modules() if qualified_name(module) in families]
+    token_decoders = [module for module in target.modules() if qualified_name(module) in decoders]
     if not encoders:
         raise UnsupportedModelError(_unsupported(target))
     # With several encoders in one model nothing says whose tokens a decoder reads.
     decoder = token_decoders[0] if len(token_decoders) == len(encoders) == 1 else None
-    suffix = decoders[_qualified_name(decoder)].suffix if decoder is not None else None
+    suffix = decoders[qualified_name(decoder)].suffix if decoder is not None else None
     found = []
     for encoder in encoders:
-        family = families[_qualified_name(encoder)]
+        family = families[qualified_name(encoder)]
         stack, layers = layers_of(encoder)
         found.append(
             FoundEncoder(
@@ -54,7 +54,8 @@ def find_encoders(target: nn.Module) -> list[FoundEncoder]:
                 encoder,
                 stack,
                 list(layers),
-                family.prefix + _count(encoder, family.registers),
+                (family.prefix(encoder) if callable(family.prefix) else family.prefix)
+                + _count(encoder, family.registers),
                 _count(encoder, family.suffix),
                 _reader(target, encoder),
                 decoder,
@@ -71,12 +72,8 @@ def _count(encoder: nn.Module, field: str | None) -> int:
 
 def _reader(target: nn.Module, encoder: nn.Module) -> tuple[nn.Module, Reader] | None:
     readers = {reader.reader: reader for reader in READERS}
-    around = [m for m in target.modules() if _qualified_name(m) in readers and encoder in m.modules()]
-    return (around[0], readers[_qualified_name(around[0])]) if len(around) == 1 else None
-
-
-def _qualified_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    around = [m for m in target.modules() if qualified_name(m) in readers and encoder in m.modules()]
+    return (around[0], readers[qualified_name(around[0])]) if len(around) == 1 else None
 
 
 def _unsupported(target: nn.Module) -> str:

@@ -7,12 +7,16 @@ from typing import Any
 from torch import nn
 
 from ..clustering import Clustering, configured, configured_nesting
+from ..clustering.budget import by_content
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..status import Status
 from .finding import find_encoders
 from .reducer import EncoderReducer
 from .segformer import StageReducer, stage_reducers
+from .windowed import GlobalLayerReducer, global_layer_reducers
+
+Reducer = EncoderReducer | StageReducer | GlobalLayerReducer
 
 # The attribute on an encoder or a stage that holds its reducer; gone again after `uninstall`.
 ATTRIBUTE = "_ailurus_reducer"
@@ -25,7 +29,11 @@ def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | N
     clustering: another way to cluster than the config's, to compare with.
     """
     cluster = clustering or configured(config)
-    reducers: list[EncoderReducer | StageReducer] = [*stage_reducers(target, config, cluster)]
+    if config.min_keep_ratio is not None:
+        cluster = by_content(cluster, config.min_keep_ratio)
+    reducers: list[Reducer] = [*stage_reducers(target, config, cluster)]
+    if not reducers and config.stages is None:
+        reducers += global_layer_reducers(target, config, cluster)
     if not reducers:
         nesting = configured_nesting(config)
         reducers = [EncoderReducer(found, config, cluster, nesting) for found in find_encoders(target)]
@@ -50,7 +58,7 @@ def uninstall(target: nn.Module) -> None:
             delattr(module.config, CONFIG_KEY)
 
 
-def reducers_of(target: nn.Module) -> list[EncoderReducer | StageReducer]:
+def reducers_of(target: nn.Module) -> list[Reducer]:
     """The reducers on `target` and its parts, in order."""
     return [vars(module)[ATTRIBUTE] for module in target.modules() if ATTRIBUTE in vars(module)]
 

@@ -73,7 +73,8 @@ class EncoderReducer:
         self.parameters = parameters_of(self.found.layers[0])
         in_layers = {id(module) for layer in self.found.layers for module in layer.modules()}
         self.shared_bias = [m for m in adapters.relative_bias_modules(self.found.encoder) if id(m) not in in_layers]
-        self.takes_masks = bool(self.shared_bias) or self.found.family.queries is not None
+        family = self.found.family
+        self.takes_masks = bool(self.shared_bias) or family.queries is not None or family.layout is not None
         self.adapters = [self._adapters_of(layer) for layer in self.found.layers]
         self.decoder_bias_parameter = "attention_mask"
         self.decoder_parameters: list[str] = []
@@ -90,6 +91,8 @@ class EncoderReducer:
             found.append(adapters.rotate_at_centroids)
         if self.found.family.queries is not None:
             found.append(adapters.follow_query_mask)
+        if self.found.family.layout is not None:
+            found.append(adapters.mask_padding)
         return found
 
     @property
@@ -145,7 +148,12 @@ class EncoderReducer:
         if kwargs.get("attention_mask") is not None:
             raise AiluRusError("a 2-D attention_mask cannot follow merged tokens: call the model without one")
         # Plain numbers also where torch.compile would keep sizes symbolic.
-        grid = tuple(operator.index(side) for side in family.grid(encoder, pixel_values))
+        arguments = {**dict(zip(parameters_of(encoder), args)), **kwargs}
+        if family.layout is None:
+            sides, suffix = family.grid(encoder, pixel_values), self.found.suffix
+        else:
+            sides, suffix = family.layout(encoder, arguments)
+        grid = tuple(operator.index(side) for side in sides)
         num_tokens = math.prod(grid)
         if thread() in self.wanted:
             # A reader asks for all states, to read some, so the encoder cannot tell what is wanted.
@@ -157,14 +165,13 @@ class EncoderReducer:
             grid,
             num_tokens,
             self._targets(num_tokens),
-            self.found.suffix,
+            suffix,
             frozenset() if family.between is None else frozenset(family.between(encoder)),
             wanted,
             encoder.training,
         )
         if family.prepare is None:
             return None
-        arguments = {**dict(zip(parameters_of(encoder), args)), **kwargs}
         family.prepare(encoder, arguments)
         return (), arguments
 
@@ -215,13 +222,13 @@ class EncoderReducer:
             clusters = self.nesting(before.clusters, tokens, run.grid, target)
         # Also where the output is copied: the hidden state at L itself was never reduced.
         run.stages.append(Stage(location, run.grid, clusters, tokens, clusters.merge(tokens)))
-        record.reduced(left, target, clusters, run.grid)
+        record.reduced(left, clusters.num_clusters, clusters, run.grid)
         front, _, suffix = run.split(hidden_states, run.num_tokens)
         return torch.cat([front, run.stages[-1].merged, suffix], 1)
 
     def _check_length(self, run: Run, hidden_states: Tensor, location: int) -> None:
         """Whether the sequence is prefix + grid + suffix; queries that have joined count to the prefix."""
-        around, queries = self.found.prefix + self.found.suffix, self.found.family.queries
+        around, queries = self.found.prefix + run.suffix, self.found.family.queries
         length = hidden_states.shape[1] - around
         joined = 0 if queries is None else int(getattr(self.found.encoder.config, queries))
         if length not in (run.num_tokens, run.num_tokens + joined):
@@ -261,7 +268,7 @@ class EncoderReducer:
 
     def finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
         run = self.runs.pop(thread(), None)
-        return output if run is None or run.stage is None else run.stage.clusters.unmerge(output)
+        return output if run is None or run.stage is None else run.stage.unfold(output, self.config.restore)
 
     # Hidden states: transformers collects what layers put out, which is M long; they are unfolded once, where they leave.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..clustering.smooth_unfolding import Smoothing, smoothing
 from ..clusters import TokenClusters
 
 
@@ -54,10 +55,15 @@ class Stage:
         places = torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(self.tokens.shape[0], -1, -1)
         return self.clusters.merge(places)
 
+    def _smoothing(self) -> Smoothing:
+        return smoothing(self.clusters, self.tokens, self.grid)
+
     def unfold(self, representatives: Tensor, restore: str | None) -> Tensor:
         """All N patches from Tensor[B, M, C]."""
         if restore == "copy":
             return self.clusters.unmerge(representatives)
+        if restore == "smooth":
+            return self.once("smoothing", self._smoothing).unmerge(representatives)
         return self.tokens + self.clusters.unmerge(representatives - self.merged)
 
 

@@ -112,7 +112,7 @@ class StageReducer:
             return
         clusters = self.clustering(tokens, grid, target)
         self.clusters[thread()] = clusters
-        self.records[0].reduced(num_tokens, target, clusters, grid)
+        self.records[0].reduced(num_tokens, clusters.num_clusters, clusters, grid)
 
     def enter_block(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         clusters = self.clusters[thread()]

@@ -1,0 +1,58 @@
+"""How many clusters an image is worth: M by content, between two bounds (not in the paper)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..clusters import TokenClusters
+from ..config import rounded_share
+from ..errors import AiluRusError
+from . import Clustering
+from .neighbours import check_grid, grid_neighbours, neighbour_distances
+
+# Tokens on every side and corner of a place.
+ADJACENT = 8
+# A token stands out where all that are adjacent differ from it by more than this share of what is typical in the image.
+STANDS_OUT = 0.25
+# Differences below this share of a token's norm are none: an image all of whose tokens are equal but for rounding is flat.
+ROUNDING = 0.01
+
+
+@torch.no_grad()
+def detail(features: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """The share of tokens that stand out from all their neighbours: Tensor[B, N, C] to [B], 0 (flat) to 1 (noise).
+
+    A token stands out where its nearest adjacent token is further away than a quarter of the median distance of the
+    image's tokens from their mean. Neither a factor nor a constant added to all features changes it.
+    """
+    features = features.float()
+    grid = check_grid(grid, features.shape[1])
+    if features.shape[1] == 1:
+        return features.new_zeros(len(features))
+    nearest = neighbour_distances(features, grid_neighbours(grid, ADJACENT, features.device)).amin(-1)
+    typical = torch.linalg.vector_norm(features - features.mean(1, keepdim=True), dim=-1).median(1, keepdim=True).values
+    rounding = ROUNDING * torch.linalg.vector_norm(features, dim=-1)
+    return ((nearest > STANDS_OUT * typical) & (nearest > rounding)).float().mean(1)
+
+
+def by_content(clustering: Clustering, min_keep_ratio: float) -> Clustering:
+    """The clustering with the M that it is asked for as the most, and round(min_keep_ratio · N) as the least.
+
+    M then depends on the image, which waits for the device; batches and compiled graphs need one M, and raise AiluRusError.
+    """
+
+    def cluster(features: Tensor, grid: tuple[int, ...], most: int) -> TokenClusters:
+        if torch.compiler.is_compiling():
+            raise AiluRusError(
+                "min_keep_ratio makes shapes depend on the image: use keep_ratio alone in compiled graphs"
+            )
+        if len(features) != 1:
+            raise AiluRusError(
+                f"min_keep_ratio gives each image a number of tokens of its own, which {len(features)} images in one "
+                "tensor cannot have: use a batch of 1, or keep_ratio alone"
+            )
+        least = min(rounded_share(min_keep_ratio, features.shape[1]), most)
+        return clustering(features, grid, least + round((most - least) * detail(features, grid).item()))
+
+    return cluster

@@ -1,0 +1,1 @@
+"""Detection and instance segmentation: Mask R-CNN on a plain ViT (AiluRus, section 4.2)."""

@@ -1,0 +1,76 @@
+"""torchvision's Mask R-CNN on a plain ViT of transformers, which `apply_ailurus` reduces as it does any other model.
+
+encoder = BeitModel.from_pretrained("microsoft/beit-base-patch16-224", add_pooling_layer=False)
+detector = mask_rcnn(encoder, num_classes=91)
+apply_ailurus(detector, cluster_location=3, num_clusters=1296)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .pyramid import ChannelNorm, ViTPyramid
+
+try:
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error}. Mask R-CNN needs: pip install 'ailurus-hf[detection]'") from error
+
+OUT_CHANNELS = 256
+
+
+class ViTWithFPN(nn.Module):
+    """What torchvision's detectors take as a backbone: images to maps of `out_channels` channels, five of them.
+
+    Maps from four layers are joined from the coarsest to the finest (FPN, Lin et al. 2017); those from one layer hold the
+    same already and are only brought to one width (ViTDet, Li et al. 2022, section 3).
+    """
+
+    def __init__(self, pyramid: ViTPyramid, out_channels: int = OUT_CHANNELS) -> None:
+        super().__init__()
+        self.pyramid, self.out_channels = pyramid, out_channels
+        self.fpn: nn.Module
+        if len(pyramid.taps) == 4:
+            self.fpn = FeaturePyramidNetwork(pyramid.widths, out_channels, LastLevelMaxPool())
+        else:
+            self.fpn = SameWidth(pyramid.widths, out_channels)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps: dict[str, Tensor] = self.fpn(self.pyramid(images))
+        return maps
+
+
+class SameWidth(nn.Module):
+    """Each map by itself to `out_channels` channels, and one more map of half the coarsest's size."""
+
+    def __init__(self, widths: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        conv = partial(Conv2dNormActivation, norm_layer=ChannelNorm, activation_layer=None)
+        self.levels = nn.ModuleList(
+            nn.Sequential(conv(width, out_channels, 1), conv(out_channels, out_channels, 3)) for width in widths
+        )
+        self.coarser = LastLevelMaxPool()
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        results = [level(each) for level, each in zip(self.levels, maps.values(), strict=True)]
+        results, names = self.coarser(results, list(maps.values()), list(maps))
+        return OrderedDict(zip(names, results, strict=True))
+
+
+def mask_rcnn(encoder: PreTrainedModel, num_classes: int, taps: Sequence[int] | None = None, **fields: Any) -> MaskRCNN:
+    """Mask R-CNN on a ViT or BEiT, for images of any size, padded to whole patches.
+
+    encoder, taps: as in `ViTPyramid`; four taps at each quarter of the depth by default, `taps=(depth,)` reads the last alone.
+    num_classes: with the background, which is class 0 (91 for COCO's category numbers).
+    fields: of torchvision's MaskRCNN (min_size=800 and max_size=1333 pixels, image_mean, image_std, …).
+    """
+    backbone = ViTWithFPN(ViTPyramid(encoder, taps))
+    return MaskRCNN(backbone, num_classes, **{"size_divisible": backbone.pyramid.patch_size, **fields})

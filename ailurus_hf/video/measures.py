@@ -1,0 +1,103 @@
+"""How alike two clips are, how steady one is, and how well it keeps to its condition.
+
+Frames are RGB pictures, all of one size; two clips have as many frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image
+
+from ..errors import AiluRusError
+from .interpolation import disagreement, optical_flow, warp
+from .optional import require
+
+Frames = Sequence[Image.Image]
+
+
+def psnr(frames: Frames, others: Frames) -> float:
+    """Peak signal-to-noise ratio of 8-bit colours in dB, over all pixels of all frames; infinite where they are equal."""
+    error = np.mean([np.square(a - b).mean() for a, b in _pairs(frames, others)])
+    return math.inf if error == 0 else float(-10 * math.log10(error))
+
+
+def ssim(frames: Frames, others: Frames) -> float:
+    """Structural similarity (Wang et al. 2004: Gaussian window of σ 1.5), the mean of the frames; by scikit-image."""
+    metrics = require("skimage.metrics", "bench")
+    options = {"channel_axis": -1, "data_range": 1.0, "gaussian_weights": True, "use_sample_covariance": False}
+    return float(np.mean([metrics.structural_similarity(a, b, **options) for a, b in _pairs(frames, others)]))
+
+
+def warping_error(frames: Frames, motion_of: Frames | None = None, threshold: float = 1.0) -> float:
+    """Mean squared difference of each frame, colours in [0, 1], to the next one warped back to it (Lai et al. 2018).
+
+    Args:
+        motion_of: frames whose optical flow is followed, such as the input clip's; the frames' own if None.
+        threshold: pixels that come back further than this from their start, in pixels, are hidden in one of the two
+            frames and left out.
+
+    NaN where no pixel is left. Raises AiluRusError for fewer than two frames.
+    """
+    if len(frames) < 2:
+        raise AiluRusError(f"a warping error needs at least 2 frames, got {len(frames)}")
+    errors = []
+    moving = _pairs(frames, frames if motion_of is None else motion_of)
+    for (frame, moves), (following, moves_to) in pairwise(moving):
+        forth, back = optical_flow(moves, moves_to), optical_flow(moves_to, moves)
+        seen = disagreement(forth, back) <= threshold
+        y, x = np.indices(seen.shape)
+        target = x + forth[..., 0], y + forth[..., 1]
+        seen &= (
+            (target[0] >= 0) & (target[0] <= seen.shape[1] - 1) & (target[1] >= 0) & (target[1] <= seen.shape[0] - 1)
+        )
+        errors.append(np.square(frame - warp(following, forth))[seen].reshape(-1))
+    all_errors = np.concatenate(errors)
+    return float(all_errors.mean()) if all_errors.size else math.nan
+
+
+def edge_agreement(
+    frames: Frames, edges: Frames, tolerance: int = 2, low_threshold: int = 100, high_threshold: int = 200
+) -> float:
+    """F1 of the frames' canny edges against condition pictures, over all frames, 0 to 1.
+
+    An edge pixel is met if the other picture has one at most `tolerance` pixels (Euclidean) away. Pixels of a condition
+    picture from 128 on are edges. 1 where neither has any.
+    """
+    cv2 = require("cv2")
+    met = {"precision": 0, "recall": 0}
+    total = {"precision": 0, "recall": 0}
+    _check(frames, edges)
+    for frame, condition in zip(frames, edges):
+        drawn = cv2.Canny(np.asarray(frame.convert("RGB")), low_threshold, high_threshold) > 0
+        wanted = np.asarray(condition.convert("L")) >= 128
+        for name, ours, theirs in (("precision", drawn, wanted), ("recall", wanted, drawn)):
+            total[name] += int(ours.sum())
+            if theirs.any():
+                distance = cv2.distanceTransform((~theirs).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+                met[name] += int((distance[ours] <= tolerance + 1e-3).sum())
+    if not total["precision"] and not total["recall"]:
+        return 1.0
+    precision, recall = (met[name] / total[name] if total[name] else 0.0 for name in met)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _pairs(frames: Frames, others: Frames) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    _check(frames, others)
+    return ((_colors(frame), _colors(other)) for frame, other in zip(frames, others))
+
+
+def _check(frames: Frames, others: Frames) -> None:
+    if len(frames) != len(others) or not frames:
+        raise AiluRusError(f"two clips of as many frames are compared, got {len(frames)} and {len(others)}")
+    for number, (frame, other) in enumerate(zip(frames, others)):
+        if frame.size != other.size:
+            (width, height), (other_width, other_height) = frame.size, other.size
+            raise AiluRusError(f"frame {number} is {width}×{height}, its fellow {other_width}×{other_height}")
+
+
+def _colors(frame: Image.Image) -> np.ndarray:
+    return np.asarray(frame.convert("RGB"), dtype=np.float32) / 255

@@ -1,0 +1,232 @@
+"""Frames of a clip, one after the other: of a video file, an animated picture, or a folder of pictures.
+
+A clip is never read whole: frames come from ffmpeg, or from Pillow, as they are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence
+
+from ..errors import AiluRusError
+from .optional import require
+
+ANIMATED_SUFFIXES = {".gif", ".webp", ".png", ".apng"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+# Frames of unequal pixel aspect are stretched to square pixels; rotation flags are followed by ffmpeg itself.
+SQUARE_PIXELS = "scale=round(iw*sar):ih,setsar=1"
+# How many of the frames that the header promises may be missing before the file is looked at for damage.
+MISSING_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip that can be iterated, more than once, as RGB pictures of one size.
+
+    size: (width, height). fps: frames per second of what is iterated, None where nothing tells (a folder).
+    """
+
+    path: Path
+    size: tuple[int, int]
+    fps: Fraction | None
+    read: Callable[[], Generator[Image.Image, None, None]]
+
+    def __iter__(self) -> Generator[Image.Image, None, None]:
+        return self.read()
+
+
+def open_clip(
+    path: str | Path,
+    *,
+    every: int = 1,
+    fps: float | Fraction | None = None,
+    max_frames: int | None = None,
+    min_frames: int = 1,
+) -> Clip:
+    """A clip of a video file (whatever ffmpeg reads), a GIF, WebP or PNG animation, or a folder of pictures by name.
+
+    Args:
+        every: takes each n-th frame, the first included; the frame rate falls with it.
+        fps: takes frames at this rate instead, by their times; for a folder it is the rate its pictures have.
+        max_frames: ends after that many.
+        min_frames: raises at the clip's end if there were fewer.
+
+    Only the header is read here. Raises AiluRusError for what is no clip; while iterating, for one that is broken, has
+    pictures of several sizes or has too few frames.
+    """
+    path = Path(path)
+    for name, value in (("every", every), ("max_frames", max_frames), ("min_frames", min_frames)):
+        if value is not None and value < 1:
+            raise AiluRusError(f"{name} must be at least 1, got {value}")
+    if max_frames is not None and max_frames < min_frames:
+        raise AiluRusError(f"max_frames must be at least min_frames {min_frames}, got {max_frames}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise AiluRusError(f"fps must be above 0, got {fps}")
+    if fps is not None and every != 1:
+        raise AiluRusError(f"every and fps both choose frames: give one, got every={every} and fps={fps}")
+    wanted = None if fps is None else exact_rate(fps)
+    if path.is_dir():
+        size, rate, read = _folder(path, wanted)
+    elif not path.exists():
+        raise AiluRusError(f"no such file or folder: {path}")
+    elif path.suffix.lower() in ANIMATED_SUFFIXES:
+        size, rate, read = _animation(path, wanted)
+    else:
+        size, rate, read = _video(path, wanted)
+
+    def frames() -> Generator[Image.Image, None, None]:
+        number = 0
+        stop = None if max_frames is None else (max_frames - 1) * every + 1
+        with closing(read()) as source:
+            for frame in islice(source, 0, stop, every):
+                if frame.size != size:
+                    raise AiluRusError(
+                        f"{path}: frame {number * every} is {_by(frame.size)}, those before are {_by(size)}"
+                    )
+                number += 1
+                yield frame
+        if number < min_frames:
+            raise AiluRusError(f"{path} has too few frames: {number}, but {min_frames} are needed")
+
+    return Clip(path, size, None if rate is None else rate / every, frames)
+
+
+def exact_rate(fps: float | Fraction) -> Fraction:
+    """The rate as a fraction; 23.98 and its like are the 24000/1001 that they stand for."""
+    ntsc = Fraction(round(fps) * 1000, 1001)
+    if isinstance(fps, float) and round(fps) in (24, 30, 48, 60, 120) and 0 < abs(fps - ntsc) < 0.006:
+        return ntsc
+    return Fraction(fps).limit_denominator(1001)
+
+
+_Source = tuple[tuple[int, int], Fraction | None, Callable[[], Generator[Image.Image, None, None]]]
+
+
+def _video(path: Path, fps: Fraction | None) -> _Source:
+    ffmpeg = require("imageio_ffmpeg")
+    # Without a rate asked for, each frame of the file once, whatever their times: a file of 60 frames is 60 frames.
+    # With one, what is shown at each of the times: the last frame that began before, which is fps's round=up.
+    timing = "" if fps is None else f",fps={fps}:round=up"
+    options = ["-map", "0:v:0", "-fps_mode", "passthrough", "-vf", SQUARE_PIXELS + timing]
+    options += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
+
+    def start() -> Generator:
+        return ffmpeg.read_frames(str(path.resolve()), input_params=["-xerror"], output_params=options)
+
+    try:
+        with closing(start()) as reader:
+            header = next(reader)
+    except Exception as error:  # ffmpeg's own words are in it, whatever class carries them
+        raise AiluRusError(f"{path} is not a readable video: {_reason(error)}") from error
+    size: tuple[int, int] = header["size"]
+    own_rate = exact_rate(header["fps"]) if header["fps"] else None
+    rate = fps or own_rate
+
+    def frames() -> Generator[Image.Image, None, None]:
+        number = 0
+        with closing(start()) as reader:
+            try:
+                next(reader)  # the header again
+                for pixels in reader:
+                    number += 1
+                    yield Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(size[1], size[0], 3))
+            except (OSError, RuntimeError) as error:
+                raise AiluRusError(f"{path} breaks off after {number} frames: {_reason(error)}") from error
+        promised = round(header["duration"] * (rate or 0))
+        if number == 0 or (number < (1 - MISSING_SHARE) * promised - 1 and _is_damaged(path)):
+            raise AiluRusError(f"{path} is damaged: it breaks off after {number} of about {promised} frames")
+
+    return size, rate, frames
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether ffmpeg finds damage; a picture that ends before its sound has none."""
+    command = [require("imageio_ffmpeg").get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path.resolve())]
+    done = subprocess.run([*command, "-map", "0:v:0", "-f", "null", "-"], capture_output=True, stdin=subprocess.DEVNULL)
+    return done.returncode != 0
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rpartition(": ")[2].rstrip(".") if lines else type(error).__name__
+
+
+def _animation(path: Path, fps: Fraction | None) -> _Source:
+    try:
+        with Image.open(path) as file:
+            size = file.size
+            # A GIF that tells no times, or one of 10 ms and less, is shown at 100 ms a frame by every viewer.
+            times = [frame.info.get("duration", 0) for frame in islice(ImageSequence.Iterator(file), 1000)]
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise AiluRusError(f"{path} is not a readable animation: {error}") from error
+    shown = [time if time > 10 else 100 for time in times]
+    own_rate = Fraction(1000 * len(shown)) / Fraction(sum(shown))
+    rate = fps or own_rate.limit_denominator(1001)
+
+    def frames() -> Generator[Image.Image, None, None]:
+        time = Fraction(0)  # of the frame that comes next, in ms
+        taken = 0
+        try:
+            with Image.open(path) as file:
+                for number, frame in enumerate(ImageSequence.Iterator(file)):
+                    picture = _rgb(frame)
+                    if fps is None:
+                        yield picture
+                        continue
+                    time += Fraction(shown[number % len(shown)])
+                    while taken * 1000 < time * fps:
+                        taken += 1
+                        yield picture
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise AiluRusError(f"{path} is damaged: {error}") from error
+
+    return size, rate, frames
+
+
+def _folder(path: Path, fps: Fraction | None) -> _Source:
+    files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+    if not files:
+        raise AiluRusError(f"no picture in folder {path}")
+
+    def frames() -> Generator[Image.Image, None, None]:
+        for file in files:
+            yield _picture(file)
+
+    return _picture(files[0]).size, fps, frames
+
+
+def _picture(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            return _rgb(ImageOps.exif_transpose(picture))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise AiluRusError(f"{file} is not a readable picture: {error}") from error
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """8 bits a channel, on white where it is transparent."""
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """frame_2 before frame_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"

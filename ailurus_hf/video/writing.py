@@ -1,0 +1,159 @@
+"""Frames to a file: mp4 or mov (H.264), GIF, or a folder of PNGs; whole under its name, or not there at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import AiluRusError
+from .optional import require
+from .reading import exact_rate
+
+VIDEO_SUFFIXES = (".mp4", ".mov")
+# Players take untagged colours for one standard or another, by their size: so the file says which it is.
+COLORS = [
+    *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+bicubic"),
+    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"),
+    *("-movflags", "+faststart"),
+]
+
+
+def write_video(path: str | Path, frames: Iterable[Image.Image], fps: float | Fraction = 8) -> int:
+    """Writes the frames as they come and returns how many there were.
+
+    Args:
+        path: `.mp4` and `.mov` are H.264 in yuv420p, whose sides are even: an odd side gets its last row or column twice.
+            `.gif` is a GIF that repeats, its times in whole hundredths of a second, equal frames in a row as one that
+            is shown longer. No suffix: a folder of PNGs, 00000.png and on, which must be new or empty.
+        frames: RGB pictures of one size.
+
+    They are written under a temporary name beside the output, which is renamed at the end: work that is interrupted or
+    fails leaves nothing, and an older file as it was. Raises AiluRusError for a path that cannot be written, for no
+    frames and for frames of several sizes.
+    """
+    path = check_output(path)
+    if not 0 < fps < float("inf"):
+        raise AiluRusError(f"fps must be above 0, got {fps}")
+    sized = _of_one_size(frames)
+    first = next(sized, None)
+    if first is None:
+        raise AiluRusError(f"no frames to write to {path}")
+    sized = chain([first], sized)
+    with _whole_or_not_at_all(path) as part:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return _write_h264(part, sized, first.size, exact_rate(fps))
+        if path.suffix.lower() == ".gif":
+            return _write_gif(part, sized, fps)
+        return _write_pictures(part, sized)
+
+
+def check_output(path: str | Path) -> Path:
+    """The path, its parent folder made; AiluRusError if nothing could be written there later."""
+    path = Path(path)
+    suffixes = (*VIDEO_SUFFIXES, ".gif", "")
+    if path.suffix.lower() not in suffixes:
+        raise AiluRusError(f"cannot write {path}: its suffix must be .mp4, .mov, .gif, or none for a folder of PNGs")
+    if path.suffix and path.is_dir():
+        raise AiluRusError(f"cannot write {path}: it is a folder")
+    if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise AiluRusError(f"cannot write the frames to {path}: it must be a new or an empty folder")
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        require("imageio_ffmpeg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise AiluRusError(f"cannot write {path}: {error.strerror} ({path.parent})") from error
+    return path
+
+
+@contextmanager
+def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
+    """A name in a new folder beside the output; what lies there takes the output's place if nothing was raised."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
+    try:
+        part = folder / (path.name or "frames")
+        yield part
+        if path.is_dir():
+            path.rmdir()  # empty: os.replace does not put a folder over one on every system
+        os.replace(part, path)
+    except OSError as error:
+        raise AiluRusError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _of_one_size(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    size = None
+    for number, frame in enumerate(frames):
+        size = size or frame.size
+        if frame.size != size:
+            raise AiluRusError(f"frame {number} is {frame.size[0]}×{frame.size[1]}, the first is {size[0]}×{size[1]}")
+        yield frame.convert("RGB")
+
+
+def _write_h264(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: Fraction) -> int:
+    ffmpeg = require("imageio_ffmpeg")
+    width, height = (side + side % 2 for side in size)
+    number = 0
+    with closing(
+        ffmpeg.write_frames(
+            str(path.resolve()),
+            (width, height),
+            fps=fps,
+            quality=8,
+            codec="libx264",
+            macro_block_size=1,
+            ffmpeg_log_level="quiet",
+            output_params=COLORS,
+        )
+    ) as writer:
+        writer.send(None)
+        for frame in frames:
+            number += 1
+            pixels = np.asarray(frame)
+            pixels = np.pad(pixels, ((0, height - size[1]), (0, width - size[0]), (0, 0)), mode="edge")
+            writer.send(np.ascontiguousarray(pixels))
+    # ffmpeg's exit is not reported (a full disk, say): what it wrote is counted.
+    written = ffmpeg.count_frames_and_secs(str(path.resolve()))[0] if path.is_file() else 0
+    if written != number:
+        raise AiluRusError(f"cannot write {path.name}: ffmpeg wrote {written} of {number} frames")
+    return number
+
+
+def _write_gif(path: Path, frames: Iterator[Image.Image], fps: float | Fraction) -> int:
+    number = 1
+
+    def others() -> Iterator[Image.Image]:
+        nonlocal number
+        for frame in frames:
+            number += 1
+            yield frame.quantize()
+
+    next(frames).quantize().save(
+        path,
+        save_all=True,
+        append_images=others(),
+        duration=max(20, round(100 / fps) * 10),  # in ms; viewers do not believe less than 20
+        loop=0,
+    )
+    return number
+
+
+def _write_pictures(folder: Path, frames: Iterable[Image.Image]) -> int:
+    folder.mkdir()
+    number = 0
+    for frame in frames:
+        frame.save(folder / f"{number:05d}.png")
+        number += 1
+    return number

@@ -1,0 +1,159 @@
+"""Every table and figure of the paper: what makes it, what that needs, and about how long it takes.
+
+    python -m benchmarks.tables --list                       # everything, and what is missing here for the rest
+    python -m benchmarks.tables                              # makes what the data and weights here allow
+    python -m benchmarks.tables --only "Tab. 7" "Fig. 7"     # by name
+    python -m benchmarks.tables --minutes 60                 # leaves out what takes longer
+
+Data: the folder AILURUS_DATA, with camvid/, ade20k/, cityscapes/, pascal_context/, cifar10/ and imagenet/ in it as far as
+they are there. Weights beside the shipped Segmenter: the folder AILURUS_WEIGHTS, with the names below; `ailurus-hf
+convert-segmenter` makes them from the official checkpoints, examples/train_classifier.py makes classifier-cifar10. Results
+go to benchmarks/results as JSON, and plots to benchmarks/results/figures. Minutes are estimates for two CPU cores (for
+what needs a GPU, none is given).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .methods import METHODS, PAPER
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = "examples/assets/segmenter-camvid"
+BOTH = f"--methods '{PAPER}' Expedite"
+ALL = "--methods " + " ".join(f"'{name}'" for name in METHODS)
+QUALITY = "-m benchmarks.segmenter_quality"
+# Tab. 7: one setting at a time, around 0.9, 50 and 1.
+ABLATION = [f"'{PAPER}:alpha={a}'" for a in (0.6, 0.7, 0.8, 0.9, 1.0)]
+ABLATION += [f"'{PAPER}:num_spatial_neighbors={n}'" for n in (0, 20, 30, 70)]
+ABLATION += [f"'{PAPER}:num_density_neighbors={k}'" for k in (2, 3, 4)]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """names: tables and figures it makes. command: after `python`; {data} and {weights} are the folders.
+
+    needs: files and folders ({data}/…, {weights}/…), or "gpu". minutes: about, on two cores; None: not said.
+    """
+
+    names: str
+    what: str
+    command: str
+    needs: tuple[str, ...] = ()
+    minutes: float | None = None
+
+    def missing(self, folders: dict[str, str]) -> list[str]:
+        """What is not here."""
+        absent = [need for need in self.needs if need != "gpu" and not (ROOT / need.format(**folders)).exists()]
+        if "gpu" in self.needs and not torch.cuda.is_available():
+            absent.append("gpu")
+        if (module := self.module) is not None and importlib.util.find_spec(module) is None:
+            absent.append(module)
+        return absent
+
+    @property
+    def module(self) -> str | None:
+        words = self.command.split()
+        return words[1] if words[0] == "-m" else None
+
+
+CAMVID, CIFAR, IMAGENET = "{data}/camvid", "{data}/cifar10", "{data}/imagenet"
+TINY = "{weights}/classifier-cifar10"
+OFFICIAL = [
+    ("Tab. 1", "ade20k", "segmenter-vit-l-ade20k"),
+    ("Tab. 1", "cityscapes", "segmenter-vit-l-cityscapes"),
+    ("Tab. 1", "pascal_context", "segmenter-vit-l-pascal-context"),
+    ("Tab. 2", "ade20k", "segmenter-vit-b-ade20k"),
+]
+
+
+def plot(kind: str, result: str) -> str:
+    return f"-m benchmarks.plots {kind} benchmarks/results/{result}-cpu-fp32.json"
+
+
+def finetuning(run: str, options: str) -> str:
+    return f"examples/finetune_segmentation.py --data {CAMVID} --model {SHIPPED} --output runs/{run} --batch-size 2 {options}"
+
+
+# The plots follow what they are made of.
+ENTRIES = [
+    Entry("Tab. 1, 2, 15", "all methods at three levels, CamVid", f"{QUALITY} --data {CAMVID} {ALL} --locations 2 --keep 0.5 0.25 0.12 --name tab1_camvid", (CAMVID,), 90),
+    *(Entry(name, f"all methods at three levels, {data}", f"{QUALITY} --dataset {data} --data {{data}}/{data} --model {{weights}}/{model} {ALL} --locations 2 --keep 0.5 0.36 0.2 --device cuda --name {name.lower().replace('. ', '')}_{data}", (f"{{data}}/{data}", f"{{weights}}/{model}", "gpu")) for name, data, model in OFFICIAL),
+    Entry("Tab. 3, 4", "detectors' encoders at the paper's L and M", "-m benchmarks.detection_speed", (), 15),
+    Entry("Tab. 5", "a training step, Segmenter ViT-L", f"-m benchmarks.finetune_speed --models ViT-L {BOTH} --name tab5_training", (), 60),
+    Entry("Tab. 6", "a training step, Segmenter ViT-B", f"-m benchmarks.finetune_speed --models ViT-B {BOTH} --name tab6_training", (), 20),
+    Entry("Tab. 5, 6", "fine-tuning on CamVid, plain", finetuning("finetune-plain", "--keep 1"), (CAMVID,), 45),
+    *(Entry("Tab. 5, 6", f"fine-tuning on CamVid, {keep:g} of the tokens", finetuning(f"finetune-{keep:g}", f"--keep {keep}"), (CAMVID,), 25) for keep in (0.25, 0.36, 0.5625)),
+    Entry("Tab. 7", "alpha, lambda, k", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(ABLATION)} --name tab7_ablation", (CAMVID,), 20),
+    Entry("Tab. 8", "classification, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods '{PAPER}' 'local k-means, copy' 'random centres, copy' 'grid pooling, copy' Expedite ToMe EViT --locations 0 1 2 3 4 --keep 0.617 0.5 0.35 0.25 --name tab8_cifar10", (CIFAR, TINY), 60),
+    Entry("Tab. 8", "classification, ImageNet and DeiT-B", f"-m benchmarks.classification_quality --dataset imagenet --data {IMAGENET} --model {{weights}}/deit-base {BOTH} --locations 0 2 4 6 --keep 0.617 0.735 --device cuda --name tab8_imagenet", (IMAGENET, "{weights}/deit-base", "gpu")),
+    Entry("Tab. 9, 10", "similarity by L and M", f"-m benchmarks.similarity --images {CAMVID}/val/images {BOTH} --locations 1 2 3 4 --keep 0.25 0.3 0.36 0.42 --name tab9_similarity", (CAMVID,), 60),
+    Entry("Tab. 9, 10", "mIoU by L and M", f"{QUALITY} --data {CAMVID} {BOTH} --locations 1 2 3 4 --keep 0.25 0.3 0.36 0.42 --name tab9_miou", (CAMVID,), 50),
+    Entry("Tab. 11, 12, 13, 14, Fig. 7", "similarity by layer, pairs, latency split, assignments", f"-m benchmarks.similarity --images {CAMVID}/val/images --methods '{PAPER}' Expedite CTM --locations 2 --keep 0.25 0.36 0.5 --name tab11_similarity", (CAMVID,), 30),
+    Entry("Fig. 2", "assignments and reconstructed images", f"-m ailurus_hf.cli visualize --model {SHIPPED} --cluster-location 2 --keep-ratio 0.25 --clustering density_peaks --restore copy --fill mean --output runs/figure2 {CAMVID}/val/images", (CAMVID,), 5),
+    Entry("Fig. 3, 4, 5, 6", "mIoU and speed over L and M", f"{QUALITY} --data {CAMVID} {BOTH} --locations 1 2 3 4 5 6 --keep 0.12 0.18 0.25 0.36 0.5 --name curves", (CAMVID,), 70),
+    Entry("Fig. 3", "mIoU over M", plot("clusters", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
+    Entry("Fig. 4", "mIoU over L", plot("locations", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
+    Entry("Fig. 5", "images a second over M", plot("speed", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
+    Entry("Fig. 6", "the best mIoU at each speed", plot("tradeoff", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
+    Entry("Fig. 7", "tokens of a cluster", plot("sizes", "tab11_similarity"), ("benchmarks/results/tab11_similarity-cpu-fp32.json",), 1),
+    Entry("Fig. 8", "a video, plain and reduced", "-m benchmarks.controlvideo_speed --whole --device cuda --dtype bf16 --frames 15 --size 512", ("gpu",)),
+    Entry("Fig. 9", "predictions", "examples/segment_image.py --clustering density_peaks --restore copy --keep-ratio 0.36 --output runs/figure9.png", (), 1),
+    Entry("speed", "share of the FLOPs' speed-up on ViT-B and ViT-L", "-m benchmarks.vit_speed", (), 5),
+    Entry("speed", "models in stages and with dense heads", "-m benchmarks.families_speed", (), 30),
+    Entry("speed", "clustering as the grid grows", "-m benchmarks.clustering_cost", (), 2),
+    Entry("speed", "a step of Stable Diffusion 1.5", "-m benchmarks.diffusion_speed", (), 20),
+]  # fmt: skip
+
+
+def chosen(only: list[str], minutes: float | None) -> list[Entry]:
+    """The entries of those names that take no longer."""
+    return [
+        entry
+        for entry in ENTRIES
+        if (not only or any(name in entry.names for name in only))
+        and (minutes is None or (entry.minutes is not None and entry.minutes <= minutes))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="only say what there is and what is missing")
+    parser.add_argument("--only", nargs="+", default=[], help='names, such as "Tab. 7"')
+    parser.add_argument("--minutes", type=float, help="leave out what takes longer")
+    args = parser.parse_args()
+    given = {"data": os.environ.get("AILURUS_DATA"), "weights": os.environ.get("AILURUS_WEIGHTS")}
+    folders = {name: str(Path(path).absolute()) if path else f"AILURUS_{name.upper()}" for name, path in given.items()}
+    failed = []
+    for entry in chosen(args.only, args.minutes):
+        title = f"{entry.names}: {entry.what}"
+        if missing := entry.missing(folders):
+            print(f"-- {title}: needs {', '.join(need.format(**folders) for need in missing)}")
+            continue
+        command = entry.command.format(**{name: shlex.quote(folder) for name, folder in folders.items()})
+        print(f"== {title} ({entry.minutes or '?'} min)\n   python {command}", flush=True)
+        if args.list:
+            continue
+        started = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=environment)
+        print(f"   {(time.monotonic() - started) / 60:.1f} min", flush=True)
+        if done.returncode != 0:
+            failed.append(title)
+    for title in failed:
+        print(f"failed: {title}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

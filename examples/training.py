@@ -1,0 +1,176 @@
+"""What the training scripts share: optimisers, stochastic depth, averaged weights, and a loop that can be interrupted.
+
+The loop counts minutes of training, not of the clock: a process that was paused, or had to wait for the machine, loses
+nothing of its learning-rate schedule. Used by train_segmenter.py and train_classifier.py.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+
+log = logging.getLogger("train")
+
+
+def make_accelerator() -> Accelerator:
+    """bf16 on the CPU; where several processes share the work, all may be paused for a day."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[patience])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    log.disabled = not accelerator.is_main_process
+    return accelerator
+
+
+def add_stochastic_depth(model: nn.Module, layers: Iterable[nn.Module], drop_path: float) -> None:
+    """Leaves residual branches of transformer layers out at random in training, the last layer's most often."""
+    layers = list(layers)
+    for depth, layer in enumerate(layers):
+        rate = drop_path * depth / max(len(layers) - 1, 1)
+        layer.attention.register_forward_hook(lambda _, args, out, r=rate: (drop_branch(out[0], r, model), out[1]))
+        layer.mlp.register_forward_hook(lambda _, args, out, r=rate: drop_branch(out, r, model))
+
+
+def drop_branch(branch: Tensor, rate: float, model: nn.Module) -> Tensor:
+    """Stochastic depth: leave a residual branch out for a random part of the batch."""
+    if rate == 0 or not model.training:
+        return branch
+    kept = torch.rand(len(branch), 1, 1) >= rate
+    return branch * (kept / (1 - rate)).to(branch.dtype)
+
+
+def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer layers, AdamW for the rest; both at AdamW's learning rates."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    known = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in known]
+    decayed = [p for p in others if p.ndim in (2, 4)]
+    plain = [p for p in others if p.ndim not in (2, 4)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)]
+
+
+class Progress:
+    """Where training is; saved with the state."""
+
+    def __init__(self):
+        self.step, self.minutes, self.images, self.best, self.history = 0, 0.0, 0, -np.inf, []
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def train(
+    accelerator: Accelerator,
+    model: nn.Module,
+    average: nn.Module,
+    learner: nn.Module,
+    epoch: int,
+    loss_of: Callable[[nn.Module, float, np.random.Generator], tuple[Tensor, int]],
+    evaluate: Callable[[], dict[str, Any]],
+    score: str,
+    save: Callable[[Path], None],
+    args: argparse.Namespace,
+) -> None:
+    """Trains `model`, which is prepared here, and the running `average` of its part `learner`'s weights.
+
+    loss_of(model, share of the budget that is spent, generator): a batch's loss and its number of images.
+    evaluate() of `average`, and save(folder) for the best by result[score]. epoch: images in one.
+    """
+    output = Path(args.output)
+    model, *optimizers = accelerator.prepare(model, *make_optimizers(model, args.weight_decay))
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress, average)
+    if args.resume:
+        accelerator.load_state(output / "state")
+        log.info("resumed at step %d, %.1f minutes, best %.2f", progress.step, progress.minutes, progress.best)
+
+    typical, next_evaluation, recent = None, progress.minutes + args.eval_minutes, []
+    while (done := max(progress.minutes / args.max_minutes, progress.images / (args.epochs * epoch))) < 1:
+        started = time.time()
+        draw = (args.seed, progress.step, accelerator.process_index)
+        torch.manual_seed(hash(draw))
+        lr = args.lr * min(1.0, (progress.step + 1) / args.warmup_steps, (1 - done) / args.decay_share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        model.train()
+        loss, batch_size = loss_of(model, done, np.random.default_rng(draw))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 2.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        progress.step += 1
+        progress.images += batch_size * accelerator.num_processes
+        decay = min(args.ema, (1 + progress.step) / (10 + progress.step))
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), learner.parameters()):
+                kept.lerp_(new, 1 - decay)
+
+        # A process that was paused has not trained: a step counts for no more than a few typical ones.
+        taken = accelerator.reduce(torch.tensor(time.time() - started), "mean").item()
+        typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
+        progress.minutes += min(taken, 4 * typical) / 60
+        recent = [*recent[-99:], loss.item()]
+        if progress.step % 50 == 0:
+            rate = batch_size * accelerator.num_processes / typical
+            log.info(
+                "step %d  %.1f min  epoch %.1f  loss %.4f  lr %.2e  %.1f images/s",
+                progress.step, progress.minutes, progress.images / epoch, np.mean(recent), lr, rate,
+            )  # fmt: skip
+        last = max(progress.minutes / args.max_minutes, progress.images / (args.epochs * epoch)) >= 1
+        if progress.minutes >= next_evaluation or last:
+            next_evaluation = progress.minutes + args.eval_minutes
+            result = evaluate() | {k: round(getattr(progress, k), 2) for k in ("step", "minutes", "images")}
+            progress.history.append(result | {"loss": round(float(np.mean(recent)), 4)})
+            log.info("%s (best %.2f)", result, progress.best)
+            if result[score] > progress.best:
+                progress.best = result[score]
+                if accelerator.is_main_process:
+                    write_folder(output / "best", result, save)
+            accelerator.save_state(output / "state")
+            report = {"args": vars(args), "best": progress.best, "history": progress.history}
+            (output / "metrics.json").write_text(json.dumps(report, indent=2))
+
+
+def write_folder(folder: Path, result: dict, save: Callable[[Path], None]) -> None:
+    """A folder for from_pretrained, replaced in one move: whoever reads it sees the old or the new one, whole."""
+    fresh = folder.with_name(f"{folder.name}.new-{os.getpid()}")
+    save(fresh)
+    (fresh / "metrics.json").write_text(json.dumps(result, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The options that `train` reads; defaults: of those that differ between scripts."""
+    parser.add_argument("--output", required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last saved state")
+    parser.add_argument("--max-minutes", type=float, help="of training, evaluations not counted")
+    parser.add_argument("--epochs", type=float, default=1e9, help="stop after so many, if that comes first")
+    parser.add_argument("--eval-minutes", type=float, help="of training between evaluations")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--warmup-steps", type=int, default=150)
+    parser.add_argument("--decay-share", type=float, default=0.4, help="share of the budget in which lr falls to 0")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--drop-path", type=float, default=0.1)
+    parser.add_argument("--ema", type=float, default=0.995)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(**defaults)

@@ -1,0 +1,78 @@
+"""The list of tables and figures: complete, runnable where everything is there, and plain about what is not."""
+
+import importlib.util
+import shlex
+
+import pytest
+
+from benchmarks import harness, methods, plots, tables
+
+TABLES = {f"Tab. {i}" for i in range(1, 16)} | {f"Fig. {i}" for i in (2, 3, 4, 5, 6, 7, 8, 9)}
+
+
+def made_by(entry):
+    """The names, "Tab. 1, 2" written out."""
+    names, kind = set(), ""
+    for part in entry.names.split(", "):
+        kind, _, number = part.rpartition(" ") if " " in part else (kind, "", part)
+        names.add(f"{kind} {number}")
+    return names
+
+
+def test_every_table_and_figure_is_in_the_list():
+    assert set().union(*map(made_by, tables.ENTRIES)) - {" speed"} == TABLES
+
+
+@pytest.mark.parametrize("entry", tables.ENTRIES, ids=lambda entry: f"{entry.names}: {entry.what}")
+def test_commands_are_those_of_scripts_that_take_them(entry):
+    words = shlex.split(entry.command.format(data="D", weights="W"))
+    if entry.module is None:
+        assert (tables.ROOT / words[0]).is_file()
+    elif importlib.util.find_spec(entry.module) is None:
+        pytest.skip(f"{entry.module} is not here yet")
+    source = tables.ROOT / (entry.module.replace(".", "/") + ".py" if entry.module else words[0])
+    known = source.read_text() + (tables.ROOT / "benchmarks/quality.py").read_text()
+    if entry.module != "ailurus_hf.cli":
+        assert all(f'"{word}"' in known for word in words if word.startswith("--"))
+    if "--methods" in words:
+        after = words[words.index("--methods") + 1 :]
+        for name in after[: next((i for i, word in enumerate(after) if word.startswith("--")), len(after))]:
+            methods.parsed(name)
+
+
+def test_says_what_is_missing_and_runs_the_rest(tmp_path, monkeypatch, capsys):
+    (tmp_path / "camvid").mkdir()
+    monkeypatch.setenv("AILURUS_DATA", str(tmp_path))
+    monkeypatch.delenv("AILURUS_WEIGHTS", raising=False)
+    monkeypatch.setattr("sys.argv", ["tables", "--list", "--only", "Tab. 7", "Tab. 8"])
+    assert tables.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("== Tab. 7") and f"--data {tmp_path}/camvid" in lines[1]
+    assert lines[2].endswith(f"needs {tmp_path}/cifar10, AILURUS_WEIGHTS/classifier-cifar10")
+
+    ran = tmp_path / "ran"
+    monkeypatch.setattr("sys.argv", ["tables"])
+    entries = [
+        tables.Entry("a", "works", f'-c \'open("{ran}", "w")\''),
+        tables.Entry("b", "fails", "-c 'raise SystemExit(3)'"),
+        tables.Entry("c", "cannot", "-c 1", ("{data}/ade20k",)),
+    ]
+    monkeypatch.setattr(tables, "ENTRIES", entries)
+    assert tables.main() == 1 and ran.exists()
+    assert "failed: b: fails" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [*plots.KINDS])
+def test_plots_from_a_result_file(kind, tmp_path):
+    rows = [{"method": "plain", "miou": 60.0, "speed_up": 1.0, "ms": 10.0}]
+    for method, keep, miou in (("a", 0.5, 59.0), ("a", 0.25, 57.0), ("b", 0.5, 58.0), ("b", 0.25, 50.0)):
+        speed = {"miou": miou, "speed_up": 1 / keep, "ms": 10 * keep, "num_clusters": int(100 * keep)}
+        rows.append({"method": method, "location": 2, "keep_ratio": keep, "sizes": {"1": 3, "2": 1}, **speed})
+    about = {"device": "a CPU", "precision": "fp32", "versions": {"torch": "2"}}
+    file = harness.save("x", rows if kind != "sizes" else rows[1:], about, tmp_path)
+    assert plots.draw(kind, file).stat().st_size > 5000
+
+
+def test_the_front_holds_no_row_that_another_equals_and_surpasses():
+    rows = [{"speed_up": s, "miou": q} for s, q in ((1, 60), (2, 58), (2, 57), (3, 50), (1.5, 57))]
+    assert [(r["speed_up"], r["miou"]) for r in plots.best_at_each_speed(rows, "miou")] == [(3, 50), (2, 58), (1, 60)]
