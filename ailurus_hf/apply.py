@@ -20,8 +20,8 @@ Config = AiluRusConfig | AiluRusDiffusionConfig
 def apply_ailurus(target: Target, config: Config | None = None, **config_fields: Any) -> Target:
     """Runs a transformers model, or a diffusers pipeline, on representative tokens instead of all. No weights change.
 
-    target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt
-        transformer; it is changed in place and returned. Applying again replaces.
+    target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
+        SD3, Flux or Wan transformer; it is changed in place and returned. Applying again replaces.
     config, config_fields: an `AiluRusConfig` (for diffusers an `AiluRusDiffusionConfig`), or its fields, or both (the
         fields win).
     Raises UnsupportedModelError where nothing in the target can be reduced, AiluRusError on wrong settings; the target

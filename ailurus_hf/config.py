@@ -180,7 +180,7 @@ class AiluRusDiffusionConfig:
     reduce: with scope="attention", "qkv", or "kv" (every token still asks; only keys and values are merged).
     projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that what
         sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack only).
-        Transformers on patches (PixArt, DiT) have no such maps.
+        Transformers on patches (PixArt, DiT, SD3, Flux, Wan) have no such maps.
     refresh_every: denoising steps that share an assignment. Within a step, all stacks of a resolution always do.
     share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
         pipeline says that its batches are such; False: never.

@@ -9,10 +9,13 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     DiTTransformer2DModel,
+    FluxTransformer2DModel,
     MotionAdapter,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNetMotionModel,
+    WanTransformer3DModel,
 )
 from torch import nn
 
@@ -48,6 +51,15 @@ PATCHES = {
     "in_channels": 4,
     "patch_size": 2,
     "norm_num_groups": 4,
+}
+
+
+JOINT = {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "joint_attention_dim": TEXT,
+    "pooled_projection_dim": TEXT,
 }
 
 
@@ -96,6 +108,30 @@ def make_controlnet(**fields):
     return ControlNetModel(**{"attention_head_dim": 2, "conditioning_embedding_out_channels": (4, 8), **fields})
 
 
+def make_sd3(**fields):
+    return SD3Transformer2DModel(
+        **JOINT,
+        sample_size=16,
+        pos_embed_max_size=32,
+        in_channels=4,
+        out_channels=4,
+        caption_projection_dim=16,
+        **{"qk_norm": "rms_norm", **fields},
+    )
+
+
+def joint_conditions(batch):
+    return {"encoder_hidden_states": text(batch), "pooled_projections": text(batch)[:, 0]}
+
+
+def packed(latents):
+    """Latents as Flux takes them: Tensor[B, C, H, W] to [B, HW/4, 4C] and the place of each token."""
+    height, width = (side // 2 for side in latents.shape[-2:])
+    tokens = latents.unflatten(2, (height, 2)).unflatten(4, (width, 2)).permute(0, 2, 4, 1, 3, 5)
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
+    return tokens.flatten(3).flatten(1, 2), ids
+
+
 NETWORKS = {
     "UNet": Network(lambda: UNet2DConditionModel(**UNET, **UP, attention_head_dim=2)),
     "SDXL UNet": Network(
@@ -123,6 +159,33 @@ NETWORKS = {
         maps=False,
         grids=[(8, 8)],
     ),
+    "SD3": Network(make_sd3, joint_conditions, (4, 16, 24), maps=False, grids=[(8, 12)]),
+    "SD3.5": Network(
+        lambda: make_sd3(dual_attention_layers=(0,)), joint_conditions, (4, 16, 24), maps=False, grids=[(8, 12)]
+    ),
+    "Flux": Network(
+        lambda: FluxTransformer2DModel(**JOINT, num_single_layers=2, in_channels=16, axes_dims_rope=(2, 2, 4)),
+        lambda batch: {**joint_conditions(batch), "txt_ids": torch.zeros(5, 3)},
+        (4, 16, 24),
+        maps=False,
+        grids=[(8, 12)],
+    ),
+    "Wan": Network(
+        lambda: WanTransformer3DModel(
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=TEXT,
+            freq_dim=8,
+            ffn_dim=32,
+            rope_max_seq_len=64,
+        ),
+        shape=(4, 3, 8, 12),
+        maps=False,
+        grids=[(3, 4, 6)],
+    ),
 }
 
 
@@ -136,6 +199,13 @@ def sharpen(network):
                 parameter.mul_(6)
             if name.endswith("attn2.to_v.weight"):
                 parameter.mul_(12)
+            # Joint attention normalises queries and keys, and opens the gates of its layers by the timestep.
+            if ".attn" in name and name.endswith(
+                ("norm_q.weight", "norm_k.weight", "added_q.weight", "added_k.weight")
+            ):
+                parameter.mul_(3)
+            if name.endswith(("norm1.linear.weight", ".norm.linear.weight")) and "transformer_blocks" in name:
+                parameter.mul_(3)
     return network.eval()
 
 
@@ -161,6 +231,8 @@ def predict(network, name, sample, timestep=5, **kwargs):
         conditions["controlnet_cond"] = nn.functional.interpolate(
             conditions["controlnet_cond"], [2 * side for side in sample.shape[-2:]]
         )
+    if name == "Flux":
+        sample, conditions["img_ids"] = packed(sample)
     with torch.no_grad():
         out = network(sample, timestep=timesteps, **conditions, return_dict=False)
     parts = [*out[0], out[1]] if isinstance(out[0], (list, tuple)) else [out[0]]

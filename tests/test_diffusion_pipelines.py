@@ -369,21 +369,13 @@ def test_nothing_reduced_is_said(caplog):
 
 
 def test_what_cannot_be_reduced_is_refused_with_the_reason():
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+    from diffusers import SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
     with pytest.raises(UnsupportedModelError, match=r"AutoencoderKL.*UNet2DConditionModel"):
         apply_ailurus(make_vae())
-    sizes = {
-        "num_layers": 1,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 16,
-        "pooled_projection_dim": 16,
-    }
-    with pytest.raises(UnsupportedModelError, match="joint over text and image"):
-        apply_ailurus(SD3Transformer2DModel(sample_size=8, caption_projection_dim=16, **sizes))
-    with pytest.raises(UnsupportedModelError, match="rotates"):
-        apply_ailurus(FluxTransformer2DModel(num_single_layers=1, axes_dims_rope=(2, 2, 4), **sizes))
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "caption_channels": 16}
+    with pytest.raises(UnsupportedModelError, match="linear in the number of tokens"):
+        apply_ailurus(SanaTransformer2DModel(**sizes, num_cross_attention_heads=2, cross_attention_head_dim=8))
     with pytest.raises(UnsupportedModelError, match="UNet2DModel"):
         apply_ailurus(
             UNet2DModel(

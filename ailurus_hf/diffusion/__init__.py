@@ -1,1 +1,1 @@
-"""Token reduction in diffusers' UNets, ControlNets and patch transformers."""
+"""Token reduction in diffusers' UNets, ControlNets and transformers."""

@@ -11,16 +11,21 @@ import torch.nn.functional as F
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNetMotionModel,
+    WanTransformer3DModel,
 )
 from diffusers import DiTTransformer2DModel as DiTModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from ..attention import biased_attention, with_extra_channel
@@ -29,13 +34,17 @@ from ..errors import UnsupportedModelError
 UNETS = (UNet2DConditionModel, ControlNetModel, UNetMotionModel)
 # Networks that are one stack of transformer blocks on patches of the latents.
 PATCH_TRANSFORMERS = (PixArtTransformer2DModel, DiTModel)
-NETWORKS = (*UNETS, *PATCH_TRANSFORMERS)
+# Those whose attention is over image and text tokens at once, and the processors that joint.py can stand in for.
+JOINT_TRANSFORMERS = (SD3Transformer2DModel, FluxTransformer2DModel)
+JOINT_PROCESSORS = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0, FluxAttnProcessor)
+# As wan.py does it.
+WAN_PROCESSORS = (WanAttnProcessor,)
+NETWORKS = (*UNETS, *PATCH_TRANSFORMERS, *JOINT_TRANSFORMERS, WanTransformer3DModel)
+# Flux's pipelines make one token of so many rows and columns of the latents.
+FLUX_PATCH = 2
 
 # Why the better known of the others are refused, by their class.
 REFUSED = {
-    "SD3Transformer2DModel": "its attention is joint over text and image tokens",
-    "FluxTransformer2DModel": "its attention is joint over text and image tokens, and rotates them by their place",
-    "WanTransformer3DModel": "its attention is over frames, rows and columns at once, and rotates tokens by their place",
     "SanaTransformer2DModel": "its attention is linear in the number of tokens: fewer of them gain nothing",
 }
 
@@ -46,7 +55,7 @@ class Stack:
 
     name: its path in the network.
     module: what is called with a map [B, C, H, W]: a Transformer2DModel, or the network itself.
-    blocks: the BasicTransformerBlocks. patch: how many rows and columns of the map are one token.
+    blocks: its transformer blocks. patch: how many rows and columns of the map are one token.
     mask_position: where `module.forward` takes its attention mask.
     """
 
@@ -93,6 +102,10 @@ def find_networks(target: Any) -> list[nn.Module]:
 
 def find_stacks(network: nn.Module) -> list[Stack]:
     """The stacks of a network whose blocks are self-attention, cross-attention at most, and an MLP, on image tokens."""
+    if isinstance(network, JOINT_TRANSFORMERS):
+        return [_joint_stack(network)]
+    if isinstance(network, WanTransformer3DModel):
+        return [Stack("", network, list(network.blocks), int(network.config.patch_size[-1]), 0)]  # type: ignore
     if isinstance(network, PATCH_TRANSFORMERS):
         found = [("", network)]
     else:
@@ -115,6 +128,12 @@ def find_stacks(network: nn.Module) -> list[Stack]:
     return stacks
 
 
+def _joint_stack(network: Any) -> Stack:
+    blocks = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", [])]
+    patch = FLUX_PATCH if isinstance(network, FluxTransformer2DModel) else int(network.config.patch_size)
+    return Stack("", network, blocks, patch, 0)
+
+
 def _plain(block: nn.Module) -> bool:
     return (
         isinstance(block, BasicTransformerBlock)
@@ -128,10 +147,19 @@ def _plain(block: nn.Module) -> bool:
 def self_attentions(stacks: Iterable[Stack]) -> dict[str, Attention]:
     """The self-attention layers of stacks, by path."""
     return {
-        f"{stack.name}.transformer_blocks.{number}.attn1".lstrip("."): block.attn1  # type: ignore[misc]
+        f"{stack.name}.{_block_path(stack, number)}.{name}".lstrip("."): getattr(block, name)
         for stack in stacks
         for number, block in enumerate(stack.blocks)
+        for name in (("attn1",) if hasattr(block, "attn1") else ("attn", "attn2"))
+        if getattr(block, name, None) is not None
     }
+
+
+def _block_path(stack: Stack, number: int) -> str:
+    if isinstance(stack.module, WanTransformer3DModel):
+        return f"blocks.{number}"
+    first: int = len(stack.module.transformer_blocks)  # type: ignore[arg-type]
+    return f"transformer_blocks.{number}" if number < first else f"single_transformer_blocks.{number - first}"
 
 
 def convolution_norms(network: nn.Module) -> list[nn.GroupNorm]:
@@ -167,7 +195,9 @@ def pairs_halves(pipeline: Any, call: Call, args: tuple, kwargs: dict) -> bool:
         return False
     # These have a third part.
     perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
-    return not perturbed and not hasattr(pipeline, "image_guidance_scale")
+    # Stable Diffusion 3 guides by a call of its own that skips layers, of one half.
+    skips = call.argument("skip_layers", args, kwargs) is not None
+    return not perturbed and not skips and not hasattr(pipeline, "image_guidance_scale")
 
 
 # What FLOPs of cross-attention are counted for: the length of CLIP's texts.
@@ -192,6 +222,36 @@ def block_flops(block: nn.Module, queries: int, keys: int, others: int, attended
     return flops
 
 
+def joint_block_flops(block: nn.Module, queries: int, keys: int, others: int, text: int) -> float:
+    """FLOPs of a block of joint attention on one image.
+
+    queries, keys: image tokens in attention; others: in all the rest. text: text tokens.
+    """
+    single = not hasattr(block.attn, "add_q_proj")
+    width: int = block.attn.inner_dim  # type: ignore
+    flops = 4.0 * (queries + text) * (keys + text) * width
+    if getattr(block, "attn2", None) is not None:
+        flops += 4.0 * queries * keys * width
+    for name, part in block.named_children():
+        of_image: list[nn.Module] = []
+        of_text: list[nn.Module] = []
+        if not name.startswith("norm"):
+            for path, module in part.named_modules():
+                is_text = name == "ff_context" or path.startswith(("add_", "to_add_out"))
+                (of_text if is_text else of_image).append(module)
+        flops += _own_flops(of_image) * (others + text * single) + _own_flops(of_text) * text
+    return flops
+
+
+def wan_block_flops(block: nn.Module, queries: int, keys: int, others: int, text: int) -> float:
+    """FLOPs of a block of Wan on one video; tokens as in `joint_block_flops`."""
+    own, cross, mlp = block.attn1, block.attn2, block.ffn
+    width: int = own.inner_dim  # type: ignore
+    flops = 4.0 * width * (queries * keys + others * text)
+    flops += others * _linear_flops([own, cross.to_q, cross.to_out, mlp])  # type: ignore
+    return flops + text * _linear_flops([cross.to_k, cross.to_v])  # type: ignore
+
+
 def projection_flops(stack: Stack, num_tokens: int) -> float:
     """FLOPs of the linear maps into and out of a stack; 0 where there are none."""
     if not stack.on_maps:
@@ -200,7 +260,11 @@ def projection_flops(stack: Stack, num_tokens: int) -> float:
 
 
 def _linear_flops(parts: Iterable[nn.Module]) -> float:
-    linears = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
+    return _own_flops(module for part in parts for module in part.modules())
+
+
+def _own_flops(modules: Iterable[nn.Module]) -> float:
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
     return sum(2.0 * linear.in_features * linear.out_features for linear in linears)
 
 

@@ -11,10 +11,22 @@ from ..clustering import Clustering, configured
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..status import Place, Status
-from .backend import Stack, block_flops, find_networks, find_stacks, modules_of, projection_flops, self_attentions
+from .backend import (
+    JOINT_TRANSFORMERS,
+    Stack,
+    WanTransformer3DModel,
+    block_flops,
+    find_networks,
+    find_stacks,
+    modules_of,
+    projection_flops,
+    self_attentions,
+)
+from .joint import JointReducer
 from .processor import AiluRusProcessor
 from .reducer import NetworkReducer
 from .stacks import StackHooks
+from .wan import WanReducer
 
 # The attribute on a network that holds its reducer; gone again after `uninstall`.
 ATTRIBUTE = "_ailurus_reducer"
@@ -31,19 +43,28 @@ def install(target: Any, config: AiluRusDiffusionConfig, clustering: Clustering 
             f"unreduced_last_steps={config.unreduced_last_steps} needs a pipeline, which knows how many steps there "
             f"are: apply it to the pipeline, got {type(target).__name__}"
         )
-    reducers = [
-        NetworkReducer(network, config, find_stacks(network), clustering or configured(config), pipeline)
-        for network in find_networks(target)
-    ]
+    reducers = []
+    for network in find_networks(target):
+        kind = NetworkReducer
+        if isinstance(network, JOINT_TRANSFORMERS):
+            kind = JointReducer
+        elif isinstance(network, WanTransformer3DModel):
+            kind = WanReducer
+        reducers.append(kind(network, config, find_stacks(network), clustering or configured(config), pipeline))
     uninstall(target)
     for reducer in reducers:
         reducer.install()
-        for stack in reducer.stacks:
-            StackHooks(reducer, stack).install()
-        if config.scope == "attention":
-            fields = {name: value for name, value in config.to_dict().items() if name in AiluRusProcessor.FIELDS}
-            reducer.set_processor(AiluRusProcessor(**fields, assign=reducer.assign_current))
+        if not isinstance(reducer, JointReducer):
+            _install_stacks(reducer, config)
         setattr(reducer.network, ATTRIBUTE, reducer)
+
+
+def _install_stacks(reducer: NetworkReducer, config: AiluRusDiffusionConfig) -> None:
+    for stack in reducer.stacks:
+        StackHooks(reducer, stack).install()
+    if config.scope == "attention":
+        fields = {name: value for name, value in config.to_dict().items() if name in AiluRusProcessor.FIELDS}
+        reducer.set_processor(AiluRusProcessor(**fields, assign=reducer.assign_current))
 
 
 def uninstall(target: Any) -> None:
@@ -89,13 +110,15 @@ def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Pla
     record, config = reducer.records[stack.name], reducer.config
     if config.scope == "attention":
         restored = "after self-attention (copy)"
-        if set(reducer.without_processor()) & set(self_attentions([stack])):
-            restored = "processor lost"
     else:
         around = config.projections == "merged" and stack.on_maps
         restored = f"{'around the stack' if around else 'after the last block'} (residual)"
+    if reducer.processor is not None and set(reducer.without_processor()) & set(self_attentions([stack])):
+        restored = "processor lost"
     full = reduced = None
-    if record.last_tokens is not None and record.last_clusters_count is not None:
+    if isinstance(reducer, JointReducer):
+        full, reduced = reducer.flops()
+    elif record.last_tokens is not None and record.last_clusters_count is not None:
         tokens, clusters = record.last_tokens, record.last_clusters_count
         others = tokens if config.scope == "attention" else clusters
         queries = tokens if config.reduce == "kv" else clusters

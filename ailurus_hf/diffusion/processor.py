@@ -75,8 +75,8 @@ class AiluRusProcessor:
         """hidden_states: Tensor[B, N, C] or [B, C, H, W]; the result has its shape. A mask on self-attention: unreduced."""
         if attn.added_kv_proj_dim is not None:
             raise UnsupportedModelError(
-                "attention over image and added text keys at once cannot be reduced: use AiluRusProcessor on layers "
-                "whose self-attention stands alone"
+                "a processor alone cannot reduce attention over image and added text keys at once: use apply_ailurus for "
+                "SD3 and Flux, and AiluRusProcessor on layers whose self-attention stands alone"
             )
         residual = hidden_states
         if attn.spatial_norm is not None:

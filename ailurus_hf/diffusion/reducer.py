@@ -95,17 +95,24 @@ class NetworkReducer:
             if given.get(name) is not None:
                 raise AiluRusError(f"{name} in cross_attention_kwargs cannot follow merged tokens: call without them")
         latents, compiling = self.call.latents(args, kwargs), torch.compiler.is_compiling()
-        timestep = self.call.argument("timestep", args, kwargs)
-        # The compiler cannot follow the reference to a pipeline.
-        pipeline = None if compiling else self._pipeline_of(timestep)
+        timestep, pipeline = self._schedule(args, kwargs)
         if not compiling and self.processor is not None:
             self._notice_lost_processors()
         share = self.config.share_cfg
         if share and latents.shape[0] % 2:
             raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {latents.shape[0]} images")
         if share is None:
-            share = latents.shape[0] % 2 == 0 and pairs_halves(pipeline, self.call, args, kwargs)
+            share = latents.shape[0] % 2 == 0 and self._pairs_halves(pipeline, args, kwargs)
         self.store.begin(max(latents.shape[-2:]), share, timestep, pipeline)
+
+    def _pairs_halves(self, pipeline: Any, args: tuple, kwargs: dict) -> bool:
+        return pairs_halves(pipeline, self.call, args, kwargs)
+
+    def _schedule(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """The timestep of this call, and the pipeline that makes it, None where it is not known."""
+        timestep = self.call.argument("timestep", args, kwargs)
+        # The compiler cannot follow the reference to a pipeline.
+        return timestep, None if torch.compiler.is_compiling() else self._pipeline_of(timestep)
 
     def _pipeline_of(self, timestep: Any) -> Any:
         """The pipeline, if it is the one that makes this call: another may have the same network."""
@@ -119,14 +126,14 @@ class NetworkReducer:
             self._say_that_nothing_was_reduced(run.most_unreduced)
         self.store.end()
 
-    def num_clusters(self, run: Run, grid: tuple[int, int]) -> int:
+    def num_clusters(self, run: Run, grid: tuple[int, ...]) -> int:
         """M for a grid in this forward; N where it runs unreduced."""
         num_tokens = math.prod(grid)
         # Sides are halved and rounded up, so a level is known by its nearest power of two.
         level = 2 ** round(math.log2(run.latent_side / max(grid)))
         return self.config.clusters_for(num_tokens, level) if run.reduce else num_tokens
 
-    def assign(self, run: Run, stack: Stack, grid: tuple[int, int], tokens: Tensor) -> TokenClusters | JointClusters:
+    def assign(self, run: Run, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> TokenClusters | JointClusters:
         """The run's clusters of a grid, made from Tensor[B, N, C] if it has none."""
         if tokens.shape[1] != math.prod(grid):
             raise AiluRusError(f"grid {grid} has {math.prod(grid)} places, but there are {tokens.shape[1]} tokens")
@@ -149,7 +156,7 @@ class NetworkReducer:
         return clusters
 
     def _cluster_videos(
-        self, frames: Frames, tokens: Tensor, grid: tuple[int, int], num_clusters: int, share_halves: bool
+        self, frames: Frames, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool
     ) -> JointClusters:
         """Clusters over space and time, as many a frame as there would be of each frame alone."""
         count, videos = frames.count, frames.videos(tokens.shape[0])
@@ -206,7 +213,8 @@ class NetworkReducer:
 
 def frames_of(stack: Stack) -> Frames | None:
     """The frames that a batch holds, where the stack's self-attention runs on a CrossFrameProcessor."""
-    return getattr(stack.blocks[0].attn1.processor, "frames", None)  # type: ignore[union-attr]
+    layer = getattr(stack.blocks[0], "attn1", None)
+    return getattr(getattr(layer, "processor", None), "frames", None)
 
 
 @torch.no_grad()

@@ -91,13 +91,13 @@ class StackHooks:
         clusters = self.reducer.assign(run, self.stack, run.current, tokens)
         merged = clusters.merge(tokens)
         run.current = Merged(clusters, tokens, merged, _bias(clusters, tokens))
-        return _with(args, kwargs, 0, "hidden_states", merged)
+        return with_argument(args, kwargs, 0, "hidden_states", merged)
 
     def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         run = self.reducer.store.run
         if run is None or run.current is None:
             return None
-        return _with(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", run.current.bias)
+        return with_argument(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", run.current.bias)
 
     def restore_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         run = self.reducer.store.run
@@ -123,8 +123,8 @@ class StackHooks:
         # The module adds its input to its output: from zeros, the output is the gain.
         zeros = hidden_states.new_zeros(()).expand_as(merged)
         run.current = Merged(clusters, hidden_states, merged, _bias(clusters, tokens))
-        args, kwargs = _with(args, kwargs, 0, "hidden_states", zeros)
-        return _with(args, kwargs, self.stack.mask_position, "attention_mask", run.current.bias)
+        args, kwargs = with_argument(args, kwargs, 0, "hidden_states", zeros)
+        return with_argument(args, kwargs, self.stack.mask_position, "attention_mask", run.current.bias)
 
     def give_merged_map(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         run = self.reducer.store.run
@@ -169,7 +169,7 @@ def _bias(clusters: TokenClusters | JointClusters, tokens: Tensor) -> Tensor:
     return clusters.log_counts()[:, None, :].to(tokens.dtype)
 
 
-def _with(args: tuple, kwargs: dict, position: int, name: str, value: Any) -> tuple[tuple, dict]:
+def with_argument(args: tuple, kwargs: dict, position: int, name: str, value: Any) -> tuple[tuple, dict]:
     """The arguments with one of them replaced, wherever it stood."""
     if position < len(args):
         return (*args[:position], value, *args[position + 1 :]), kwargs
