@@ -68,7 +68,7 @@ def eomt(size: int) -> nn.Module:
 
 def sam(size: int) -> nn.Module:
     """SAM-B's image encoder: 4 of 12 layers have global attention."""
-    return SamVisionModel(SamVisionConfig(image_size=size))
+    return SamVisionModel(SamVisionConfig(image_size=size, initializer_range=0.02))
 
 
 def vitdet(size: int) -> nn.Module:

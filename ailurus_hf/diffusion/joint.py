@@ -81,8 +81,8 @@ class JointReducer(NetworkReducer):
         if self.config.scope == "blocks":
             # On all of them: the first one may be skipped.
             for block in self.stacks[0].blocks:
-                self.pre_hook(block, self.merge)
-            self.pre_hook(self.network.norm_out, self.restore)  # type: ignore[arg-type]
+                self.hooks.before(block, self.merge)
+            self.hooks.before(self.network.norm_out, self.restore)  # type: ignore[arg-type]
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self.call.argument(self.KWARGS, args, kwargs) or {}

@@ -14,13 +14,13 @@ from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..clustering import Clustering
 from ..clustering.tables import grid_table
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
+from ..hooks import Hooks
 from ..status import Record
 from .backend import Call, Stack, pairs_halves, self_attentions
 from .frames import Frames, JointClusters
@@ -45,7 +45,7 @@ class NetworkReducer:
     clustering: Clustering
     pipeline: ReferenceType | None = None
     records: dict[str, Record] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    hooks: Hooks = field(default_factory=Hooks)
     processor: Any = None
     previous_processors: dict[str, Any] = field(default_factory=dict)
     lost_processors: list[str] = field(default_factory=list)
@@ -57,13 +57,11 @@ class NetworkReducer:
         self.records = {stack.name: Record() for stack in self.stacks}
 
     def install(self) -> None:
-        self.pre_hook(self.network, self.begin)
-        self.handles.append(self.network.register_forward_hook(self.end))
+        self.hooks.before(self.network, self.begin)
+        self.hooks.behind(self.network, self.end)
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self.hooks.remove()
         if self.processor is not None:
             lost = self.without_processor()
             for name, layer in self_attentions(self.stacks).items():
@@ -85,9 +83,6 @@ class NetworkReducer:
             for name, layer in self_attentions(self.stacks).items()
             if self.processor not in (layer.processor, getattr(layer.processor, "stands_for", None))
         ]
-
-    def pre_hook(self, module: nn.Module, hook: Any) -> None:
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self.call.argument("cross_attention_kwargs", args, kwargs) or {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from ..hooks import Hooks
 from .backend import convolution_norms
 from .frames import Frames
 
@@ -18,19 +18,19 @@ class SharedGroupNorm:
 
     def __init__(self, network: nn.Module, frames: Frames) -> None:
         self.norms, self.frames = convolution_norms(network), frames
-        self.handles: list[RemovableHandle] = []
+        self.hooks = Hooks()
 
     def __enter__(self) -> None:
         for norm in self.norms:
-            self.handles += [norm.register_forward_pre_hook(self.join), norm.register_forward_hook(self.split)]
+            self.hooks.before(norm, self.join)
+            self.hooks.behind(norm, self.split)
 
     def __exit__(self, *exception: object) -> None:
-        while self.handles:
-            self.handles.pop().remove()
+        self.hooks.remove()
 
-    def join(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def join(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict) -> tuple[tuple[Tensor], dict]:
         maps = args[0].unflatten(0, (self.frames.videos(args[0].shape[0]), self.frames.count))
-        return (maps.transpose(1, 2).flatten(2, 3),)
+        return (maps.transpose(1, 2).flatten(2, 3),), kwargs
 
     def split(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.unflatten(2, (self.frames.count, -1)).transpose(1, 2).flatten(0, 1)

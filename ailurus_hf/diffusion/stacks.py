@@ -44,19 +44,19 @@ class StackHooks:
     def install(self) -> None:
         reducer, stack = self.reducer, self.stack
         if reducer.config.scope == "attention":
-            reducer.pre_hook(stack.module, self.announce)
+            reducer.hooks.before(stack.module, self.announce)
             return
         if stack.on_maps and reducer.config.projections == "merged":
-            reducer.pre_hook(stack.module, self.merge_map)
-            reducer.handles.append(stack.module.norm.register_forward_hook(self.give_merged_map))  # type: ignore
-            reducer.handles.append(stack.module.register_forward_hook(self.restore_map))
+            reducer.hooks.before(stack.module, self.merge_map)
+            reducer.hooks.behind(stack.module.norm, self.give_merged_map)  # type: ignore
+            reducer.hooks.behind(stack.module, self.restore_map)
             return
-        reducer.pre_hook(stack.module, self.enter)
-        reducer.pre_hook(stack.blocks[0], self.merge_tokens)
+        reducer.hooks.before(stack.module, self.enter)
+        reducer.hooks.before(stack.blocks[0], self.merge_tokens)
         for block in stack.blocks:
-            reducer.pre_hook(block, self.add_bias)
+            reducer.hooks.before(block, self.add_bias)
         # Prepended, so that hooks that were there before see all N tokens.
-        reducer.handles.append(stack.blocks[-1].register_forward_hook(self.restore_tokens, prepend=True))
+        reducer.hooks.behind(stack.blocks[-1], self.restore_tokens, prepend=True)
 
     # scope="attention": the processor asks for the clusters of the stack that is running.
 

@@ -119,19 +119,10 @@ class GlobalLayerReducer:
         """What the last forward did, for the status table; FLOPs are the layer's own."""
         record = self.records[0]
         tokens, count = record.last_tokens, record.last_clusters_count
-        return [
-            Place(
-                where=f"{type(self.module).__name__} {self.number}",
-                location=self.number - 1,
-                restored="behind the layer (residual)",
-                num_tokens=tokens,
-                num_clusters=count,
-                forwards=record.forwards,
-                clusterings=record.clusterings,
-                flops=None if tokens is None else layer_flops(self.module, tokens),
-                reduced_flops=None if count is None else layer_flops(self.module, count),
-            )
-        ]
+        full = None if tokens is None else layer_flops(self.module, tokens)
+        reduced = None if count is None else layer_flops(self.module, count)
+        where = f"{type(self.module).__name__} {self.number}"
+        return [record.place(where, self.number - 1, "behind the layer (residual)", full, reduced)]
 
 
 def relative_scores(attention: Any, query: Tensor, stage: Stage) -> Tensor:
