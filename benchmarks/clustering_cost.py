@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from ailurus_hf.clustering import configured
 from ailurus_hf.config import AiluRusConfig
 
-from .harness import environment, interleaved, log, markdown, save
+from .harness import environment, high_water_mark, interleaved, log, markdown, save
 
 COLUMNS = {
     "clustering": "clustering",
@@ -52,13 +51,7 @@ def _report_peak(queue: Any, clustering: str, side: int, channels: int) -> None:
     cluster_once(clustering, 16, channels)
     before = high_water_mark()
     cluster_once(clustering, side, channels)
-    queue.put(high_water_mark() - before)
-
-
-def high_water_mark() -> float:
-    """Peak resident memory of this process so far, in MB. getrusage would count the parent's from before the exec."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    queue.put((high_water_mark() - before) / 2**20)
 
 
 @torch.inference_mode()

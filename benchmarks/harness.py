@@ -8,10 +8,8 @@ import importlib.metadata
 import json
 import logging
 import platform
-import resource
 import shlex
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +49,7 @@ def model_flops(run: Callable[[], Any]) -> int:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that a call needs at most beyond what was held before. On a CPU sampled every millisecond, on Linux only."""
+    """Memory that a call needs at most beyond what was held before; on a CPU by Linux's own count, elsewhere None."""
     if device.type == "cuda":
         wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -59,25 +57,20 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         run()
         wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
-        return None
-    resident = lambda: int(pages.read_text().split()[1]) * resource.getpagesize()  # noqa: E731
-    before, done = resident(), threading.Event()
-    seen = [before]
-
-    def sample() -> None:
-        while not done.wait(0.001):
-            seen.append(resident())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
     try:
-        run()
-    finally:
-        done.set()
-        sampler.join()
-    return max(seen) - before
+        # Sets the peak back to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = high_water_mark()
+    run()
+    return high_water_mark() - before
+
+
+def high_water_mark() -> int:
+    """Peak resident bytes of this process so far (Linux). getrusage would count the parent's from before the exec."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 class StorageWatch(TorchDispatchMode):

@@ -175,11 +175,12 @@ def test_patches_that_heads_would_misread_are_refused():
 
 @pytest.fixture(scope="module")
 def mask_rcnn():
-    if not torchvision_ops.find():
-        pytest.skip("torchvision is not installed: pip install 'ailurus-hf[detection]'")
-    from ailurus_hf.detection.mask_rcnn import mask_rcnn
+    with torchvision_ops.in_reach() as found:
+        if not found:
+            pytest.skip("torchvision is not installed: pip install 'ailurus-hf[detection]'")
+        from ailurus_hf.detection.mask_rcnn import mask_rcnn
 
-    return mask_rcnn
+        yield mask_rcnn
 
 
 def photographs():

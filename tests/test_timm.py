@@ -22,14 +22,14 @@ GRID = (6, 10)
 
 @pytest.fixture(scope="module", autouse=True)
 def timm():
-    if not torchvision_ops.find():
-        pytest.skip("timm needs torchvision, which is not installed")
-    timm = pytest.importorskip("timm")
-    # What transformers found when it was imported stands, and torchvision has come since.
-    from transformers.models.timm_wrapper import configuration_timm_wrapper, modeling_timm_wrapper
-    from transformers.utils import import_utils
+    with torchvision_ops.in_reach() as found, pytest.MonkeyPatch.context() as patch:
+        if not found:
+            pytest.skip("timm needs torchvision, which is not installed")
+        timm = pytest.importorskip("timm")
+        # What transformers found when it was imported stands, and torchvision has come since.
+        from transformers.models.timm_wrapper import configuration_timm_wrapper, modeling_timm_wrapper
+        from transformers.utils import import_utils
 
-    with pytest.MonkeyPatch.context() as patch:
         for module in (import_utils, configuration_timm_wrapper, modeling_timm_wrapper):
             patch.setattr(module, "is_timm_available", lambda: True, raising=False)
         patch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: True, ""))

@@ -9,6 +9,8 @@ where operators are missing, and non-maximum suppression is written out here.
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,11 +19,18 @@ from torch import Tensor
 FOLDER = Path(sys.prefix) / "torchvision"
 
 
-def find() -> bool:
-    """Also looks into the folder that `make` fills; whether `import torchvision` works from here on."""
-    if importlib.util.find_spec("torchvision") is None and FOLDER.exists():
+@contextmanager
+def in_reach() -> Iterator[bool]:
+    """Also looks into the folder that `make` fills; whether `import torchvision` works inside."""
+    beside = FOLDER.exists()  # behind all else: a torchvision of the environment comes first
+    if beside:
         sys.path.append(str(FOLDER))
-    return prepare()
+    try:
+        yield prepare()
+    finally:
+        # Processes started later get this path, and do not come by here before they import transformers.
+        if beside:
+            sys.path.remove(str(FOLDER))
 
 
 def prepare() -> bool:
