@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/method.md from the result files, never by hand.
+"""Writes the tables of README.md and docs/ from the result files, never by hand.
 
     python -m benchmarks.report            # rewrites what stands between the markers
     python -m benchmarks.report --check    # exit code 1 where a table is not what the result files say
@@ -17,11 +17,18 @@ from typing import Any
 
 from ailurus_hf.vision.families import supported_models
 
-from . import clustering_cost, vit_speed
+from . import (
+    clustering_cost,
+    controlvideo_speed,
+    diffusion_speed,
+    families_speed,
+    joint_speed,
+    vit_speed,
+)
 from .harness import RESULTS, markdown
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/method.md")
+DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md")
 TARGETS = (1.5, 2.0, 2.5)
 
 
@@ -40,11 +47,13 @@ def source(result: dict[str, Any], name: str) -> str:
 
 
 def rows_as_measured(name: str, columns: dict[str, str]) -> Callable[[], str]:
-    """A table of all rows of one result file, under its benchmark's own headings."""
+    """A table of all rows of one result file, under its benchmark's own headings where anything was measured."""
 
     def table() -> str:
         result = load(name)
-        return markdown(result["rows"], columns) + "\n" + source(result, name)
+        rows = result["rows"]
+        measured = {key: heading for key, heading in columns.items() if any(row.get(key) is not None for row in rows)}
+        return markdown(rows, measured) + "\n" + source(result, name)
 
     return table
 
@@ -93,6 +102,11 @@ def equal_speed_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "families": supported_models,
     "speed": rows_as_measured("vit_speed-cpu-fp32", vit_speed.COLUMNS),
+    "dense heads": rows_as_measured("families_speed-cpu-fp32", families_speed.COLUMNS),
+    "stages": rows_as_measured("families_speed_stages-cpu-fp32", families_speed.COLUMNS),
+    "diffusion": rows_as_measured("diffusion_speed_sd15-cpu-fp32", diffusion_speed.COLUMNS),
+    "video flops": rows_as_measured("controlvideo_flops_sd15-cpu-bf16", controlvideo_speed.COLUMNS),
+    "joint flops": rows_as_measured("joint_flops-cpu-fp32", joint_speed.COLUMNS),
     "cost": rows_as_measured("clustering_cost-cpu-fp32", clustering_cost.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,

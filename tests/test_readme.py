@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusion_models import UNET, UP, make_vae, scheduler
+from diffusion_models import UNET, UP, make_controlnet, make_vae, scheduler
+from PIL import Image
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -19,6 +20,7 @@ from transformers import (
 
 from ailurus_hf import ailurus_status
 from ailurus_hf.cli import build_parser
+from ailurus_hf.video import open_clip, write_video
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,6 +55,7 @@ def diffusion_stand_in(tmp_path: Path) -> Path:
     parts = {"vae": make_vae(), "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}
     parts |= {"scheduler": scheduler(), "safety_checker": None, "feature_extractor": None}
     StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "diffusion")
+    make_controlnet().save_pretrained(tmp_path / "diffusion/controlnet")
     return tmp_path / "diffusion"
 
 
@@ -69,7 +72,10 @@ def test_the_python_blocks_run_in_order(
     here = {
         "google/vit-base-patch16-224": stand_in,
         "stable-diffusion-v1-5/stable-diffusion-v1-5": diffusion_stand_in,
+        "lllyasviel/sd-controlnet-canny": diffusion_stand_in / "controlnet",
     }
+    frames = [Image.effect_noise((64, 64), 90).convert("RGB") for _ in range(3)]
+    write_video(tmp_path / "walk.mp4", frames, 8)
     for block in blocks("python"):
         for name, folder in here.items():
             block = block.replace(name, str(folder))
@@ -80,6 +86,7 @@ def test_the_python_blocks_run_in_order(
     assert names["picture"].size == (64, 64) and ailurus_status(names["pipe"]).active
     assert names["labels"].shape == names["street"].size[::-1]
     assert names["representatives"].shape == (2, 192, 64)
+    assert len(list(open_clip(tmp_path / "ocean.mp4"))) == 3
 
 
 def test_the_commands_parse() -> None:
