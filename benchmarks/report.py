@@ -20,6 +20,7 @@ from ailurus_hf.vision.families import supported_models
 from . import (
     clustering_cost,
     controlvideo_speed,
+    detection_speed,
     diffusion_speed,
     families_speed,
     joint_speed,
@@ -104,6 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": rows_as_measured("vit_speed-cpu-fp32", vit_speed.COLUMNS),
     "dense heads": rows_as_measured("families_speed-cpu-fp32", families_speed.COLUMNS),
     "stages": rows_as_measured("families_speed_stages-cpu-fp32", families_speed.COLUMNS),
+    "detection": rows_as_measured("detection_speed-cpu-fp32", detection_speed.COLUMNS),
     "diffusion": rows_as_measured("diffusion_speed_sd15-cpu-fp32", diffusion_speed.COLUMNS),
     "video flops": rows_as_measured("controlvideo_flops_sd15-cpu-bf16", controlvideo_speed.COLUMNS),
     "joint flops": rows_as_measured("joint_flops-cpu-fp32", joint_speed.COLUMNS),
