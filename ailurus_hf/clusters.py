@@ -65,6 +65,11 @@ class TokenClusters:
         """Attention bias per key, Tensor[B, prefix + M + suffix]: log count, 0 for extra tokens, -inf for empty clusters."""
         return F.pad(self.counts.log(), (prefix, suffix))
 
+    def centroids(self, grid: tuple[int, ...]) -> Tensor:
+        """The mean place of each cluster's tokens on their grid, Tensor[B, M, axes] (fp32)."""
+        sides = (torch.arange(side, device=self.assignment.device, dtype=torch.float32) for side in grid)
+        return self.merge(torch.cartesian_prod(*sides).expand(self.assignment.shape[0], -1, -1))
+
     # Every image's tokens and clusters get numbers of their own, so that a batch is one flat table: a row gather and a
     # bag sum are several times faster than gather/scatter with an index expanded over channels.
     def _cluster_of_each(self) -> Tensor:

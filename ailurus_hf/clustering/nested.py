@@ -33,12 +33,11 @@ def merge_clusters(
     centres are centres of old clusters; None where those have none. Ranks are by distance between centroids. All pairs
     of clusters are compared, in O(M²) memory.
     """
-    batch, _, channels = tokens.shape
+    channels = tokens.shape[2]
     count = clusters.num_clusters
     check_num_clusters(num_clusters, count)
     means = clusters.merge(tokens.float())
-    places = torch.cartesian_prod(*(torch.arange(side, device=tokens.device).float() for side in grid))
-    centroids = clusters.merge(places.view(1, -1, len(grid)).expand(batch, -1, -1))
+    centroids = clusters.centroids(grid)
 
     itself = torch.eye(count, dtype=torch.bool, device=tokens.device)
     apart = _distances(centroids)

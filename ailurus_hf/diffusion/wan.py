@@ -55,10 +55,11 @@ class WanReducer(JointReducer):
         # tell them; those of place p are p times as much.
         cos, sin = rope(torch.empty((1, 1, *(2 * size for size in rope.patch_size)), device=device))
         step = torch.atan2(sin[0, -1, 0], cos[0, -1, 0])
-        places = torch.cartesian_prod(*(torch.arange(float(side), device=device) for side in arriving.grid))
-        centroids = clusters.merge(places.expand(clusters.assignment.shape[0], -1, -1))
         widths = (rope.t_dim, rope.h_dim, rope.w_dim)
-        along = [place.expand(-1, -1, width) for place, width in zip(centroids.split(1, -1), widths, strict=True)]
+        along = [
+            place.expand(-1, -1, width)
+            for place, width in zip(clusters.centroids(arriving.grid).split(1, -1), widths, strict=True)
+        ]
         angles = torch.cat(along, -1) * step
         return angles.cos(), angles.sin()
 

@@ -71,6 +71,7 @@ class EncoderReducer:
         self.reduced_layers = list(self.found.layers[locations[0] : self.restore_location])
         self.bias_parameter = bias_parameter(self.found.layers[0])
         self.parameters = parameters_of(self.found.layers[0])
+        self.encoder_parameters = parameters_of(self.found.encoder)
         in_layers = {id(module) for layer in self.found.layers for module in layer.modules()}
         self.shared_bias = [m for m in adapters.relative_bias_modules(self.found.encoder) if id(m) not in in_layers]
         family = self.found.family
@@ -147,12 +148,12 @@ class EncoderReducer:
             raise AiluRusError(f"{type(encoder).__name__} was called without pixel_values")
         if kwargs.get("attention_mask") is not None:
             raise AiluRusError("a 2-D attention_mask cannot follow merged tokens: call the model without one")
-        # Plain numbers also where torch.compile would keep sizes symbolic.
-        arguments = {**dict(zip(parameters_of(encoder), args)), **kwargs}
+        arguments = {**dict(zip(self.encoder_parameters, args)), **kwargs}
         if family.layout is None:
             sides, suffix = family.grid(encoder, pixel_values), self.found.suffix
         else:
             sides, suffix = family.layout(encoder, arguments)
+        # Plain numbers also where torch.compile would keep sizes symbolic.
         grid = tuple(operator.index(side) for side in sides)
         num_tokens = math.prod(grid)
         if thread() in self.wanted:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clustering.smooth_unfolding import Smoothing, smoothing
+from ..clustering.smooth_unfolding import smoothing
 from ..clusters import TokenClusters
 
 
@@ -48,22 +48,15 @@ class Stage:
 
     def centroids(self) -> Tensor:
         """The mean row and column of each cluster's patches, Tensor[B, M, 2] (fp32)."""
-        return self.once("centroids", self._centroids)
-
-    def _centroids(self) -> Tensor:
-        rows, columns = (torch.arange(side, device=self.tokens.device, dtype=torch.float32) for side in self.grid)
-        places = torch.cartesian_prod(rows, columns).view(1, -1, 2).expand(self.tokens.shape[0], -1, -1)
-        return self.clusters.merge(places)
-
-    def _smoothing(self) -> Smoothing:
-        return smoothing(self.clusters, self.tokens, self.grid)
+        return self.once("centroids", lambda: self.clusters.centroids(self.grid))
 
     def unfold(self, representatives: Tensor, restore: str | None) -> Tensor:
         """All N patches from Tensor[B, M, C]."""
         if restore == "copy":
             return self.clusters.unmerge(representatives)
         if restore == "smooth":
-            return self.once("smoothing", self._smoothing).unmerge(representatives)
+            weights = self.once("smoothing", lambda: smoothing(self.clusters, self.tokens, self.grid))
+            return weights.unmerge(representatives)
         return self.tokens + self.clusters.unmerge(representatives - self.merged)
 
 

@@ -24,7 +24,7 @@ from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..hooks import Hooks
 from ..status import Place, Record
-from .backend import attention_configs, use_ailurus_attention
+from .backend import attention_configs, qualified_name, use_ailurus_attention
 from .run import thread
 
 STAGE = "transformers.models.segformer.modeling_segformer.SegformerStage"
@@ -188,7 +188,7 @@ def block_flops(block: Any, num_tokens: int, num_clusters: int) -> float:
 
 def stage_reducers(target: nn.Module, config: AiluRusConfig, clustering: Clustering) -> list[StageReducer]:
     """A reducer for each stage that `config.stages` names, of every SegFormer in `target`; none where there is none."""
-    lists = [m for m in target.modules() if isinstance(m, nn.ModuleList) and len(m) and _is_stage(m[0])]
+    lists = [m for m in target.modules() if isinstance(m, nn.ModuleList) and len(m) and qualified_name(m[0]) == STAGE]
     wanted = config.stages or DEFAULT_STAGES
     for stages in lists:
         if max(wanted) > len(stages):
@@ -196,7 +196,3 @@ def stage_reducers(target: nn.Module, config: AiluRusConfig, clustering: Cluster
                 f"stage {max(wanted)} is past the {len(stages)} stages of SegFormer: use 1 to {len(stages)}"
             )
     return [StageReducer(stages[number - 1], number, config, clustering) for stages in lists for number in wanted]
-
-
-def _is_stage(module: nn.Module) -> bool:
-    return f"{type(module).__module__}.{type(module).__qualname__}" == STAGE
