@@ -46,14 +46,15 @@ def remove_ailurus(target: Target) -> Target:
 
 
 @contextmanager
-def ailurus_on(target: Target, config: Config | None) -> Iterator[Target]:
-    """Token reduction for a `with` block alone; None leaves the target as it is."""
-    if config is not None:
-        apply_ailurus(target, config)
+def ailurus_on(target: Target, config: Config | None = None, **config_fields: Any) -> Iterator[Target]:
+    """Token reduction for a `with` block alone; with neither config nor fields the target stays as it is."""
+    switched = config is not None or bool(config_fields)
+    if switched:
+        apply_ailurus(target, config, **config_fields)
     try:
         yield target
     finally:
-        if config is not None:
+        if switched:
             remove_ailurus(target)
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import tomesd
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
@@ -29,6 +28,7 @@ from ailurus_hf.diffusion.frames import Frames
 from ailurus_hf.pipelines import ControlVideoPipeline
 
 from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, peak_on_shapes, save
+from .peers.tomesd import merged_by_tomesd
 from .peers.vidtome import VidToMeProcessor
 
 UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -55,23 +55,9 @@ def ours(**fields: Any) -> Switch:
     return on
 
 
-def merged_by_tomesd(**settings: Any) -> Switch:
+def with_tomesd(**settings: Any) -> Switch:
     """Per frame, in UNet and ControlNet; the frames' merged tokens are joined."""
-
-    def on(pipe: ControlVideoPipeline, frames: int, latent_tokens: int) -> Callable[[], Any]:
-        networks = pipe.unet, pipe.controlnet
-        for network in networks:
-            tomesd.apply_patch(network, **settings)
-
-        def off() -> None:
-            for network in networks:
-                tomesd.remove_patch(network)
-                for module in network.modules():
-                    vars(module).pop("_tome_info", None)
-
-        return off
-
-    return on
+    return lambda pipe, frames, latent_tokens: merged_by_tomesd([pipe.unet, pipe.controlnet], **settings)
 
 
 def vidtome(pipe: ControlVideoPipeline, frames: int, latent_tokens: int) -> Callable[[], Any]:
@@ -96,8 +82,8 @@ def vidtome(pipe: ControlVideoPipeline, frames: int, latent_tokens: int) -> Call
 # Each switches itself on and returns what switches it off.
 METHODS: dict[str, Switch] = {
     "plain": lambda pipe, frames, latent_tokens: lambda: None,
-    "tomesd 0.5": merged_by_tomesd(ratio=0.5),
-    "tomesd 0.75, all": merged_by_tomesd(ratio=0.75, max_downsample=2, merge_crossattn=True, merge_mlp=True),
+    "tomesd 0.5": with_tomesd(ratio=0.5),
+    "tomesd 0.75, all": with_tomesd(ratio=0.75, max_downsample=2, merge_crossattn=True, merge_mlp=True),
     "VidToMe": vidtome,
 }
 for ratio in (0.5, 0.25, 0.125):

@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 from transformers import BeitConfig, BeitModel, ViTConfig, ViTModel, YolosConfig, YolosForObjectDetection
 
-from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusConfig
 from ailurus_hf.detection.pyramid import ViTPyramid
 
-from .harness import environment, interleaved, log, markdown, model_flops, save
+from .harness import environment, log, markdown, reductions_in_turn, save
 
 SIZE = (800, 1072)
 PATCHES = {"image_size": 224, "patch_size": 16}
@@ -91,48 +89,20 @@ def measure(
     model = MODELS[name]().eval().requires_grad_(False)  # the counter of FLOPs follows YOLOS's positions otherwise
     forward = run_part(model, part)
     images = torch.randn(3, 1, 3, *size)
-    full = model_flops(lambda: forward(images[0]))
-    before = forward(images[0])
-
-    results: list[dict[str, Any]] = []
-    configs: dict[str, AiluRusConfig | None] = {"plain": None}
-    for location, clusters in rows:
-        config = AiluRusConfig.paper(location, clusters)
-        apply_ailurus(model, config)
-        after = forward(images[0])
-        place = ailurus_status(model).places[0]
-        saved = (place.flops or 0) - (place.reduced_flops or 0)
-        cosines = [cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(before, after, strict=True)]
-        key = f"{location}, {place.num_tokens} → {place.num_clusters}"
-        results.append(
-            {
-                "model": name,
-                "part": part,
-                "place": key,
-                "location": location,
-                "num_clusters": place.num_clusters,
-                "num_tokens": place.num_tokens,
-                "ideal": full / (full - saved),
-                "cosine": torch.stack(cosines).mean().item(),
-            }
+    configs = [AiluRusConfig.paper(location, clusters) for location, clusters in rows]
+    return [
+        {
+            "model": name,
+            "part": part,
+            "place": f"{location}, {row['tokens']}",
+            "location": location,
+            "num_clusters": clusters,
+            **row,
+        }
+        for (location, clusters), row in zip(
+            rows, reductions_in_turn(model, forward, images, configs, repeats), strict=True
         )
-        configs[key] = config
-    remove_ailurus(model)
-
-    @contextmanager
-    def switched_on(key: str) -> Iterator[None]:
-        if (config := configs[key]) is not None:
-            apply_ailurus(model, config)
-        yield
-        remove_ailurus(model)
-
-    contenders = {key: (lambda n: forward(images[n % len(images)])) for key in configs}
-    seconds = interleaved(contenders, repeats, around=switched_on)
-    for row in results:
-        row["plain_ms"], row["reduced_ms"] = 1e3 * seconds["plain"], 1e3 * seconds[row["place"]]
-        row["speed_up"] = row["plain_ms"] / row["reduced_ms"]
-        row["share_of_ideal"] = row["speed_up"] / row["ideal"]
-    return results
+    ]
 
 
 def main() -> None:

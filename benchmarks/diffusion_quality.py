@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomesd
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw
@@ -35,6 +34,7 @@ from examples.shape_scenes import draw, edge_adherence, edges, random_scene, rea
 
 from .diffusion_speed import downsampled_keys
 from .harness import environment, interleaved, log, markdown, model_flops, save
+from .peers.tomesd import merged_by_tomesd
 
 # Switches itself on for a pipeline and returns what switches it off.
 Switch = Callable[[Any], Callable[[], Any]]
@@ -51,28 +51,19 @@ def ours(**fields: Any) -> Switch:
     return on
 
 
-def merged_by_tomesd(**settings: Any) -> Switch:
-    def on(pipe: Any) -> Callable[[], Any]:
-        # Of all networks: given a pipeline it takes the UNet alone, and AiluRus takes the ControlNet too.
-        networks = [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
-        for network in networks:
-            tomesd.apply_patch(network, **settings)
+def networks_of(pipe: Any) -> list[Any]:
+    """UNet and ControlNet: given a pipeline, tomesd takes the UNet alone, and AiluRus takes both."""
+    return [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
 
-        def off() -> None:
-            for network in networks:
-                tomesd.remove_patch(network)
-                for module in network.modules():
-                    vars(module).pop("_tome_info", None)
 
-        return off
-
-    return on
+def with_tomesd(**settings: Any) -> Switch:
+    return lambda pipe: merged_by_tomesd(networks_of(pipe), **settings)
 
 
 def keys_downsampled(factor: int) -> Switch:
     def on(pipe: Any) -> Callable[[], Any]:
-        networks = [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
-        offs = [downsampled_keys(factor)(network, pipe.unet.config.sample_size**2) for network in networks]
+        size = pipe.unet.config.sample_size**2
+        offs = [downsampled_keys(factor)(network, size) for network in networks_of(pipe)]
         return lambda: [off() for off in offs]
 
     return on
@@ -82,15 +73,15 @@ ALL = {"merge_crossattn": True, "merge_mlp": True}
 METHODS: dict[str, Switch] = {
     "plain": lambda pipe: lambda: None,
     **{
-        f"tomesd {ratio}, max_downsample {most}{', all' if parts else ''}": merged_by_tomesd(
+        f"tomesd {ratio}, max_downsample {most}{', all' if parts else ''}": with_tomesd(
             ratio=ratio, max_downsample=most, **parts
         )
         for parts in ({}, ALL)
         for most in (1, 2)
         for ratio in (0.25, 0.5, 0.75)
     },
-    "tomesd 0.5, max_downsample 2, MLP": merged_by_tomesd(ratio=0.5, max_downsample=2, merge_mlp=True),
-    "tomesd 0.5, max_downsample 2, cross": merged_by_tomesd(ratio=0.5, max_downsample=2, merge_crossattn=True),
+    "tomesd 0.5, max_downsample 2, MLP": with_tomesd(ratio=0.5, max_downsample=2, merge_mlp=True),
+    "tomesd 0.5, max_downsample 2, cross": with_tomesd(ratio=0.5, max_downsample=2, merge_crossattn=True),
     "ToDo 2": keys_downsampled(2),
     "ToDo 4": keys_downsampled(4),
     **{

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import tomesd
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -29,6 +28,7 @@ from ailurus_hf.diffusion.reducer import cluster_tokens
 
 from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, save
 from .peers.todo import ToDoProcessor
+from .peers.tomesd import merged_by_tomesd
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -58,18 +58,8 @@ def ours(**fields: Any) -> Callable[[UNet2DConditionModel, int], Callable[[], An
     return on
 
 
-def merged_by_tomesd(**settings: Any) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
-    def on(unet: UNet2DConditionModel, latent_tokens: int) -> Callable[[], Any]:
-        tomesd.apply_patch(unet, **settings)
-
-        def off() -> None:
-            tomesd.remove_patch(unet)
-            for module in unet.modules():
-                vars(module).pop("_tome_info", None)
-
-        return off
-
-    return on
+def with_tomesd(**settings: Any) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
+    return lambda unet, latent_tokens: merged_by_tomesd([unet], **settings)
 
 
 def downsampled_keys(factor: int) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
@@ -84,9 +74,9 @@ def downsampled_keys(factor: int) -> Callable[[UNet2DConditionModel, int], Calla
 # Each switches itself on and returns what switches it off.
 METHODS: dict[str, Callable[[UNet2DConditionModel, int], Callable[[], Any]]] = {
     "plain": lambda unet, latent_tokens: lambda: None,
-    "tomesd 0.5": merged_by_tomesd(ratio=0.5),
-    "tomesd 0.75": merged_by_tomesd(ratio=0.75),
-    "tomesd 0.75, all": merged_by_tomesd(ratio=0.75, max_downsample=2, merge_crossattn=True, merge_mlp=True),
+    "tomesd 0.5": with_tomesd(ratio=0.5),
+    "tomesd 0.75": with_tomesd(ratio=0.75),
+    "tomesd 0.75, all": with_tomesd(ratio=0.75, max_downsample=2, merge_crossattn=True, merge_mlp=True),
     "ToDo 2": downsampled_keys(2),
     "ToDo 4": downsampled_keys(4),
     "attention 0.5": ours(scope="attention", keep_ratio=0.5),

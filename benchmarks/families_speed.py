@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity
 from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
@@ -33,9 +31,9 @@ from transformers import (
     VitDetModel,
 )
 
-from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusConfig
 
-from .harness import environment, interleaved, log, markdown, model_flops, save
+from .harness import environment, log, markdown, reductions_in_turn, save
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
@@ -133,39 +131,18 @@ def measure(
     torch.manual_seed(0)
     model = geometry.make(geometry.size).eval()
     images = torch.randn(3, 1, 3, geometry.size, geometry.size)
-    full = model_flops(lambda: model(images[0]))
-    before = geometry.prediction(model(images[0])).flatten(1)
-
-    rows: list[dict[str, Any]] = []
-    settings: dict[str, dict[str, Any] | None] = {"plain": None}
-    for clustering in clusterings:
-        for chosen in stages or [None]:
-            fields = {**geometry.fields, "clustering": clustering, **({"stages": chosen} if chosen else {})}
-            apply_ailurus(model, **fields)
-            after = geometry.prediction(model(images[0])).flatten(1)
-            places = ailurus_status(model).places
-            saved = sum((place.flops or 0) - (place.reduced_flops or 0) for place in places)
-            tokens = ", ".join(f"{place.num_tokens} → {place.num_clusters}" for place in places)
-            row = {"model": name, "clustering": clustering, "place": f"{tokens}, {clustering}"}
-            row |= {"ideal": full / (full - saved), "cosine": cosine_similarity(before, after).mean().item(), **fields}
-            rows.append(row)
-            settings[row["place"]] = fields
-    remove_ailurus(model)
-
-    @contextmanager
-    def switched_on(key: str) -> Iterator[None]:
-        if (fields := settings[key]) is not None:
-            apply_ailurus(model, **fields)
-        yield
-        remove_ailurus(model)
-
-    run = {key: lambda n: model(images[n % len(images)]) for key in settings}
-    seconds = interleaved(run, repeats, around=switched_on)
-    for row in rows:
-        row["plain_ms"], row["reduced_ms"] = 1e3 * seconds["plain"], 1e3 * seconds[row["place"]]
-        row["speed_up"] = row["plain_ms"] / row["reduced_ms"]
-        row["share_of_ideal"] = row["speed_up"] / row["ideal"]
-    return rows
+    fields = [
+        {**geometry.fields, "clustering": clustering, **({"stages": chosen} if chosen else {})}
+        for clustering in clusterings
+        for chosen in stages or [None]
+    ]
+    rows = reductions_in_turn(
+        model, lambda image: [geometry.prediction(model(image))], images, [AiluRusConfig(**f) for f in fields], repeats
+    )
+    return [
+        {"model": name, "place": f"{row['tokens']}, {given['clustering']}", **row, **given}
+        for row, given in zip(rows, fields, strict=True)
+    ]
 
 
 def main() -> None:

@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from ailurus_hf import AiluRusConfig, ailurus_status
+from ailurus_hf.apply import ailurus_on
 from ailurus_hf.measuring import interleaved, markdown, wait_for
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "model_flops",
     "peak_bytes",
     "peak_on_shapes",
+    "reductions_in_turn",
     "save",
 ]
 
@@ -116,6 +120,44 @@ def peak_on_shapes(run: Callable[[], Any]) -> int:
     with torch.no_grad(), FusedAttention(), StorageWatch() as watch:
         run()
     return watch.most
+
+
+def reductions_in_turn(
+    model: nn.Module,
+    run: Callable[[Tensor], Sequence[Tensor]],
+    images: Tensor,
+    configs: Sequence[AiluRusConfig],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """A row a config: one model, on which each config is on for its turn alone, and what the FLOPs allow.
+
+    run: from one of `images`, Tensor[B, 3, H, W], to what is compared with the plain model's by cosine.
+    """
+    full, before = model_flops(lambda: run(images[0])), run(images[0])
+    rows: list[dict[str, Any]] = []
+    for config in configs:
+        with ailurus_on(model, config):
+            after, places = run(images[0]), ailurus_status(model).places
+        saved = sum((place.flops or 0) - (place.reduced_flops or 0) for place in places)
+        cosines = [F.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(before, after, strict=True)]
+        rows.append(
+            {
+                "tokens": ", ".join(f"{place.num_tokens} → {place.num_clusters}" for place in places),
+                "ideal": full / (full - saved),
+                "cosine": torch.stack(cosines).mean().item(),
+            }
+        )
+    contenders: list[AiluRusConfig | None] = [None, *configs]
+    seconds = interleaved(
+        {number: lambda n: run(images[n % len(images)]) for number in range(len(contenders))},
+        repeats,
+        around=lambda number: ailurus_on(model, contenders[number]),
+    )
+    for number, row in enumerate(rows, start=1):
+        row["plain_ms"], row["reduced_ms"] = 1e3 * seconds[0], 1e3 * seconds[number]
+        row["speed_up"] = row["plain_ms"] / row["reduced_ms"]
+        row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+    return rows
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:

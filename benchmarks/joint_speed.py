@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf.apply import ailurus_on
 from ailurus_hf.diffusion.installation import reducers_of
 
 from .harness import environment, interleaved, log, markdown, model_flops, save
@@ -144,14 +144,8 @@ def measure(
     whole = inputs(meta, model, size, torch.device("meta"), torch.float32)
     full, rows, plain = model_flops(partial(meta, **whole)), {}, None
 
-    @contextmanager
-    def switched_on(name: str) -> Iterator[None]:
-        if name in METHODS:
-            apply_ailurus(network, **METHODS[name])
-        try:
-            yield
-        finally:
-            remove_ailurus(network)
+    def switched_on(name: str) -> AbstractContextManager:
+        return ailurus_on(network, **METHODS.get(name, {}))
 
     for name in ("plain", *METHODS):
         with switched_on(name):
