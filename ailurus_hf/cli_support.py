@@ -22,12 +22,12 @@ from PIL import Image, ImageOps
 from .apply import ailurus_status, apply_ailurus, remove_ailurus
 from .config import AiluRusConfig
 from .errors import AiluRusError
+from .video.reading import IMAGE_SUFFIXES
 from .visualization import draw_assignment, reconstruct_image
 
 Item = TypeVar("Item")
 # What the commands use where neither the options nor the model's config.json say anything.
 DEFAULT_FIELDS: dict[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
 class BadInputError(AiluRusError):

@@ -51,7 +51,7 @@ def assignment_statistics(clusters: TokenClusters, tokens: Tensor, grid: Sequenc
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).float()
     places = places.to(tokens.device).expand(tokens.shape[0], -1, -1)
     if clusters.centers is None:
-        centers = clusters.merge(places)
+        centers = clusters.centroids(tuple(grid))
     else:
         centers = places.gather(1, clusters.centers[..., None].expand(-1, -1, len(grid)))
     nearest = torch.cdist(places, centers).masked_fill((clusters.counts == 0)[:, None], math.inf).amin(-1)

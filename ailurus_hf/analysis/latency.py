@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..clusters import TokenClusters
+from ..hooks import Hooks
 from ..measuring import wait_for
 from ..vision.finding import find_encoders
 from ..vision.installation import reducers_of
@@ -91,16 +92,16 @@ def latency_split(
 
 @contextmanager
 def _watched(model: nn.Module, watch: Stopwatch, timed: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
+    hooks = Hooks()
     with ExitStack() as stack:
+        stack.callback(hooks.remove)
         for found in find_encoders(model):
             for layer in (*found.layers, *found.decoder_layers):
                 for name, child in layer.named_children():
                     if name == "mlp" or any(path.endswith("q_proj") for path, _ in child.named_modules()):
                         part = "mlp" if name == "mlp" else "attention"
-                        before = child.register_forward_pre_hook(lambda *_, part=part: watch.start(part))
-                        behind = child.register_forward_hook(lambda *_: watch.stop(), prepend=True)
-                        stack.callback(before.remove)
-                        stack.callback(behind.remove)
+                        hooks.before(child, lambda *_, part=part: watch.start(part))
+                        hooks.behind(child, lambda *_: watch.stop(), prepend=True)
         for reducer in reducers_of(model):
             for name in {"clustering", "nesting"} & vars(reducer).keys():
                 timer = partial(_timed_clustering, watch, getattr(reducer, name))
