@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ailurus_hf.diffusion.backend import find_stacks, self_attentions
 from ailurus_hf.diffusion.frames import Frames
 from ailurus_hf.pipelines import ControlVideoPipeline
 
-from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, peak_on_shapes, save
+from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, peak_on_shapes, save, switched
 from .peers.tomesd import merged_by_tomesd
 from .peers.vidtome import VidToMeProcessor
 
@@ -188,14 +188,12 @@ def counted_flops(
     pipe, rows = make_pipeline(torch.device("meta"), dtype, unet, controlnet), []
     given = inputs(pipe, frames, size, 0)
     for name in methods:
-        off = METHODS[name](pipe, frames, (size // FACTOR) ** 2)
         try:
-            step_of(pipe, given)  # tables of the grid are made once, and are no part of a step
-            flops, peak = (count(lambda: step_of(pipe, given)) for count in (model_flops, peak_on_shapes))
+            with switched(lambda name=name: METHODS[name](pipe, frames, (size // FACTOR) ** 2)):
+                step_of(pipe, given)  # tables of the grid are made once, and are no part of a step
+                flops, peak = (count(lambda: step_of(pipe, given)) for count in (model_flops, peak_on_shapes))
         except NotImplementedError:
             continue  # tomesd asks for numbers, which shapes alone do not have
-        finally:
-            off()
         rows.append({"frames": frames, "size": size, "method": name, "tflops": flops / 1e12, "peak_mib": peak / 2**20})
     for row in rows:
         row["share_of_flops"] = row["tflops"] / rows[0]["tflops"]
@@ -215,13 +213,8 @@ def measure(
     run = video_of if whole else step_of
     rows, outputs = {}, {}
 
-    @contextmanager
-    def switched_on(name: str) -> Iterator[None]:
-        off = METHODS[name](pipe, frames, (size // FACTOR) ** 2)
-        try:
-            yield
-        finally:
-            off()
+    def switched_on(name: str) -> AbstractContextManager:
+        return switched(lambda: METHODS[name](pipe, frames, (size // FACTOR) ** 2))
 
     for name in methods:
         with switched_on(name):

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from ailurus_hf import apply_ailurus, remove_ailurus
 from examples.shape_scenes import draw, edge_adherence, edges, random_scene, read
 
 from .diffusion_speed import downsampled_keys
-from .harness import environment, interleaved, log, markdown, model_flops, save
+from .harness import environment, interleaved, log, markdown, model_flops, save, switched
 from .peers.tomesd import merged_by_tomesd
 
 # Switches itself on for a pipeline and returns what switches it off.
@@ -174,13 +174,8 @@ class Task:
         return scores
 
 
-@contextmanager
-def switched_on(name: str, pipe: Any) -> Iterator[None]:
-    off = METHODS[name](pipe)
-    try:
-        yield
-    finally:
-        off()
+def switched_on(name: str, pipe: Any) -> AbstractContextManager:
+    return switched(lambda: METHODS[name](pipe))
 
 
 @torch.inference_mode()

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ailurus_hf.clustering import configured
 from ailurus_hf.diffusion.installation import reducers_of
 from ailurus_hf.diffusion.reducer import cluster_tokens
 
-from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, save
+from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, save, switched
 from .peers.todo import ToDoProcessor
 from .peers.tomesd import merged_by_tomesd
 
@@ -188,13 +188,8 @@ def measure(
     full, rows, extra_steps = full_flops(model, size, batch), {}, {}
     outputs: dict[str, Tensor] = {}
 
-    @contextmanager
-    def switched_on(name: str) -> Iterator[None]:
-        off = METHODS[name](unet, (size // 8) ** 2) if name in METHODS else lambda: None
-        try:
-            yield
-        finally:
-            off()
+    def switched_on(name: str) -> AbstractContextManager:
+        return switched(lambda: METHODS[name](unet, (size // 8) ** 2)) if name in METHODS else nullcontext()
 
     for name in methods:
         with switched_on(name):

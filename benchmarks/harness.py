@@ -11,7 +11,8 @@ import platform
 import shlex
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ __all__ = [
     "peak_on_shapes",
     "reductions_in_turn",
     "save",
+    "switched",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,6 +122,16 @@ def peak_on_shapes(run: Callable[[], Any]) -> int:
     with torch.no_grad(), FusedAttention(), StorageWatch() as watch:
         run()
     return watch.most
+
+
+@contextmanager
+def switched(on: Callable[[], Callable[[], Any]]) -> Iterator[None]:
+    """For a `with` block what `on` switches on; it returns the call that switches it off."""
+    off = on()
+    try:
+        yield
+    finally:
+        off()
 
 
 def reductions_in_turn(

@@ -164,12 +164,10 @@ def main() -> None:
     if int(torch.distributed.is_initialized() and torch.distributed.get_rank()) > 0:
         return
     result = {"seconds_per_epoch": seconds, "reduced": None}
+    write(model, enlarge, output / "model")
     if args.keep < 1:
-        write(model, enlarge, output / "model")
         result["reduced"] = evaluated(model, val, args)
         remove_ailurus(model)
-    else:
-        write(model, enlarge, output / "model")
     result |= {"plain": evaluated(model, val, args), "args": vars(args)}
     (output / "metrics.json").write_text(json.dumps(result, indent=2))
     for name in ("reduced", "plain"):

@@ -36,6 +36,7 @@ from shape_scenes import SIDE, Scene, draw, edge_adherence, edges, random_scene,
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from training import Clock
 from transformers import CLIPTextModel
 
 log = logging.getLogger("train")
@@ -161,7 +162,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
     trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
     average = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    step, spent, typical, recent = 0, 0.0, None, []
+    step, spent, clock, recent = 0, 0.0, Clock(), []
     rank = dist.get_rank() if dist.is_initialized() else 0
     if path.exists():
         state = torch.load(path)
@@ -202,13 +203,12 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(trained.values()), 1 - decay)
 
-        # A process that was paused has not trained: a step counts for no more than a few typical ones.
-        taken = taken.item()
-        typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
-        spent += min(taken, 4 * typical) / 60
+        spent += clock.counted(taken.item()) / 60
         recent = [*recent[-199:], loss.item()]
         if step % 50 == 0:
-            log.info("%s step %d  %.1f min  loss %.4f  %.2f s a step", name, step, spent, np.mean(recent), typical)
+            log.info(
+                "%s step %d  %.1f min  loss %.4f  %.2f s a step", name, step, spent, np.mean(recent), clock.typical
+            )
         if spent - saved >= args.save_minutes:
             saved = spent
             save()

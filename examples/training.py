@@ -1,7 +1,8 @@
 """What the training scripts share: optimisers, stochastic depth, averaged weights, and a loop that can be interrupted.
 
 The loop counts minutes of training, not of the clock: a process that was paused, or had to wait for the machine, loses
-nothing of its learning-rate schedule. Used by train_segmenter.py and train_classifier.py.
+nothing of its learning-rate schedule. Used by train_segmenter.py and train_classifier.py; train_text_to_image.py takes
+the clock.
 """
 
 import argparse
@@ -63,6 +64,18 @@ def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.O
     return [muon, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)]
 
 
+class Clock:
+    """Time of training steps. A process that was paused has not trained: a step counts for no more than a few typical ones."""
+
+    def __init__(self):
+        self.typical: float | None = None
+
+    def counted(self, seconds: float) -> float:
+        """How much of a step's seconds counts."""
+        self.typical = seconds if self.typical is None else 0.9 * self.typical + 0.1 * min(seconds, 4 * self.typical)
+        return min(seconds, 4 * self.typical)
+
+
 class Progress:
     """Where training is; saved with the state."""
 
@@ -101,7 +114,7 @@ def train(
         accelerator.load_state(output / "state")
         log.info("resumed at step %d, %.1f minutes, best %.2f", progress.step, progress.minutes, progress.best)
 
-    typical, next_evaluation, recent = None, progress.minutes + args.eval_minutes, []
+    clock, next_evaluation, recent = Clock(), progress.minutes + args.eval_minutes, []
     while (done := max(progress.minutes / args.max_minutes, progress.images / (args.epochs * epoch))) < 1:
         started = time.time()
         draw = (args.seed, progress.step, accelerator.process_index)
@@ -124,13 +137,11 @@ def train(
             for kept, new in zip(average.parameters(), learner.parameters()):
                 kept.lerp_(new, 1 - decay)
 
-        # A process that was paused has not trained: a step counts for no more than a few typical ones.
         taken = accelerator.reduce(torch.tensor(time.time() - started), "mean").item()
-        typical = taken if typical is None else 0.9 * typical + 0.1 * min(taken, 4 * typical)
-        progress.minutes += min(taken, 4 * typical) / 60
+        progress.minutes += clock.counted(taken) / 60
         recent = [*recent[-99:], loss.item()]
         if progress.step % 50 == 0:
-            rate = batch_size * accelerator.num_processes / typical
+            rate = batch_size * accelerator.num_processes / clock.typical
             log.info(
                 "step %d  %.1f min  epoch %.1f  loss %.4f  lr %.2e  %.1f images/s",
                 progress.step, progress.minutes, progress.images / epoch, np.mean(recent), lr, rate,
