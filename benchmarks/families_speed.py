@@ -57,11 +57,18 @@ def depth_anything(size: int) -> nn.Module:
     )
 
 
-def eomt(size: int) -> nn.Module:
-    """EoMT-L: 200 queries join in the last four layers."""
-    return EomtForUniversalSegmentation(
+def eomt(size: int, masks_attention: bool = False) -> nn.Module:
+    """EoMT-L: 200 queries join in the last four layers.
+
+    Its training fades out the masks that queries put on attention (mask annealing), and a trained checkpoint has none
+    left: it predicts masks once, at the end. `masks_attention` is a checkpoint from before that, which predicts them in
+    front of each of the last layers too.
+    """
+    model = EomtForUniversalSegmentation(
         EomtConfig(**LARGE, image_size=size, patch_size=16, num_queries=200, num_blocks=4)
     )
+    model.attn_mask_probs.fill_(float(masks_attention))
+    return model
 
 
 def sam(size: int) -> nn.Module:
@@ -102,6 +109,9 @@ B0, B2, B5 = (
 GEOMETRIES = {
     "DINOv2-L + DPT head 518": Geometry(depth_anything, 518, lambda out: out.predicted_depth),
     "EoMT-L 640": Geometry(eomt, 640, lambda out: out.masks_queries_logits),
+    "EoMT-L 640, attention masked": Geometry(
+        lambda size: eomt(size, masks_attention=True), 640, lambda out: out.masks_queries_logits
+    ),
     "SAM-B 1024": Geometry(sam, 1024, lambda out: out.last_hidden_state, STAGE),
     "VitDet-B 1024": Geometry(vitdet, 1024, lambda out: out.last_hidden_state, STAGE),
     **{
