@@ -16,6 +16,7 @@ import argparse
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -24,6 +25,8 @@ from . import quality
 from .datasets import CLASSIFICATION, ClassificationData
 from .harness import environment, markdown, save
 
+# Batches of which forwards are timed.
+TIMED = 8
 COLUMNS = {
     "method": "method",
     "location": "L",
@@ -38,46 +41,29 @@ COLUMNS = {
 }
 
 
-def pixel_batches(
-    processor: Any, data: ClassificationData, batch_size: int, images: range, device: torch.device
-) -> list[Tensor]:
-    """The images as the model's processor makes them, Tensor[B, 3, H, W] each."""
-    starts = range(images.start, images.stop, batch_size)
-    parts = [range(start, min(start + batch_size, images.stop)) for start in starts]
-    return [
-        processor(images=[data.image(i) for i in part], return_tensors="pt")["pixel_values"].to(device)
-        for part in parts
-    ]
-
-
-def measure(
-    model: nn.Module,
-    processor: Any,
-    data: ClassificationData,
-    contenders: dict[str, quality.Contender],
-    batch_size: int,
-    repeats: int,
-) -> list[dict[str, Any]]:
-    """One row a contender, after one for the plain model."""
+def classification(model: nn.Module, processor: Any, data: ClassificationData, batch_size: int) -> quality.Task:
+    """Accuracy in percent."""
     truth = torch.tensor(data.labels)
-    batches = pixel_batches(processor, data, batch_size, range(min(8 * batch_size, len(data))), model.device)
+    parts = [range(start, min(start + batch_size, len(data))) for start in range(0, len(data), batch_size)]
 
-    @torch.inference_mode()
-    def predictions(which: nn.Module) -> list[Tensor]:
-        found = []
-        for start in range(0, len(data), batch_size):
-            part = range(start, min(start + batch_size, len(data)))
-            batch = pixel_batches(processor, data, batch_size, part, model.device)[0]
-            found.append(which(batch).logits.argmax(-1).cpu())
-        return [torch.cat(found)]
+    def prepared(part: range) -> Tensor:
+        """The images as the model's processor makes them, Tensor[B, 3, H, W]."""
+        pixels = processor(images=[data.image(i) for i in part], return_tensors="pt")["pixel_values"]
+        return pixels.to(model.device)
 
-    rows = quality.measure(
-        model, [batch[:1] for batch in batches[:2]], batches, lambda which, batch: which(batch), predictions,
-        lambda labels: 100 * (labels[0] == truth).float().mean().item(), "accuracy", contenders, repeats,
-    )  # fmt: skip
-    for row in rows:
-        row["images_per_second"] = 1e3 * batch_size / row["ms"]
-    return rows
+    timed = [prepared(part) for part in parts[:TIMED]]
+    return quality.Task(
+        score_name="accuracy",
+        samples=[batch[:1] for batch in timed[:2]],
+        timed=timed,
+        forward=lambda which, pixels: which(pixels),
+        batches=lambda: ((prepared(part), truth[part.start : part.stop]) for part in parts),
+        labels=lambda which, pixels, truth: which(pixels).logits.argmax(-1).cpu(),
+        counts=lambda found, truth: np.array([(found == truth).sum(), len(truth)]),
+        score=lambda counts: 100 * counts[0] / counts[1],
+        num_batches=len(parts),
+        batch_size=batch_size,
+    )
 
 
 def main() -> None:
@@ -93,7 +79,8 @@ def main() -> None:
     model.eval().to(args.device)
     processor = AutoImageProcessor.from_pretrained(args.model)
     data = ClassificationData(args.dataset, args.data, args.split, args.limit)
-    rows = measure(model, processor, data, quality.chosen_contenders(args), args.batch_size, args.repeats)
+    task = classification(model, processor, data, args.batch_size)
+    rows = quality.measure(model, task, quality.chosen_contenders(args), args.repeats)
     about = {"dataset": args.dataset, "split": args.split, "images": len(data), "batch_size": args.batch_size}
     save(args.name, rows, {**environment(args.device, "fp32"), **about})
     print(markdown(rows, COLUMNS))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ailurus_hf import AiluRusError
 
+Item = TypeVar("Item")
 IGNORED = 255
 # Cityscapes' 19 classes that are scored, as ids of its labelIds files, in the order of their train ids.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -97,14 +98,14 @@ DATASETS = {
 
 
 class SegmentationData:
-    """One split of a data set; files are read when asked for. limit: only so many images."""
+    """One split of a data set; files are read when asked for. limit: only so many, evenly from the whole split."""
 
     def __init__(self, name: str, folder: str | Path | None = None, split: str = "val", limit: int | None = None):
         if name not in DATASETS:
             raise AiluRusError(f"no data set {name!r}: there are {', '.join(DATASETS)}")
         self.layout = DATASETS[name]
         self.folder = data_folder(name, folder)
-        self.pairs = self.layout.pairs(self.folder, split)[:limit]
+        self.pairs = evenly(self.layout.pairs(self.folder, split), limit)
         missing = next((path for pair in self.pairs for path in pair if not path.is_file()), None)
         if missing is not None:
             raise AiluRusError(f"{missing} is missing: {name} holds {self.layout.layout}")
@@ -165,8 +166,7 @@ class ClassificationData:
         files, labels = find(self.folder, split)
         if not files:
             raise AiluRusError(f"{self.folder} holds no {split} images of {name}: it should hold {layout}")
-        count = min(limit or len(files), len(files))
-        chosen = [i * len(files) // count for i in range(count)]
+        chosen = evenly(range(len(files)), limit)
         self.files, self.labels = [files[i] for i in chosen], [labels[i] for i in chosen]
 
     def __len__(self) -> int:
@@ -176,6 +176,12 @@ class ClassificationData:
         """The photograph, RGB."""
         file = self.files[index]
         return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
+
+
+def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """So many of them, or all; in a video's frames, the first ones would be one scene."""
+    count = min(limit or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def data_folder(name: str, given: str | Path | None) -> Path:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,34 +32,55 @@ def reduced_copy(model: nn.Module, method: str, setting: Setting, inputs: list[T
     return twin, apply_method(twin, method, setting, [lambda x=x: twin(x) for x in inputs])
 
 
-def measure(
-    model: nn.Module,
-    samples: list[Tensor],
-    inputs: Sequence[Tensor],
-    forward: Callable[[nn.Module, Tensor], Any],
-    predictions: Callable[[nn.Module], list[Tensor]],
-    score: Callable[[list[Tensor]], float],
-    score_name: str,
-    contenders: dict[str, Contender],
-    repeats: int,
-) -> list[dict[str, Any]]:
-    """One row a contender, after one for the plain model.
+@dataclass(frozen=True)
+class Task:
+    """What a model is for, and on what it is measured.
 
-    samples: single images as the encoder sees them, to count FLOPs and to match them; inputs: what `forward` is timed on, in turn;
-    predictions: labels of the whole data set, of which `score` makes the number that the rows hold as `score_name`.
+    samples: single images as the encoder sees them, to count FLOPs and to match them. timed: what `forward` is timed on,
+    in turn. batches: every batch of the data set as the model takes it, with its true labels; read once. labels: the
+    model's, Tensor[B, ...]. counts: of one batch; the sum over all is what `score` makes a number of,
+    which the rows hold as `score_name`.
     """
-    full = model_flops(lambda: model(samples[0]))
-    plain_labels = predictions(model)
-    plain = score(plain_labels)
-    reduced = {name: reduced_copy(model, m, Setting(*rest), samples) for name, (m, *rest) in contenders.items()}
-    first = {"method": "plain", score_name: plain, "agreement": 1.0, "gflops": full / 1e9}
-    rows: list[dict[str, Any]] = [first]
-    for name, (twin, reduction) in tqdm(reduced.items(), desc="quality"):
-        labels = predictions(twin)
-        same = [(a == b).float().mean().item() for a, b in zip(labels, plain_labels, strict=True)]
+
+    score_name: str
+    samples: list[Tensor]
+    timed: Sequence[Tensor]
+    forward: Callable[[nn.Module, Tensor], Any]
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    labels: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    counts: Callable[[Tensor, Tensor], np.ndarray]
+    score: Callable[[np.ndarray], float]
+    num_batches: int
+    batch_size: int = 1
+
+
+@torch.inference_mode()
+def scores(task: Task, models: dict[str, nn.Module]) -> dict[str, tuple[float, float]]:
+    """Score, and share of labels equal to the first model's, of each: all see a batch before the next one is read."""
+    counts: dict[str, Any] = dict.fromkeys(models, 0)
+    same: dict[str, list[float]] = {name: [] for name in models}
+    for inputs, truth in tqdm(task.batches(), desc="quality", total=task.num_batches):
+        plain: Tensor | None = None
+        for name, model in models.items():
+            labels = task.labels(model, inputs, truth)
+            plain = labels if plain is None else plain
+            same[name] += (labels == plain).float().view(len(labels), -1).mean(1).tolist()
+            counts[name] = counts[name] + task.counts(labels, truth)
+    return {name: (task.score(counts[name]), statistics.fmean(same[name])) for name in models}
+
+
+def measure(model: nn.Module, task: Task, contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
+    """One row a contender, after one for the plain model."""
+    full = model_flops(lambda: model(task.samples[0]))
+    reduced = {name: reduced_copy(model, m, Setting(*rest), task.samples) for name, (m, *rest) in contenders.items()}
+    models = {"plain": model, **{name: twin for name, (twin, _) in reduced.items()}}
+    found = scores(task, models)
+    plain, _ = found["plain"]
+    rows: list[dict[str, Any]] = [{"method": "plain", task.score_name: plain, "agreement": 1.0, "gflops": full / 1e9}]
+    for name, (twin, reduction) in reduced.items():
+        value, agreement = found[name]
         method, location, keep, restore_location = contenders[name]
-        value = score(labels)
-        flops = reduction.flops(full, lambda twin=twin: twin(samples[0]))
+        flops = reduction.flops(full, lambda twin=twin: twin(task.samples[0]))
         rows.append(
             {
                 "method": method,
@@ -65,19 +89,19 @@ def measure(
                 "restore_location": restore_location,
                 "settings": reduction.settings,
                 "num_clusters": reduction.num_clusters(),
-                score_name: value,
+                task.score_name: value,
                 "lost": plain - value,
-                "agreement": sum(same) / len(same),
+                "agreement": agreement,
                 "gflops": flops / 1e9,
                 "ideal": full / flops,
             }
         )
-    models = {"plain": model, **{name: twin for name, (twin, _) in reduced.items()}}
-    runs = {name: (lambda n, m=m: forward(m, inputs[n % len(inputs)])) for name, m in models.items()}
+    runs = {name: (lambda n, m=m: task.forward(m, task.timed[n % len(task.timed)])) for name, m in models.items()}
     with torch.inference_mode():
-        seconds = interleaved(runs, repeats, warmup=3, device=samples[0].device)
+        seconds = interleaved(runs, repeats, warmup=3, device=task.samples[0].device)
     for row, name in zip(rows, models, strict=True):
         row["ms"] = 1e3 * seconds[name]
+        row["images_per_second"] = task.batch_size / seconds[name]
         row["speed_up"] = seconds["plain"] / seconds[name]
         row["share_of_ideal"] = row["speed_up"] / row.get("ideal", 1.0)
     return rows
@@ -91,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser, keep: list[float], locations:
     parser.add_argument("--locations", nargs="+", type=int, default=locations)
     parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, with residual")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--limit", type=int, help="only so many images")
+    parser.add_argument("--limit", type=int, help="only so many images, evenly from the whole split")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--name", default=name, help="of the result file")
 

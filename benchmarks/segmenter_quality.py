@@ -13,11 +13,10 @@ same L and keep ratio.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,8 @@ from .datasets import DATASETS, SegmentationData
 from .harness import environment, markdown, save
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "assets" / "segmenter-camvid"
+# Images of which forwards are timed, evenly from the split; more are not held in memory.
+TIMED = 15
 COLUMNS = {
     "method": "method",
     "location": "L",
@@ -50,36 +51,25 @@ def pixel_values(
     return processor(images=data.image(index), return_tensors="pt")["pixel_values"].to(device)
 
 
-@torch.inference_mode()
-def label_maps(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> list[Tensor]:
-    maps = []
-    for i in range(len(data)):
-        outputs = windowed_outputs(model, processor, pixel_values(processor, data, i, model.device))
-        maps += processor.post_process_semantic_segmentation(outputs, target_sizes=[data.image(i).size[::-1]])
-    return [labels.to(torch.uint8).cpu() for labels in maps]
+def segmentation(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> quality.Task:
+    """mIoU in percent, over the labelled pixels of all images."""
+    prepared = functools.partial(pixel_values, processor, data, device=model.device)
 
+    def labels(which: nn.Module, pixels: Tensor, truth: Tensor) -> Tensor:
+        outputs, size = windowed_outputs(which, processor, pixels), tuple(truth.shape)
+        return processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0][None].cpu()
 
-def miou(maps: list[Tensor], data: SegmentationData) -> float:
-    """Percent, over the labelled pixels of all images."""
-    matrices = (confusion(m.numpy().astype(int), data.label(i).numpy(), data.num_classes) for i, m in enumerate(maps))
-    return round(100 * mean_iou(np.sum(list(matrices), axis=0)), 2)
-
-
-def measure(
-    model: nn.Module,
-    processor: SegmenterImageProcessor,
-    data: SegmentationData,
-    contenders: dict[str, quality.Contender],
-    repeats: int,
-) -> list[dict[str, Any]]:
-    """One row a contender, after one for the plain model."""
-    chosen = range(0, len(data), max(len(data) // 2, 1))
-    samples = [first_window(processor, pixel_values(processor, data, i, model.device)) for i in chosen]
-    images = [pixel_values(processor, data, i, model.device) for i in range(0, len(data), 7)]
-    return quality.measure(
-        model, samples, images, lambda which, image: windowed_outputs(which, processor, image),
-        lambda which: label_maps(which, processor, data), lambda maps: miou(maps, data), "miou", contenders, repeats,
-    )  # fmt: skip
+    return quality.Task(
+        score_name="miou",
+        samples=[first_window(processor, prepared(index)) for index in range(0, len(data), max(len(data) // 2, 1))],
+        timed=[prepared(index) for index in range(0, len(data), -(-len(data) // TIMED))],
+        forward=lambda which, pixels: windowed_outputs(which, processor, pixels),
+        batches=lambda: ((prepared(index), data.label(index)) for index in range(len(data))),
+        labels=labels,
+        counts=lambda found, truth: confusion(found[0].numpy(), truth.numpy(), data.num_classes),
+        score=lambda matrix: round(100 * mean_iou(matrix), 2),
+        num_batches=len(data),
+    )
 
 
 def main() -> None:
@@ -93,7 +83,7 @@ def main() -> None:
     model.eval().to(args.device)
     processor = SegmenterImageProcessor.from_pretrained(args.model)
     data = SegmentationData(args.dataset, args.data, limit=args.limit)
-    rows = measure(model, processor, data, quality.chosen_contenders(args), args.repeats)
+    rows = quality.measure(model, segmentation(model, processor, data), quality.chosen_contenders(args), args.repeats)
     save(args.name, rows, {**environment(args.device, "fp32"), "dataset": args.dataset, "images": len(data)})
     print(markdown(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
 

@@ -19,6 +19,7 @@ from benchmarks import (
     finetune_speed,
     harness,
     methods,
+    quality,
     report,
     segmenter_quality,
     similarity,
@@ -103,8 +104,12 @@ def test_quality_of_every_method_on_two_images(tmp_path):
     # Pictures of 32 x 48 pixels that the processor makes 64 x 96, and the labels stay 32 x 48.
     processor = SegmenterImageProcessor(do_resize=True, size={"shortest_edge": 64})
     data = datasets.SegmentationData("camvid", tmp_path)
-    plain, *rows = segmenter_quality.measure(model, processor, data, contenders, repeats=1)
+    read, read_image = [], data.image
+    data.image = lambda index: read.append(index) or read_image(index)
+    plain, *rows = quality.measure(model, segmenter_quality.segmentation(model, processor, data), contenders, repeats=1)
     assert plain["method"] == "plain" and len(rows) == len(names)
+    # To match FLOPs, to time, and once for the labels of all methods together.
+    assert sorted(read) == [0, 0, 0, 1, 1, 1]
     for row in rows:
         assert row["num_clusters"] == {"ToMe:r=40": 384 - 4 * 40, "EViT:keep=0.5": 50}.get(row["method"], 96)
         assert 0 <= row["agreement"] <= 1 and row["ideal"] > 1
@@ -185,11 +190,13 @@ def test_quality_in_windows_is_that_of_their_average(tmp_path):
     processor = SegmenterImageProcessor(window_size=32, window_stride=16)
     data = datasets.SegmentationData("camvid", tmp_path)
     contenders = {"ours": (methods.PAPER, 1, 0.25, None)}
-    _, row = segmenter_quality.measure(model, processor, data, contenders, repeats=1)
+    _, row = quality.measure(model, segmenter_quality.segmentation(model, processor, data), contenders, repeats=1)
     assert row["num_clusters"] == 16  # of a window of 8 x 8 patches
     for path in data.pairs[0]:
         Image.open(path).crop((0, 0, 32, 32)).save(path)
-    _, whole = segmenter_quality.measure(model, SegmenterImageProcessor(), data, contenders, repeats=1)
+    _, whole = quality.measure(
+        model, segmenter_quality.segmentation(model, SegmenterImageProcessor(), data), contenders, repeats=1
+    )
     assert whole["num_clusters"] == 16 and whole["ideal"] == row["ideal"] > 1
 
 

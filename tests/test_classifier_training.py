@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from benchmarks import classification_quality, datasets, methods
+from benchmarks import classification_quality, datasets, methods, quality
 
 pytest.importorskip("accelerate")
 pyarrow = pytest.importorskip("pyarrow")
@@ -62,7 +62,9 @@ def test_train_resume_score_load_and_benchmark(cifar, tmp_path):
 
     names = [methods.PAPER, "local k-means, residual", "grid pooling, copy", "Expedite", "ToMe", "EViT:keep=0.5"]
     contenders = {name: (name, 1, 0.5, None) for name in names}
-    plain, *rows = classification_quality.measure(model, processor, data, contenders, 4, repeats=1)
+    plain, *rows = quality.measure(
+        model, classification_quality.classification(model, processor, data, 4), contenders, repeats=1
+    )
     assert plain["accuracy"] == pytest.approx(score["float32_accuracy"])
     assert [row["method"] for row in rows] == names
     for row in rows:
