@@ -22,6 +22,7 @@ from ailurus_hf import AiluRusConfig, AiluRusError, ailurus_status, remove_ailur
 from ailurus_hf.clustering import Clustering
 from ailurus_hf.vision.installation import install
 
+from . import variants
 from .harness import model_flops
 from .peers import act, algm, ctm, evit, expedite, tome
 from .peers.controls import grid_pooling, random_centers
@@ -63,16 +64,15 @@ class OurReduction:
     settings: dict[str, Any]
 
     def num_clusters(self) -> int | None:
-        return ailurus_status(self.model).places[0].num_clusters
+        """Behind the last place."""
+        return ailurus_status(self.model).places[-1].num_clusters
 
     def flops(self, full: int, run: Run) -> float:
-        """By the layers alone: what clustering costs is no part of the ideal."""
-        place = ailurus_status(self.model).places[0]
-        if place.flops is None:
+        """By the layers alone: what clustering costs is no part of the ideal. Of the last forward, or of `run`."""
+        if ailurus_status(self.model).places[0].flops is None:
             run()
-            place = ailurus_status(self.model).places[0]
-        assert place.flops is not None and place.reduced_flops is not None
-        return full - place.flops + place.reduced_flops
+        places = ailurus_status(self.model).places
+        return full - sum((place.flops or 0.0) - (place.reduced_flops or 0.0) for place in places)
 
     def undo(self) -> None:
         remove_ailurus(self.model)
@@ -98,15 +98,13 @@ class PeerReduction:
 
 @dataclass(frozen=True)
 class Ours:
-    """A config's clustering, or a control in its place, and how it unfolds."""
+    """A config's clustering, or another in its place, and how it unfolds. of_model: makes one from the model and L."""
 
     clustering: str
     restore: str
     control: Clustering | None = None
-
-    @property
-    def takes_restore_location(self) -> bool:
-        return self.restore == "residual"
+    of_model: Callable[[nn.Module, int], Clustering] | None = None
+    takes_restore_location: bool = True
 
     def apply(self, model: nn.Module, setting: Setting, runs: Sequence[Run], given: dict[str, Any]) -> Reduction:
         fields = {
@@ -119,7 +117,8 @@ class Ours:
         if "num_clusters" in given:
             del fields["keep_ratio"]
         config = AiluRusConfig(**{**fields, **given})
-        install(model, config, self.control)
+        control = self.control if self.of_model is None else self.of_model(model, config.locations[0])
+        install(model, config, control)
         return OurReduction(model, config.to_dict())
 
 
@@ -226,13 +225,20 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     "ALGM": Matched(algm, lambda turn, num_tokens: {"thresholds": (1 - turn**2, 1 - turn**2)}, adaptive=True),
     "ACT": Matched(act, lambda turn, num_tokens: {"interval": 10 ** (4 * turn - 1)}, adaptive=True),
 }
+# Other ways to choose clusters (variants.py), to compare with: no benchmark runs them unasked.
+RESTORED = ("copy", "smooth", "residual")
+VARIANTS: dict[str, Ours | Direct | Matched] = {
+    **{f"{name}, {r}": Ours("density_peaks", r, c) for name, c in variants.CLUSTERINGS.items() for r in RESTORED},
+    **{f"{n}, {r}": Ours("density_peaks", r, of_model=make) for n, make in variants.OF_MODEL.items() for r in RESTORED},
+}
+EVERY = {**METHODS, **VARIANTS}
 
 
 def parsed(text: str) -> tuple[str, dict[str, Any]]:
     """The method's name and its settings in "NAME:key=value,…"; values as Python writes them, or words."""
     name, _, rest = text.partition(":")
-    if name not in METHODS:
-        raise AiluRusError(f"no method {name!r}: there are {', '.join(map(repr, METHODS))}")
+    if name not in EVERY:
+        raise AiluRusError(f"no method {name!r}: there are {', '.join(map(repr, EVERY))}")
     try:
         call = ast.parse(f"f({rest})", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args
@@ -248,4 +254,4 @@ def _value(node: ast.expr) -> Any:
 def apply_method(model: nn.Module, text: str, setting: Setting, runs: Sequence[Run]) -> Reduction:
     """Puts the method "NAME" or "NAME:key=value,…" on a model. runs: calls of that model, to match FLOPs on."""
     name, given = parsed(text)
-    return METHODS[name].apply(model, setting, runs, given)
+    return EVERY[name].apply(model, setting, runs, given)

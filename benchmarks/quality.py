@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .harness import interleaved, model_flops
-from .methods import METHODS, Reduction, Setting, apply_method, parsed
+from .methods import EVERY, METHODS, Reduction, Setting, apply_method, parsed
 
 # Method, L, keep ratio, restore_location.
 Contender = tuple[str, int, float, int | None]
@@ -69,8 +69,10 @@ def scores(task: Task, models: dict[str, nn.Module]) -> dict[str, tuple[float, f
     return {name: (task.score(counts[name]), statistics.fmean(same[name])) for name in models}
 
 
-def measure(model: nn.Module, task: Task, contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
-    """One row a contender, after one for the plain model."""
+def scored(
+    model: nn.Module, task: Task, contenders: dict[str, Contender]
+) -> tuple[list[dict[str, Any]], dict[str, nn.Module]]:
+    """One row a contender, after one for the plain model, and the models; nothing is timed."""
     full = model_flops(lambda: model(task.samples[0]))
     reduced = {name: reduced_copy(model, m, Setting(*rest), task.samples) for name, (m, *rest) in contenders.items()}
     models = {"plain": model, **{name: twin for name, (twin, _) in reduced.items()}}
@@ -96,6 +98,12 @@ def measure(model: nn.Module, task: Task, contenders: dict[str, Contender], repe
                 "ideal": full / flops,
             }
         )
+    return rows, models
+
+
+def measure(model: nn.Module, task: Task, contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
+    """Those rows with speeds."""
+    rows, models = scored(model, task, contenders)
     runs = {name: (lambda n, m=m: task.forward(m, task.timed[n % len(task.timed)])) for name, m in models.items()}
     with torch.inference_mode():
         seconds = interleaved(runs, repeats, warmup=3, device=task.samples[0].device)
@@ -113,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser, keep: list[float], locations:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help=", ".join(METHODS))
     parser.add_argument("--keep", nargs="+", type=float, default=keep)
     parser.add_argument("--locations", nargs="+", type=int, default=locations)
-    parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, with residual")
+    parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, for our own methods")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--limit", type=int, help="only so many images, evenly from the whole split")
     parser.add_argument("--device", default="cpu", type=torch.device)
@@ -124,7 +132,7 @@ def chosen_contenders(args: argparse.Namespace) -> dict[str, Contender]:
     """Every combination of the options."""
     contenders: dict[str, Contender] = {}
     for location, keep, method in itertools.product(args.locations, args.keep, args.methods):
-        places = [None] + (args.restore_locations if METHODS[parsed(method)[0]].takes_restore_location else [])
+        places = [None] + (args.restore_locations if EVERY[parsed(method)[0]].takes_restore_location else [])
         for restore_location in places:
             key = f"{method}, L={location}, keep={keep}, R={restore_location}"
             contenders[key] = (method, location, keep, restore_location)

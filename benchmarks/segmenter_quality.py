@@ -16,9 +16,11 @@ import argparse
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import SizeDict
 
 from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.comparison import confusion, mean_iou
@@ -51,6 +53,12 @@ def pixel_values(
     return processor(images=data.image(index), return_tensors="pt")["pixel_values"].to(device)
 
 
+def at_size(processor: Any, size: int | None) -> None:
+    """Has the processor make images of that shortest edge, where one is given."""
+    if size is not None:
+        processor.do_resize, processor.size = True, SizeDict(shortest_edge=size)
+
+
 def segmentation(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> quality.Task:
     """mIoU in percent, over the labelled pixels of all images."""
     prepared = functools.partial(pixel_values, processor, data, device=model.device)
@@ -76,15 +84,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="camvid", choices=DATASETS)
     parser.add_argument("--model", default=str(SHIPPED), help="Segmenter folder or Hub name (default: the shipped one)")
+    parser.add_argument("--size", type=int, help="shortest edge of the images (default: the model's)")
     quality.add_arguments(parser, [0.5, 0.25, 0.12], [2, 4], "segmenter_quality")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
     model.eval().to(args.device)
     processor = SegmenterImageProcessor.from_pretrained(args.model)
+    at_size(processor, args.size)
     data = SegmentationData(args.dataset, args.data, limit=args.limit)
     rows = quality.measure(model, segmentation(model, processor, data), quality.chosen_contenders(args), args.repeats)
-    save(args.name, rows, {**environment(args.device, "fp32"), "dataset": args.dataset, "images": len(data)})
+    save(
+        args.name,
+        rows,
+        {**environment(args.device, "fp32"), "dataset": args.dataset, "images": len(data), "size": args.size},
+    )
     print(markdown(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
 
 

@@ -6,7 +6,6 @@ road is down) and position embeddings are trained at the very places where they 
 Used by pretrain_masked.py, train_segmenter.py and finetune_segmentation.py.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,16 +21,6 @@ CLASSES = [
 UNLABELLED = 11
 RARE = (2, 6, 7, 8, 9, 10)  # pole, sign, fence, car, pedestrian, bicyclist: pasted from one image into another
 HEIGHT, WIDTH, PATCH = 360, 480, 16
-
-
-def data_folder(argument: str | None) -> Path:
-    """The CamVid folder given on the command line, or camvid/ in the folder named by AILURUS_DATA."""
-    if argument is None and "AILURUS_DATA" not in os.environ:
-        raise SystemExit("say where CamVid is: --data FOLDER, or AILURUS_DATA=FOLDER holding camvid/")
-    folder = Path(argument) if argument else Path(os.environ["AILURUS_DATA"]) / "camvid"
-    if not (folder / "train" / "images").is_dir():
-        raise SystemExit(f"{folder} does not hold train/images and train/labels")
-    return folder
 
 
 class CamVid:

@@ -5,7 +5,6 @@ the Hub has it. Used by train_classifier.py.
 """
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,16 +17,6 @@ from torch.nn import functional as F
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SIZE = 224  # pixels a model sees: 14 x 14 patches of 16
-
-
-def data_folder(argument: str | None) -> Path:
-    """The CIFAR-10 folder given on the command line, or cifar10/ in the folder named by AILURUS_DATA."""
-    if argument is None and "AILURUS_DATA" not in os.environ:
-        raise SystemExit("say where CIFAR-10 is: --data FOLDER, or AILURUS_DATA=FOLDER holding cifar10/")
-    folder = Path(argument) if argument else Path(os.environ["AILURUS_DATA"]) / "cifar10"
-    if not (folder / "train.parquet").is_file():
-        raise SystemExit(f"{folder} does not hold train.parquet and validation.parquet")
-    return folder
 
 
 class Cifar10:

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from camvid_data import CamVid, confusion_on_images, data_folder, normalise, random_window, scores
+from camvid_data import CamVid, confusion_on_images, normalise, random_window, scores
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from train_segmenter import set_position_grid, write
+from training import data_folder
 from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -142,7 +143,7 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     set_seed(args.seed)
-    folder, output = data_folder(args.data), Path(args.output)
+    folder, output = data_folder(args.data, "camvid"), Path(args.output)
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
     size = AutoImageProcessor.from_pretrained(args.model).size
     enlarge = args.enlarge or max(round(size.get("shortest_edge", 0) / 360), 1)

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from camvid_data import CLASSES, HEIGHT, PATCH, CamVid, data_folder, training_batch, window_positions
+from camvid_data import CLASSES, HEIGHT, PATCH, CamVid, training_batch, window_positions
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import data_folder
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
@@ -162,7 +163,7 @@ def main() -> None:
 
     set_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    data = CamVid(data_folder(args.data), "train")
+    data = CamVid(data_folder(args.data, "camvid"), "train")
     model = small_segmenter(data.grid, args.width, args.layers, args.decoder_layers)
     start_well(model, data)
     model.set_attn_implementation("eager")  # on a CPU, in training, faster than SDPA at so few tokens

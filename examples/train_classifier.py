@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from cifar_data import CLASSES, SIZE, Cifar10, correct_images, data_folder, training_batch
+from cifar_data import CLASSES, SIZE, Cifar10, correct_images, training_batch
 from pretrain_masked import start_attention, start_embeddings
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import add_arguments, add_stochastic_depth, make_accelerator, train
+from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, train
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -108,7 +108,7 @@ def main() -> None:
     add_arguments(parser, max_minutes=90, eval_minutes=5, drop_path=0.05)
     args = parser.parse_args()
     accelerator = make_accelerator()
-    folder, output = data_folder(args.data), Path(args.output)
+    folder, output = data_folder(args.data, "cifar10"), Path(args.output)
     scored = Cifar10(folder, args.split, args.limit)
     if args.score:
         return score(output / "best", scored)

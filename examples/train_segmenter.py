@@ -31,7 +31,6 @@ from camvid_data import (
     UNLABELLED,
     CamVid,
     confusion_on_images,
-    data_folder,
     scores,
     training_batch,
     window_positions,
@@ -39,7 +38,7 @@ from camvid_data import (
 from pretrain_masked import small_segmenter, start_well
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import add_arguments, add_stochastic_depth, make_accelerator, train
+from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, train
 from transformers import AutoModelForSemanticSegmentation
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation, SegmenterImageProcessor
@@ -141,7 +140,7 @@ def write(model: SegmenterForSemanticSegmentation, enlarge: int, folder: Path) -
 def main() -> None:
     args = parse_arguments()
     accelerator = make_accelerator()
-    folder, output = data_folder(args.data), Path(args.output)
+    folder, output = data_folder(args.data, "camvid"), Path(args.output)
     val = CamVid(folder, "val", args.enlarge)
     if args.export:
         return export(output / "best", Path(args.export), val, args.average_with)

@@ -23,6 +23,18 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 log = logging.getLogger("train")
+# What a data set's folder holds.
+CONTENTS = {"camvid": ("train/images", "train/labels"), "cifar10": ("train.parquet",)}
+
+
+def data_folder(argument: str | None, name: str) -> Path:
+    """The folder given on the command line, or the data set's in the folder named by AILURUS_DATA."""
+    if argument is None and "AILURUS_DATA" not in os.environ:
+        raise SystemExit(f"say where {name} is: --data FOLDER, or AILURUS_DATA=FOLDER holding {name}/")
+    folder = Path(argument) if argument else Path(os.environ["AILURUS_DATA"]) / name
+    if missing := [part for part in CONTENTS[name] if not (folder / part).exists()]:
+        raise SystemExit(f"{folder} does not hold {' and '.join(missing)}")
+    return folder
 
 
 def make_accelerator() -> Accelerator:

@@ -20,10 +20,15 @@ def grid_pooling(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> To
 
 @torch.no_grad()
 def random_centers(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
-    """M places drawn at random, the same for every image; a token goes to the most similar centre near it (Eq. 2 distances)."""
-    batch, count = tokens.shape[0], math.prod(grid)
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:num_clusters].sort().values
-    centers = drawn.to(tokens.device).expand(batch, -1)
+    """M places drawn at random, the same for every image."""
+    drawn = torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(0))[:num_clusters].sort().values
+    return to_nearest_center(tokens, grid, drawn.to(tokens.device).expand(tokens.shape[0], -1))
+
+
+@torch.no_grad()
+def to_nearest_center(tokens: Tensor, grid: tuple[int, ...], centers: Tensor) -> TokenClusters:
+    """A token goes to the most similar centre near it (Eq. 2 distances). centers: LongTensor[B, M], ascending."""
+    batch, count = tokens.shape[:2]
     is_center = torch.zeros(batch, count, dtype=torch.bool, device=tokens.device).scatter(1, centers, True)
     neighbours = grid_neighbours(grid, 50, tokens.device)
     near = is_center[:, neighbours.index]
@@ -35,4 +40,4 @@ def random_centers(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> 
     itself = torch.arange(count, device=tokens.device).expand(batch, -1)
     owner = torch.where(near.any(-1), chosen, nearest_marked(is_center, grid))
     owner = torch.where(is_center, itself, owner)
-    return TokenClusters.from_assignment((is_center.long().cumsum(1) - 1).gather(1, owner), num_clusters, centers)
+    return TokenClusters.from_assignment((is_center.long().cumsum(1) - 1).gather(1, owner), centers.shape[1], centers)
