@@ -2,10 +2,12 @@
 
     python -m benchmarks.plots tradeoff benchmarks/results/segmenter_quality-cpu-fp32.json
     python -m benchmarks.plots sizes benchmarks/results/similarity-cpu-fp32.json
+    python -m benchmarks.plots pareto benchmarks/results/curves-cpu-fp32.json benchmarks/results/small-cpu-fp32.json
 
 clusters (Fig. 3): quality over M at one L. locations (Fig. 4): quality over L at one keep ratio. speed (Fig. 5): images a
 second over M at one L. tradeoff (Fig. 6): the best quality that each method has at every speed. sizes (Fig. 7): how many
-clusters have so many tokens. Those over M and L read segmenter_quality's and classification_quality's files; sizes reads
+clusters have so many tokens, and which share of them that is. pareto: quality over images a second of all settings in all
+files, and the front of those that no other one surpasses in both. Those over M and L read segmenter_quality's and classification_quality's files; sizes reads
 similarity's. Pictures go to the folder figures/ beside the file.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,10 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
     return {name: [row for row in rows if row["method"] == name] for name in names}
 
 
-def best_at_each_speed(rows: list[Row], score: str) -> list[Row]:
+def best_at_each_speed(rows: list[Row], score: str, speed: str = "speed_up") -> list[Row]:
     """The Pareto front, fastest first: rows that no other row equals in speed and surpasses in quality."""
     front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (-row["speed_up"], -row[score])):
+    for row in sorted(rows, key=lambda row: (-row[speed], -row[score])):
         if not front or row[score] > front[-1][score]:
             front.append(row)
     return front
@@ -73,15 +75,32 @@ def tradeoff(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
 
 
 def sizes(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
-    """Share of the clusters, for each number of clusters."""
+    """Share of the clusters of so many tokens, for each number of clusters (Fig. 7a); dotted, their number in an image (7b)."""
+    numbers = axes.twinx()
     for row in rows:
         if row["sizes"] and row["location"] == location:
             counts = {int(size): number for size, number in row["sizes"].items()}
             total, upto = sum(counts.values()), range(1, 21)
             shares = [100 * counts.get(size, 0) / total for size in upto]
-            axes.plot(upto, shares, "o-", label=f"{row['method']}, M = {row['num_clusters']}")
+            line = axes.plot(upto, shares, "o-", label=f"{row['method']}, M = {row['num_clusters']}")[0]
+            an_image = [share / 100 * row["num_clusters"] for share in shares]
+            numbers.plot(upto, an_image, ":", color=line.get_color())
     axes.set(xlabel="tokens of a cluster", ylabel="% of the clusters")
+    numbers.set(ylabel="clusters of an image (dotted)")
     axes.legend(fontsize=7)
+
+
+def pareto(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
+    """Methods by colour; the front over all of them in black, plain models included."""
+    score = score_of(rows)
+    for name, own in by_method(rows).items():
+        axes.plot([row["images_per_second"] for row in own], [row[score] for row in own], ".", label=name)
+    plain = [row for row in rows if row["method"] == "plain"]
+    axes.plot([row["images_per_second"] for row in plain], [row[score] for row in plain], "k*", label="plain")
+    front = best_at_each_speed(rows, score, "images_per_second")
+    axes.plot([row["images_per_second"] for row in front], [row[score] for row in front], "k-", linewidth=0.7)
+    axes.set(xlabel="images a second", ylabel={"miou": "mIoU"}.get(score, "accuracy (%)"))
+    axes.legend(fontsize=5)
 
 
 def _lines(axes: Axes, rows: list[Row], x: str, y: Callable[[Row], float]) -> None:
@@ -96,15 +115,23 @@ def _plain(axes: Axes, value: float, x: str, y: str) -> None:
     axes.legend(fontsize=7)
 
 
-KINDS = {"clusters": clusters, "locations": locations, "speed": speed, "tradeoff": tradeoff, "sizes": sizes}
+KINDS = {
+    "clusters": clusters,
+    "locations": locations,
+    "speed": speed,
+    "tradeoff": tradeoff,
+    "sizes": sizes,
+    "pareto": pareto,
+}
 
 
-def draw(kind: str, file: Path, location: int = 2, keep: float = 0.25) -> Path:
-    """Writes one plot of a result file; returns its path."""
-    result = json.loads(file.read_text())
+def draw(kind: str, files: Sequence[Path], location: int = 2, keep: float = 0.25) -> Path:
+    """Writes one plot of the rows of result files, named as the first; returns its path."""
+    results, file = [json.loads(each.read_text()) for each in files], files[0]
+    result = results[0]
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    KINDS[kind](axes, result["rows"], location, keep)
+    KINDS[kind](axes, [row for each in results for row in each["rows"]], location, keep)
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
     axes.set_title(f"{result['device']}, {result['precision']}, {versions}", fontsize=7)
     axes.grid(alpha=0.3)
@@ -117,11 +144,11 @@ def draw(kind: str, file: Path, location: int = 2, keep: float = 0.25) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("file", type=Path, help="a result file")
+    parser.add_argument("files", type=Path, nargs="+", help="result files, of one device and precision")
     parser.add_argument("--location", type=int, default=2)
     parser.add_argument("--keep", type=float, default=0.25)
     args = parser.parse_args()
-    print(f"wrote {draw(args.kind, args.file, args.location, args.keep)}")
+    print(f"wrote {draw(args.kind, args.files, args.location, args.keep)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every table and figure of the paper: what makes it, what that needs, and about how long it takes.
+"""Every table and figure of the paper, and what is beside them: what makes it, what that needs, and about how long it takes.
 
     python -m benchmarks.tables --list                       # everything, and what is missing here for the rest
     python -m benchmarks.tables                              # makes what the data and weights here allow
@@ -37,6 +37,10 @@ QUALITY = "-m benchmarks.segmenter_quality"
 ABLATION = [f"'{PAPER}:alpha={a}'" for a in (0.6, 0.7, 0.8, 0.9, 1.0)]
 ABLATION += [f"'{PAPER}:num_spatial_neighbors={n}'" for n in (0, 20, 30, 70)]
 ABLATION += [f"'{PAPER}:num_density_neighbors={k}'" for k in (2, 3, 4)]
+# Spatial forms: by rank (the paper), by distance, a window alone, none, places as features.
+FORMS = [f"'{name}'" for name in (PAPER, "by distance, copy", f"{PAPER}:alpha=1.0", f"{PAPER}:num_spatial_neighbors=0")]
+FORMS += ["'places as features, copy'"]
+CHOSEN = " ".join(f"'{name}'" for name in (PAPER, "local k-means, copy", "local k-means, smooth"))
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Entry:
 
 
 CAMVID, CIFAR, IMAGENET = "{data}/camvid", "{data}/cifar10", "{data}/imagenet"
+KEPT = (0.25, 0.36, 0.5625)
 TINY = "{weights}/classifier-cifar10"
 OFFICIAL = [
     ("Tab. 1", "ade20k", "segmenter-vit-l-ade20k"),
@@ -77,8 +82,12 @@ OFFICIAL = [
 ]
 
 
-def plot(kind: str, result: str) -> str:
-    return f"-m benchmarks.plots {kind} benchmarks/results/{result}-cpu-fp32.json"
+def results(*names: str) -> tuple[str, ...]:
+    return tuple(f"benchmarks/results/{name}-cpu-fp32.json" for name in names)
+
+
+def plot(kind: str, *names: str) -> str:
+    return f"-m benchmarks.plots {kind} {' '.join(results(*names))}"
 
 
 def finetuning(run: str, options: str) -> str:
@@ -93,7 +102,8 @@ ENTRIES = [
     Entry("Tab. 5", "a training step, Segmenter ViT-L", f"-m benchmarks.finetune_speed --models ViT-L {BOTH} --name tab5_training", (), 60),
     Entry("Tab. 6", "a training step, Segmenter ViT-B", f"-m benchmarks.finetune_speed --models ViT-B {BOTH} --name tab6_training", (), 20),
     Entry("Tab. 5, 6", "fine-tuning on CamVid, plain", finetuning("finetune-plain", "--keep 1"), (CAMVID,), 45),
-    *(Entry("Tab. 5, 6", f"fine-tuning on CamVid, {keep:g} of the tokens", finetuning(f"finetune-{keep:g}", f"--keep {keep}"), (CAMVID,), 25) for keep in (0.25, 0.36, 0.5625)),
+    *(Entry("Tab. 5, 6", f"fine-tuning on CamVid, {keep:g} of the tokens", finetuning(f"finetune-{keep:g}", f"--keep {keep}"), (CAMVID,), 25) for keep in KEPT),
+    Entry("Tab. 5, 6", "fine-tuning on CamVid, compared", "-m benchmarks.finetune_quality runs/finetune-plain " + " ".join(f"runs/finetune-{keep:g}" for keep in KEPT) + " --name tab5_finetuning", ("runs/finetune-plain/metrics.json", *(f"runs/finetune-{keep:g}/metrics.json" for keep in KEPT)), 1),
     Entry("Tab. 7", "alpha, lambda, k", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(ABLATION)} --name tab7_ablation", (CAMVID,), 20),
     Entry("Tab. 8", "classification, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods '{PAPER}' 'local k-means, copy' 'random centres, copy' 'grid pooling, copy' Expedite ToMe EViT --locations 0 1 2 3 4 --keep 0.617 0.5 0.35 0.25 --name tab8_cifar10", (CIFAR, TINY), 60),
     Entry("Tab. 8", "classification, ImageNet and DeiT-B", f"-m benchmarks.classification_quality --dataset imagenet --data {IMAGENET} --model {{weights}}/deit-base {BOTH} --locations 0 2 4 6 --keep 0.617 0.735 --device cuda --name tab8_imagenet", (IMAGENET, "{weights}/deit-base", "gpu")),
@@ -102,11 +112,21 @@ ENTRIES = [
     Entry("Tab. 11, 12, 13, 14, Fig. 7", "similarity by layer, pairs, latency split, assignments", f"-m benchmarks.similarity --images {CAMVID}/val/images --methods '{PAPER}' Expedite CTM --locations 2 --keep 0.25 0.36 0.5 --name tab11_similarity", (CAMVID,), 30),
     Entry("Fig. 2", "assignments and reconstructed images", f"-m ailurus_hf.cli visualize --model {SHIPPED} --cluster-location 2 --keep-ratio 0.25 --clustering density_peaks --restore copy --fill mean --output runs/figure2 {CAMVID}/val/images", (CAMVID,), 5),
     Entry("Fig. 3, 4, 5, 6", "mIoU and speed over L and M", f"{QUALITY} --data {CAMVID} {BOTH} --locations 1 2 3 4 5 6 --keep 0.12 0.18 0.25 0.36 0.5 --name curves", (CAMVID,), 70),
-    Entry("Fig. 3", "mIoU over M", plot("clusters", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
-    Entry("Fig. 4", "mIoU over L", plot("locations", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
-    Entry("Fig. 5", "images a second over M", plot("speed", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
-    Entry("Fig. 6", "the best mIoU at each speed", plot("tradeoff", "curves"), ("benchmarks/results/curves-cpu-fp32.json",), 1),
-    Entry("Fig. 7", "tokens of a cluster", plot("sizes", "tab11_similarity"), ("benchmarks/results/tab11_similarity-cpu-fp32.json",), 1),
+    Entry("Fig. 3", "mIoU over M", plot("clusters", "curves"), results("curves"), 1),
+    Entry("Fig. 4", "mIoU over L", plot("locations", "curves"), results("curves"), 1),
+    Entry("Fig. 5", "images a second over M", plot("speed", "curves"), results("curves"), 1),
+    Entry("Fig. 6", "the best mIoU at each speed", plot("tradeoff", "curves"), results("curves"), 1),
+    Entry("Fig. 7", "tokens of a cluster", plot("sizes", "tab11_similarity"), results("tab11_similarity"), 1),
+    Entry("settings", "spatial forms, CamVid", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(FORMS)} --name forms_camvid", (CAMVID,), 8),
+    Entry("settings", "alpha, lambda, k and spatial forms, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --locations 1 --keep 0.35 --methods {' '.join([*ABLATION, *FORMS])} --name settings_cifar10", (CIFAR, TINY), 15),
+    *(Entry("settings", f"photographs of {size} rows", f"{QUALITY} --data {CAMVID} --size {size} --locations 1 2 4 --keep 0.5 0.25 0.12 --methods {CHOSEN} --name size{size}", (CAMVID,), minutes) for size, minutes in ((480, 8), (720, 20), (960, 40))),
+    Entry("settings", "the front over M, L and resolution", plot("pareto", "size480", "size720", "size960"), results("size480", "size720", "size960"), 1),
+    Entry("settings", "the front over M and L, CIFAR-10", plot("pareto", "tab8_cifar10", "settings_cifar10"), results("tab8_cifar10", "settings_cifar10"), 1),
+    Entry("settings", "cost of clustering, 256² to 2048² pixels", "-m benchmarks.clustering_overhead", (), 5),
+    Entry("beyond", "what each way of choosing clusters keeps, CamVid", f"-m benchmarks.clusterings --data {CAMVID} --keep 0.25 0.12 --name clusterings_camvid", (CAMVID,), 30),
+    Entry("beyond", "the same, unfolded smoothly", f"-m benchmarks.clusterings --data {CAMVID} --keep 0.25 0.12 --restore smooth --name clusterings_smooth", (CAMVID,), 30),
+    Entry("beyond", "the same, as many tokens as a detector has", f"-m benchmarks.clusterings --data {CAMVID} --size 800 --limit 34 --name clusterings_detection", (CAMVID,), 12),
+    Entry("beyond", "the same, classification", f"-m benchmarks.clusterings --dataset cifar10 --data {CIFAR} --model {TINY} --locations 1 --keep 0.5 0.25 --name clusterings_cifar10", (CIFAR, TINY), 20),
     Entry("Fig. 8", "a video, plain and reduced", "-m benchmarks.controlvideo_speed --whole --device cuda --dtype bf16 --frames 15 --size 512", ("gpu",)),
     Entry("Fig. 9", "predictions", "examples/segment_image.py --clustering density_peaks --restore copy --keep-ratio 0.36 --output runs/figure9.png", (), 1),
     Entry("speed", "share of the FLOPs' speed-up on ViT-B and ViT-L", "-m benchmarks.vit_speed", (), 5),
