@@ -9,8 +9,10 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the names are 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ from . import (
     diffusion_speed,
     families_speed,
     joint_speed,
+    similarity,
+    tables,
     vit_speed,
 )
 from .harness import RESULTS, markdown
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md", "docs/tables.md")
 TARGETS = (1.5, 2.0, 2.5)
 
 
@@ -100,7 +104,47 @@ def equal_speed_table() -> str:
     return head + markdown(lines, {"method": "method", **heads}) + "\n" + source(result, "segmenter_quality-cpu-fp32")
 
 
+def parts_table() -> str:
+    """Every table and figure: what makes it, what that needs, and about how long it takes."""
+    folders = {"data": "DATA", "weights": "WEIGHTS"}
+    lines = [
+        {
+            "names": entry.names,
+            "what": entry.what,
+            "needs": ", ".join(need.format(**folders) for need in entry.needs),
+            "minutes": entry.minutes,
+        }
+        for entry in tables.ENTRIES
+    ]
+    return markdown(lines, {"names": "for", "what": "what", "needs": "needs", "minutes": "minutes|{:g}"})
+
+
+def measured_tables() -> str:
+    """What result files there are of those that `make tables` writes, each as its benchmark prints it."""
+    blocks = []
+    for entry in tables.ENTRIES:
+        words = shlex.split(entry.command)
+        name = words[words.index("--name") + 1] if "--name" in words else None
+        for path in sorted(RESULTS.glob(f"{name}-c*.json")) if name else []:
+            result = load(path.stem)
+            blocks.append(
+                f"### {entry.names}: {entry.what}\n\n{as_printed(entry, result)}\n{source(result, path.stem)}"
+            )
+    return "\n\n".join(blocks) or "No result file of these is here yet."
+
+
+def as_printed(entry: tables.Entry, result: dict[str, Any]) -> str:
+    """A result's rows under the headings of the benchmark that made them, where anything was measured."""
+    rows = result["rows"]
+    if entry.module == "benchmarks.similarity":
+        return similarity.tables(rows, result["pairs"])
+    columns = importlib.import_module(str(entry.module)).COLUMNS
+    return markdown(rows, {k: head for k, head in columns.items() if any(row.get(k) is not None for row in rows)})
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "parts": parts_table,
+    "measured": measured_tables,
     "families": supported_models,
     "speed": rows_as_measured("vit_speed-cpu-fp32", vit_speed.COLUMNS),
     "dense heads": rows_as_measured("families_speed-cpu-fp32", families_speed.COLUMNS),

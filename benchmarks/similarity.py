@@ -151,20 +151,22 @@ def tables(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
             **row,
             **{f"layer {i}": row["layers"][i] for i in range(depth)},
             **row["assignment"],
-            **{f"ms {k}": v for k, v in row["ms"].items()},
         }
         for row in rows
     ]
     layers = {f"layer {i}": f"{i}|{{:.4f}}" for i in range(first, depth)}
     statistic = {name: f"{name}|{{:.3f}}" for name in STATISTICS}
-    milliseconds = {f"ms {part}": f"{part}|{{:.2f}} ms" for part in (*PARTS, "rest", "total")}
+    parts = {f"ms {part}": part for part in (*PARTS, "rest", "total")}
+    for row, line in zip(rows, flat, strict=True):
+        total = row["ms"]["total"]
+        line |= {f"ms {part}": f"{ms:.2f} ms ({ms / total:.1%})" for part, ms in row["ms"].items()}
     ours = [row for row in flat if row["assignment"]]
     edges = [f"{low:.1f}-{high:.1f}" for low, high in pairs[0]["intervals"]]
     kept = [{"L": p["location"], **dict(zip(edges, p["probability"], strict=True))} for p in pairs]
     blocks = [
         "Similarity by layer:\n\n" + markdown(flat, {**SETTING, "at_location": "at L|{:.4f}", **layers}),
         "Pairs that stay in their interval:\n\n" + markdown(kept, {"L": "L", **{e: f"{e}|{{:.4f}}" for e in edges}}),
-        "Latency:\n\n" + markdown(flat, {**SETTING, **milliseconds}),
+        "Latency:\n\n" + markdown(flat, {**SETTING, **parts}),
     ]
     if ours:
         blocks.append("Assignments:\n\n" + markdown(ours, {**SETTING, **statistic}))

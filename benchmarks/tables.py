@@ -74,12 +74,16 @@ class Entry:
 CAMVID, CIFAR, IMAGENET = "{data}/camvid", "{data}/cifar10", "{data}/imagenet"
 KEPT = (0.25, 0.36, 0.5625)
 TINY = "{weights}/classifier-cifar10"
+VIT_L, VIT_B = "segmenter-vit-l-ade20k", "segmenter-vit-b-ade20k"
+# The paper's tables 1 and 2.
 OFFICIAL = [
-    ("Tab. 1", "ade20k", "segmenter-vit-l-ade20k"),
+    ("Tab. 1", "ade20k", VIT_L),
     ("Tab. 1", "cityscapes", "segmenter-vit-l-cityscapes"),
     ("Tab. 1", "pascal_context", "segmenter-vit-l-pascal-context"),
-    ("Tab. 2", "ade20k", "segmenter-vit-b-ade20k"),
+    ("Tab. 2, 15", "ade20k", VIT_B),
 ]
+# The paper's clusters as shares: 20² to 26² of ViT-L's 1600 tokens, 18² to 24² of ViT-B's 1024.
+SHARES_L, SHARES_B = "0.25 0.3025 0.36 0.4225", "0.31640625 0.390625 0.47265625 0.5625"
 
 
 def results(*names: str) -> tuple[str, ...]:
@@ -94,10 +98,25 @@ def finetuning(run: str, options: str) -> str:
     return f"examples/finetune_segmentation.py --data {CAMVID} --model {SHIPPED} --output runs/{run} --batch-size 2 {options}"
 
 
+def official(names: str, what: str, model: str, options: str, name: str, data: str = "ade20k") -> Entry:
+    """mIoU of an official checkpoint on its data set."""
+    command = f"{QUALITY} --dataset {data} --data {{data}}/{data} --model {{weights}}/{model} {options} --device cuda --name {name}"
+    return Entry(names, f"{what}, {data}", command, (f"{{data}}/{data}", f"{{weights}}/{model}", "gpu"))
+
+
+def official_similarity(names: str, what: str, model: str, options: str, name: str) -> Entry:
+    """Similarity, pairs, latency and assignments of an official checkpoint on ADE20K."""
+    folder = "{data}/ade20k/images/validation"
+    command = (
+        f"-m benchmarks.similarity --images {folder} --model {{weights}}/{model} {options} --device cuda --name {name}"
+    )
+    return Entry(names, f"{what}, ade20k", command, (folder, f"{{weights}}/{model}", "gpu"))
+
+
 # The plots follow what they are made of.
 ENTRIES = [
     Entry("Tab. 1, 2, 15", "all methods at three levels, CamVid", f"{QUALITY} --data {CAMVID} {ALL} --locations 2 --keep 0.5 0.25 0.12 --name tab1_camvid", (CAMVID,), 90),
-    *(Entry(name, f"all methods at three levels, {data}", f"{QUALITY} --dataset {data} --data {{data}}/{data} --model {{weights}}/{model} {ALL} --locations 2 --keep 0.5 0.36 0.2 --device cuda --name {name.lower().replace('. ', '')}_{data}", (f"{{data}}/{data}", f"{{weights}}/{model}", "gpu")) for name, data, model in OFFICIAL),
+    *(official(names, "all methods at three levels", model, f"{ALL} --locations 2 --keep 0.5 0.36 0.2", f"tab{names[5]}_{data}", data) for names, data, model in OFFICIAL),
     Entry("Tab. 3, 4", "detectors' encoders at the paper's L and M", "-m benchmarks.detection_speed", (), 15),
     Entry("Tab. 5", "a training step, Segmenter ViT-L", f"-m benchmarks.finetune_speed --models ViT-L {BOTH} --name tab5_training", (), 60),
     Entry("Tab. 6", "a training step, Segmenter ViT-B", f"-m benchmarks.finetune_speed --models ViT-B {BOTH} --name tab6_training", (), 20),
@@ -105,18 +124,30 @@ ENTRIES = [
     *(Entry("Tab. 5, 6", f"fine-tuning on CamVid, {keep:g} of the tokens", finetuning(f"finetune-{keep:g}", f"--keep {keep}"), (CAMVID,), 25) for keep in KEPT),
     Entry("Tab. 5, 6", "fine-tuning on CamVid, compared", "-m benchmarks.finetune_quality runs/finetune-plain " + " ".join(f"runs/finetune-{keep:g}" for keep in KEPT) + " --name tab5_finetuning", ("runs/finetune-plain/metrics.json", *(f"runs/finetune-{keep:g}/metrics.json" for keep in KEPT)), 1),
     Entry("Tab. 7", "alpha, lambda, k", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(ABLATION)} --name tab7_ablation", (CAMVID,), 20),
+    official("Tab. 7", "alpha, lambda, k", VIT_L, f"--locations 2 --keep 0.25 --methods {' '.join(ABLATION)}", "tab7_ade20k"),
     Entry("Tab. 8", "classification, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods '{PAPER}' 'local k-means, copy' 'random centres, copy' 'grid pooling, copy' Expedite ToMe EViT --locations 0 1 2 3 4 --keep 0.617 0.5 0.35 0.25 --name tab8_cifar10", (CIFAR, TINY), 60),
     Entry("Tab. 8", "classification, ImageNet and DeiT-B", f"-m benchmarks.classification_quality --dataset imagenet --data {IMAGENET} --model {{weights}}/deit-base {BOTH} --locations 0 2 4 6 --keep 0.617 0.735 --device cuda --name tab8_imagenet", (IMAGENET, "{weights}/deit-base", "gpu")),
     Entry("Tab. 9, 10", "similarity by L and M", f"-m benchmarks.similarity --images {CAMVID}/val/images {BOTH} --locations 1 2 3 4 --keep 0.25 0.3 0.36 0.42 --name tab9_similarity", (CAMVID,), 60),
     Entry("Tab. 9, 10", "mIoU by L and M", f"{QUALITY} --data {CAMVID} {BOTH} --locations 1 2 3 4 --keep 0.25 0.3 0.36 0.42 --name tab9_miou", (CAMVID,), 50),
+    official_similarity("Tab. 9", "similarity by L and M", VIT_L, f"{BOTH} --locations 4 6 8 --keep {SHARES_L}", "tab9_ade20k"),
+    official_similarity("Tab. 10", "similarity by L and M", VIT_B, f"{BOTH} --locations 2 4 6 --keep {SHARES_B}", "tab10_ade20k"),
+    official("Tab. 9", "mIoU by L and M", VIT_L, f"{BOTH} --locations 4 6 8 --keep {SHARES_L}", "tab9_miou_ade20k"),
+    official("Tab. 10", "mIoU by L and M", VIT_B, f"{BOTH} --locations 2 4 6 --keep {SHARES_B}", "tab10_miou_ade20k"),
+    official_similarity("Tab. 11, 12, 13, 14", "similarity by layer, pairs, latency split", VIT_B, f"--methods '{PAPER}' Expedite CTM --locations 2 --keep 0.390625", "tab11_ade20k"),
+    official_similarity("Tab. 13", "latency split", VIT_L, f"{BOTH} --locations 4 --keep 0.36", "tab13_ade20k"),
+    official_similarity("Fig. 7", "assignments", VIT_L, f"--methods '{PAPER}' --locations 2 --keep 0.25 0.36 0.5", "fig7_ade20k"),
     Entry("Tab. 11, 12, 13, 14, Fig. 7", "similarity by layer, pairs, latency split, assignments", f"-m benchmarks.similarity --images {CAMVID}/val/images --methods '{PAPER}' Expedite CTM --locations 2 --keep 0.25 0.36 0.5 --name tab11_similarity", (CAMVID,), 30),
     Entry("Fig. 2", "assignments and reconstructed images", f"-m ailurus_hf.cli visualize --model {SHIPPED} --cluster-location 2 --keep-ratio 0.25 --clustering density_peaks --restore copy --fill mean --output runs/figure2 {CAMVID}/val/images", (CAMVID,), 5),
     Entry("Fig. 3, 4, 5, 6", "mIoU and speed over L and M", f"{QUALITY} --data {CAMVID} {BOTH} --locations 1 2 3 4 5 6 --keep 0.12 0.18 0.25 0.36 0.5 --name curves", (CAMVID,), 70),
+    official("Fig. 3, 4, 6", "mIoU and speed over L and M", VIT_L, f"{BOTH} --locations 2 4 6 8 10 --keep {SHARES_L}", "curves_vit_l"),
+    official("Fig. 3, 4, 5, 6", "mIoU and speed over L and M", VIT_B, f"{BOTH} --locations 1 2 3 4 5 6 --keep {SHARES_B}", "curves_vit_b"),
     Entry("Fig. 3", "mIoU over M", plot("clusters", "curves"), results("curves"), 1),
     Entry("Fig. 4", "mIoU over L", plot("locations", "curves"), results("curves"), 1),
     Entry("Fig. 5", "images a second over M", plot("speed", "curves"), results("curves"), 1),
     Entry("Fig. 6", "the best mIoU at each speed", plot("tradeoff", "curves"), results("curves"), 1),
     Entry("Fig. 7", "tokens of a cluster", plot("sizes", "tab11_similarity"), results("tab11_similarity"), 1),
+    *(Entry(f"Fig. {number}", f"the plot of {name}", f"-m benchmarks.plots {kind} benchmarks/results/{name}-cuda-fp32.json", (f"benchmarks/results/{name}-cuda-fp32.json",), 1) for number, kind in ((3, "clusters"), (4, "locations"), (5, "speed"), (6, "tradeoff")) for name in ("curves_vit_l", "curves_vit_b")),
+    Entry("Fig. 7", "tokens of a cluster, ViT-L", "-m benchmarks.plots sizes benchmarks/results/fig7_ade20k-cuda-fp32.json", ("benchmarks/results/fig7_ade20k-cuda-fp32.json",), 1),
     Entry("settings", "spatial forms, CamVid", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(FORMS)} --name forms_camvid", (CAMVID,), 8),
     Entry("settings", "alpha, lambda, k and spatial forms, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --locations 1 --keep 0.35 --methods {' '.join([*ABLATION, *FORMS])} --name settings_cifar10", (CIFAR, TINY), 15),
     *(Entry("settings", f"photographs of {size} rows", f"{QUALITY} --data {CAMVID} --size {size} --locations 1 2 4 --keep 0.5 0.25 0.12 --methods {CHOSEN} --name size{size}", (CAMVID,), minutes) for size, minutes in ((480, 8), (720, 20), (960, 40))),
@@ -128,6 +159,7 @@ ENTRIES = [
     Entry("beyond", "the same, as many tokens as a detector has", f"-m benchmarks.clusterings --data {CAMVID} --size 800 --limit 34 --name clusterings_detection", (CAMVID,), 12),
     Entry("beyond", "the same, classification", f"-m benchmarks.clusterings --dataset cifar10 --data {CIFAR} --model {TINY} --locations 1 --keep 0.5 0.25 --name clusterings_cifar10", (CIFAR, TINY), 20),
     Entry("Fig. 8", "a video, plain and reduced", "-m benchmarks.controlvideo_speed --whole --device cuda --dtype bf16 --frames 15 --size 512", ("gpu",)),
+    Entry("Fig. 9", "predictions of ViT-L, ade20k", "-m ailurus_hf.cli segment {data}/ade20k/images/validation --model {weights}/" + VIT_L + " --cluster-location 2 --keep-ratio 0.36 --clustering density_peaks --restore copy --compare --output runs/figure9", ("{data}/ade20k/images/validation", "{weights}/" + VIT_L, "gpu")),
     Entry("Fig. 9", "predictions", "examples/segment_image.py --clustering density_peaks --restore copy --keep-ratio 0.36 --output runs/figure9.png", (), 1),
     Entry("speed", "share of the FLOPs' speed-up on ViT-B and ViT-L", "-m benchmarks.vit_speed", (), 5),
     Entry("speed", "models in stages and with dense heads", "-m benchmarks.families_speed", (), 30),

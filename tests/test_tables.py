@@ -48,7 +48,8 @@ def test_says_what_is_missing_and_runs_the_rest(tmp_path, monkeypatch, capsys):
     assert tables.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("== Tab. 7") and f"--data {tmp_path}/camvid" in lines[1]
-    assert lines[2].endswith(f"needs {tmp_path}/cifar10, AILURUS_WEIGHTS/classifier-cifar10")
+    assert lines[2].startswith("-- Tab. 7") and f"needs {tmp_path}/ade20k" in lines[2]
+    assert lines[3].endswith(f"needs {tmp_path}/cifar10, AILURUS_WEIGHTS/classifier-cifar10")
 
     ran = tmp_path / "ran"
     monkeypatch.setattr("sys.argv", ["tables"])

@@ -13,6 +13,7 @@ from ailurus_hf import SegmenterImageProcessor, ailurus_status, spatial_density_
 from ailurus_hf.cli_support import load_model
 from ailurus_hf.vision.finding import find_encoders
 from benchmarks import clusterings, datasets, methods, segmenter_quality, variants
+from benchmarks.harness import model_flops
 
 GRID = (6, 8)
 
@@ -116,12 +117,17 @@ def test_methods_of_the_table_are_in_the_registry(restore):
 def test_flops_and_clusters_of_two_reductions():
     model, x = make_model("ViTModel"), images(1)
     two = "density peaks, copy (the paper):cluster_location=(1,2),keep_ratio=(0.5,0.25)"
-    shares = {}
+    shares, full = {}, model_flops(lambda: run(model, x))
     for name, setting in ((two, methods.Setting(1, 0.5)), (methods.PAPER, methods.Setting(1, 0.5))):
         reduction = methods.apply_method(model, name, setting, [lambda: run(model, x)])
         run(model, x)
-        shares[name] = reduction.flops(1e9, lambda: run(model, x)), reduction.num_clusters()
+        shares[name] = reduction.flops(full, lambda: run(model, x)), reduction.num_clusters()
         reduction.undo()
+        counted = methods.flops_with(
+            methods.EVERY[methods.PAPER], model, setting, [lambda: run(model, x)], methods.parsed(name)[1]
+        )
+        # Counted by torch, clustering and all; the FLOPs of the layers alone are somewhat less.
+        assert 0.8 * counted < shares[name][0] <= counted
     assert shares[two][0] < shares[methods.PAPER][0] and (shares[two][1], shares[methods.PAPER][1]) == (24, 48)
 
 
