@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {"clustering": "density_peaks", "restore": "copy"},
     "density-peaks": {"clustering": "density_peaks", "restore": "residual"},
+    "density-peaks-smooth": {"clustering": "density_peaks", "restore": "smooth"},
     "local-kmeans": {"clustering": "local_kmeans", "restore": "residual"},
     "local-kmeans-smooth": {"clustering": "local_kmeans", "restore": "smooth"},
     "local-kmeans-copy": {"clustering": "local_kmeans", "restore": "copy"},

@@ -226,13 +226,15 @@ def _classify(args: argparse.Namespace) -> int:
 def _benchmark(args: argparse.Namespace) -> int:
     from . import benchmark
     from . import cli_support as support
+    from .measuring import measured_on
 
     configs = benchmark.settings(args.methods, args.locations, args.keep)
     images = support.find_images(args.images)
     loaded = support.load_model(args.model, None, args.device, args.dtype, None)
     rows = benchmark.benchmark(loaded, images, configs, args.repeats, support.progress)
     if args.json:
-        _print_json(loaded, num_images=len(images), rows=[row.to_dict() for row in rows])
+        machine = measured_on(loaded.device, str(loaded.dtype).removeprefix("torch."))
+        _print_json(loaded, num_images=len(images), measured_on=machine, rows=[row.to_dict() for row in rows])
     else:
         print(benchmark.as_markdown(rows))
     return 0

@@ -1,12 +1,16 @@
-"""How speed is measured, and how a table of it is written: contenders take turns, and the device is waited for."""
+"""How speed is measured and written down: contenders take turns, the device is waited for, and a result says where it is from."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +52,33 @@ def wait_for(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
     elif device is not None and device.type == "mps":
         torch.mps.synchronize()
+
+
+def measured_on(device: torch.device, precision: str) -> dict[str, Any]:
+    """Device, threads, versions and date, to be kept beside what was measured."""
+    versions: dict[str, str | None] = {}
+    for package in ("torch", "transformers", "diffusers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name and its number of cores."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

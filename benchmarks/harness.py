@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
-import importlib.metadata
 import json
 import logging
-import platform
 import shlex
 import sys
 import weakref
@@ -27,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ailurus_hf import AiluRusConfig, ailurus_status
 from ailurus_hf.apply import ailurus_on
-from ailurus_hf.measuring import interleaved, markdown, wait_for
+from ailurus_hf.measuring import interleaved, markdown, measured_on, wait_for
 
 __all__ = [
     "RESULTS",
@@ -174,30 +171,8 @@ def reductions_in_turn(
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What a result file says of where its numbers come from."""
-    versions = {}
-    for package in ("torch", "transformers", "diffusers"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(map(_without_folder, sys.argv[1:]))}".strip(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name and its number of cores."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(map(_without_folder, sys.argv[1:]))}".strip()
+    return {**measured_on(device, precision), "command": command}
 
 
 def _without_folder(argument: str) -> str:

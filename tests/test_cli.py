@@ -127,6 +127,7 @@ def test_benchmark_measures_every_setting(model: str, tokens: str, capsys: pytes
     arguments = [*BENCHMARK, "--model", model, "--methods", "paper", "local-kmeans"]
     found = run_json(capsys, *arguments)
     assert found["num_images"] == 2 and found["model"] == model and found["ailurus"] is None
+    assert found["measured_on"]["device"] and found["measured_on"]["versions"]["torch"] == torch.__version__
     plain, *rows = found["rows"]
     assert plain["method"] == "plain" and plain["speed_up"] == plain["ideal"] == plain["cosine"] == 1
     kept = [(row["method"], row["location"], row["keep"]) for row in rows]
