@@ -11,6 +11,7 @@ from PIL import Image
 
 from ailurus_hf import SegmenterImageProcessor, ailurus_status, spatial_density_peaks
 from ailurus_hf.cli_support import load_model
+from ailurus_hf.clustering import local_kmeans
 from ailurus_hf.vision.finding import find_encoders
 from benchmarks import clusterings, datasets, methods, segmenter_quality, variants
 from benchmarks.harness import model_flops
@@ -73,6 +74,20 @@ def test_ward_joins_the_adjacent_pair_that_costs_least():
         found = variants.ward(x, grid, left).assignment[0]
         same = labels[:, None] == labels
         assert torch.equal(found[:, None] == found, same)
+
+
+def test_mutual_pairs_are_those_of_ward(monkeypatch):
+    grid = (12, 16)
+    regions = tokens(1, (3, 4)).view(3, 4, 8).repeat_interleave(4, 0).repeat_interleave(4, 1).reshape(1, 192, 8)
+    x = regions + 0.2 * tokens(1, grid)
+    exact, fast = (variance(x[0], f(x, grid, 40).assignment[0]) for f in (variants.ward, variants.mutual_pairs))
+    others = [variance(x[0], f(x, grid, 40).assignment[0]) for f in (local_kmeans, spatial_density_peaks)]
+    assert exact <= 1.001 * fast and fast < min(others)
+    # One pair at a time, the cheapest: the same as Ward.
+    monkeypatch.setattr(variants, "SHARE", 0.0)
+    for left in (40, 45):
+        a, b = (f(x, grid, left).assignment[0] for f in (variants.ward, variants.mutual_pairs))
+        assert torch.equal(a[:, None] == a, b[:, None] == b)
 
 
 def test_edges_get_more_centres():
