@@ -138,7 +138,7 @@ def _add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> No
     size = group.add_mutually_exclusive_group()
     size.add_argument("--keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
     size.add_argument("--num-clusters", type=int, metavar="M", help="number of tokens to keep")
-    group.add_argument("--clustering", choices=("density_peaks", "local_kmeans"))
+    group.add_argument("--clustering", choices=("density_peaks", "local_kmeans", "ward"))
     group.add_argument("--restore", choices=("copy", "residual", "smooth"), help="what a token gets back")
     group.add_argument("--restore-at", choices=("backbone", "decoder"), help="where a segmenter unfolds")
     group.add_argument("--restore-location", type=int, metavar="R", help="layer from which all tokens run again")

@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = []
-    for clustering in ("density_peaks", "local_kmeans"):
+    for clustering in ("density_peaks", "local_kmeans", "ward"):
         rows += measure(clustering, args.sides, args.channels, args.repeats)
         log.info(markdown(rows[-len(args.sides) :], COLUMNS))
     save("clustering_cost", rows, environment(torch.device("cpu"), "fp32"))

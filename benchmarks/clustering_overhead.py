@@ -58,7 +58,7 @@ def measure(side: int, keep: float, location: int, repeats: int, width: int = WI
 
         return run
 
-    names = ("density_peaks", "local_kmeans")
+    names = ("density_peaks", "local_kmeans", "ward")
     contenders = {
         "all": lambda turn: layer(tokens[turn % 3]),
         "kept": lambda turn: layer(tokens[turn % 3][:, :count]),
@@ -94,7 +94,7 @@ def main() -> None:
     rows = []
     for side in args.sides:
         rows += measure(side, args.keep, args.location, args.repeats)
-        log.info(markdown(rows[-2:], COLUMNS))
+        log.info(markdown(rows[-3:], COLUMNS))
     save(args.name, rows, environment(torch.device("cpu"), "fp32"))
     print(markdown(rows, COLUMNS))
 

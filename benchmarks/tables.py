@@ -40,7 +40,7 @@ ABLATION += [f"'{PAPER}:num_density_neighbors={k}'" for k in (2, 3, 4)]
 # Spatial forms: by rank (the paper), by distance, a window alone, none, places as features.
 FORMS = [f"'{name}'" for name in (PAPER, "by distance, copy", f"{PAPER}:alpha=1.0", f"{PAPER}:num_spatial_neighbors=0")]
 FORMS += ["'places as features, copy'"]
-CHOSEN = " ".join(f"'{name}'" for name in (PAPER, "local k-means, copy", "local k-means, smooth"))
+CHOSEN = " ".join(f"'{name}'" for name in (PAPER, "local k-means, copy", "local k-means, smooth", "Ward, smooth"))
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from ailurus_hf import TokenClusters, spatial_density_peaks
 from ailurus_hf.clustering import Clustering, local_kmeans
 from ailurus_hf.clustering.density_peaks import density_peaks
 from ailurus_hf.clustering.neighbours import grid_neighbours, nearest_marked, neighbour_distances
+from ailurus_hf.clustering.ward import adjacent_places
 from ailurus_hf.vision.finding import find_encoders
 
 from .peers.controls import to_nearest_center
 
 NEIGHBOURS, ALPHA = 50, 0.9
-# Of the unions that are still to be made, how many at most in one round of mutual pairs.
-SHARE = 0.25
 # Adjacent tokens, sides and corners; and two rings of them.
 ADJACENT, AROUND = 8, 24
 
@@ -106,10 +105,10 @@ def places_as_features(tokens: Tensor, grid: tuple[int, ...], num_clusters: int,
     return spatial_density_peaks(both, grid, num_clusters, num_spatial_neighbors=0)
 
 
-def ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
+def exact_ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
     """Ward's clustering on the grid graph: of adjacent clusters, those two are joined whose union adds least variance.
 
-    The greedy optimum for the variance inside clusters, one pair at a time on the CPU: a reference, far too slow to use.
+    The greedy optimum for the variance inside clusters, one pair at a time on the CPU: a reference for `ward`, and far slower.
     """
     assignments = [_ward(image, grid, num_clusters) for image in tokens.float().cpu()]
     return TokenClusters.from_assignment(torch.stack(assignments).to(tokens.device), num_clusters)
@@ -125,7 +124,7 @@ def _ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tensor:
         return sizes[a] * sizes[b] / (sizes[a] + sizes[b]) * float(difference @ difference)
 
     heap = []
-    for a, b in _adjacent(grid).tolist():
+    for a, b in adjacent_places(grid, torch.device("cpu")).tolist():
         near[a].add(b)
         near[b].add(a)
         heap.append((cost(a, b), a, b))
@@ -153,65 +152,6 @@ def _ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tensor:
         parent[child] = parent[parent[child]]
     _, labels = torch.tensor(parent[:count]).unique(return_inverse=True)
     return labels
-
-
-@torch.no_grad()
-def mutual_pairs(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
-    """Ward's clustering in rounds: of the pairs of adjacent clusters that are each other's cheapest, the cheaper half joins.
-
-    Joining such pairs in any order leads to the same tree, so that only where it is cut differs from `ward`; it takes some
-    ten rounds and not one for every union.
-    """
-    assignments = [_mutual_pairs(image, grid, num_clusters) for image in tokens.float()]
-    return TokenClusters.from_assignment(torch.stack(assignments), num_clusters)
-
-
-def _mutual_pairs(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tensor:
-    count, device = len(tokens), tokens.device
-    means, sizes = tokens - tokens.mean(0), torch.ones(count, device=device)
-
-    def costs(pairs: Tensor) -> Tensor:
-        a, b = pairs.unbind(1)
-        return (means[a] - means[b]).square().sum(-1) * (sizes[a] * sizes[b] / (sizes[a] + sizes[b]))
-
-    label, left = torch.arange(count, device=device), count
-    pairs = _adjacent(grid).to(device)
-    cost = costs(pairs)
-    while left > num_clusters:
-        a, b = pairs.unbind(1)
-        order = cost.argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=device)
-        cheapest = torch.full((count,), len(order), device=device)
-        cheapest = cheapest.scatter_reduce(0, a, rank, "amin").scatter_reduce(0, b, rank, "amin")
-        mutual = order[((rank == cheapest[a]) & (rank == cheapest[b]))[order]]
-        most = max(round((left - num_clusters) * SHARE), num_clusters // 50, 1)
-        mutual = mutual[: min(most, left - num_clusters)]
-        kept, gone = a[mutual], b[mutual]
-        share = (sizes[gone] / (sizes[kept] + sizes[gone]))[:, None]
-        means[kept] = torch.lerp(means[kept], means[gone], share)
-        sizes[kept] += sizes[gone]
-        now = torch.arange(count, device=device)
-        now[gone] = kept
-        label, left = now[label], left - len(mutual)
-        # Only pairs of which one was joined have another cost now, or are one with another pair.
-        joined = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, torch.cat([kept, gone]), True)
-        other = joined[pairs].any(1)
-        again = now[pairs[other]].sort(1).values
-        code = (again[:, 0] * count + again[:, 1])[again[:, 0] != again[:, 1]].unique()
-        again = torch.stack([code // count, code % count], 1)
-        pairs, cost = torch.cat([pairs[~other], again]), torch.cat([cost[~other], costs(again)])
-    return label.unique(return_inverse=True)[1]
-
-
-def _adjacent(grid: tuple[int, ...]) -> Tensor:
-    """Pairs of places side by side, LongTensor[P, 2]."""
-    places = torch.arange(math.prod(grid)).view(grid)
-    pairs = [
-        torch.stack([places.narrow(axis, 0, side - 1).flatten(), places.narrow(axis, 1, side - 1).flatten()], 1)
-        for axis, side in enumerate(grid)
-    ]
-    return torch.cat(pairs)
 
 
 def keys_at(model: nn.Module, location: int, clustering: Clustering) -> Clustering:
@@ -246,8 +186,7 @@ CLUSTERINGS: dict[str, Clustering] = {
     "edges weighted": edges_weighted,
     "by distance": by_distance,
     "places as features": places_as_features,
-    "Ward": ward,
-    "mutual pairs": mutual_pairs,
+    "exact Ward": exact_ward,
 }
 OF_MODEL: dict[str, Callable[[nn.Module, int], Clustering]] = {
     "peaks of keys": functools.partial(keys_at, clustering=spatial_density_peaks),

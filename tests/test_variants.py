@@ -11,7 +11,6 @@ from PIL import Image
 
 from ailurus_hf import SegmenterImageProcessor, ailurus_status, spatial_density_peaks
 from ailurus_hf.cli_support import load_model
-from ailurus_hf.clustering import local_kmeans
 from ailurus_hf.vision.finding import find_encoders
 from benchmarks import clusterings, datasets, methods, segmenter_quality, variants
 from benchmarks.harness import model_flops
@@ -71,23 +70,9 @@ def test_ward_joins_the_adjacent_pair_that_costs_least():
         ]
         joined = [torch.where(labels == b, a, labels) for a, b in pairs]
         labels = min(joined, key=lambda each: variance(x[0], each))
-        found = variants.ward(x, grid, left).assignment[0]
+        found = variants.exact_ward(x, grid, left).assignment[0]
         same = labels[:, None] == labels
         assert torch.equal(found[:, None] == found, same)
-
-
-def test_mutual_pairs_are_those_of_ward(monkeypatch):
-    grid = (12, 16)
-    regions = tokens(1, (3, 4)).view(3, 4, 8).repeat_interleave(4, 0).repeat_interleave(4, 1).reshape(1, 192, 8)
-    x = regions + 0.2 * tokens(1, grid)
-    exact, fast = (variance(x[0], f(x, grid, 40).assignment[0]) for f in (variants.ward, variants.mutual_pairs))
-    others = [variance(x[0], f(x, grid, 40).assignment[0]) for f in (local_kmeans, spatial_density_peaks)]
-    assert exact <= 1.001 * fast and fast < min(others)
-    # One pair at a time, the cheapest: the same as Ward.
-    monkeypatch.setattr(variants, "SHARE", 0.0)
-    for left in (40, 45):
-        a, b = (f(x, grid, left).assignment[0] for f in (variants.ward, variants.mutual_pairs))
-        assert torch.equal(a[:, None] == a, b[:, None] == b)
 
 
 def test_edges_get_more_centres():
@@ -158,7 +143,7 @@ def test_rows_hold_what_clusters_are_like_and_what_the_model_makes_of_them(tmp_p
     segmenter_quality.at_size(loaded.processor, 64)
     data = datasets.SegmentationData("camvid", tmp_path)
     task = segmenter_quality.segmentation(loaded.model, loaded.processor, data)
-    names = [methods.PAPER, "Ward, copy", "local k-means, copy:restore_location=3"]
+    names = [methods.PAPER, "exact Ward, copy", "local k-means, copy:restore_location=3"]
     inputs = [loaded.prepare(data.image(0))]
     plain, *rows = clusterings.measure(loaded, task, inputs, names, methods.Setting(1, 0.25), 1)
     assert plain["method"] == "plain" and [r["method"] for r in rows] == names

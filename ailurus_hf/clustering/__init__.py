@@ -12,6 +12,7 @@ from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from .density_peaks import spatial_density_peaks
 from .local_kmeans import local_kmeans
 from .nested import merge_clusters
+from .ward import ward
 
 # From Tensor[B, N, C], the grid and M.
 Clustering = Callable[[Tensor, tuple[int, ...], int], TokenClusters]
@@ -24,6 +25,8 @@ def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:
     """The clustering that a config asks for, with its settings."""
     if config.clustering == "local_kmeans":
         return partial(local_kmeans, check_finite=config.check_finite)
+    if config.clustering == "ward":
+        return partial(ward, check_finite=config.check_finite)
     return partial(
         spatial_density_peaks,
         num_spatial_neighbors=config.num_spatial_neighbors,
@@ -51,4 +54,5 @@ __all__ = [
     "local_kmeans",
     "merge_clusters",
     "spatial_density_peaks",
+    "ward",
 ]
