@@ -33,7 +33,7 @@ class AiluRusConfig:
     min_keep_ratio: with it each image keeps between this share of its tokens and keep_ratio, the more the more detail it
         has (clustering/budget.py); None: all keep keep_ratio. For one location, batches of one image, and not compiled.
     clustering: "density_peaks" (the paper), "local_kmeans", which keeps more where few tokens are kept, or "ward", which keeps
-        most and costs most; it cannot be compiled or exported.
+        most and costs most; it breaks a compiled graph, and cannot be exported.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
     restore: "copy" (the paper: a token takes its representative's value), "smooth" (a token takes a mean of the
         representatives around it, by likeness), or "residual" (a token keeps its own value at L and adds what its
