@@ -20,6 +20,8 @@ ATTENTION_NAME = "ailurus"
 EAGER_NAME = "ailurus_maps"
 # The argument of a bias for layers that hand unknown arguments to the attention function and take no mask.
 KEY_BIAS = "ailurus_key_bias"
+# Attention that writes out its probabilities, and the module for dropout through which it sends them (own_attention.py).
+OWN_ATTENTION = {"transformers.models.blip.modeling_blip.BlipAttention": "dropout"}
 
 
 def ailurus_attention_forward(
@@ -183,7 +185,7 @@ def bias_parameter(layer: nn.Module) -> str:
         if name in parameters:
             return name
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if takes_any and any(_uses_interface(module) for module in layer.modules()):
+    if takes_any and any(_uses_interface(m) or qualified_name(m) in OWN_ATTENTION for m in layer.modules()):
         return KEY_BIAS
     raise UnsupportedModelError(
         f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(parameters)}, and its attention is not "

@@ -199,6 +199,30 @@ FAMILIES: tuple[Family, ...] = (
         prefix=1,
         models="CLIPModel, LLaVA and others with its tower",
     ),
+    Family("MetaCLIP 2 vision", _AT + "metaclip_2.modeling_metaclip_2.MetaClip2VisionModel", prefix=1),
+    Family("BLIP vision", _AT + "blip.modeling_blip.BlipVisionModel", prefix=1, models="BLIP's models for any task"),
+    Family(
+        "BLIP-2 vision",
+        _AT + "blip_2.modeling_blip_2.Blip2VisionModel",
+        prefix=1,
+        models="BLIP-2's models for any task",
+    ),
+    Family("InstructBLIP vision", _AT + "instructblip.modeling_instructblip.InstructBlipVisionModel", prefix=1),
+    Family(
+        "CLIPSeg vision",
+        _AT + "clipseg.modeling_clipseg.CLIPSegVisionModel",
+        prefix=1,
+        models="CLIPSegForImageSegmentation",
+    ),
+    Family(
+        "OWL-ViT vision",
+        _AT + "owlvit.modeling_owlvit.OwlViTVisionTransformer",
+        prefix=1,
+        models="OwlViTForObjectDetection",
+    ),
+    Family(
+        "OWLv2 vision", _AT + "owlv2.modeling_owlv2.Owlv2VisionTransformer", prefix=1, models="Owlv2ForObjectDetection"
+    ),
     Family(
         "SigLIP vision", _AT + "siglip.modeling_siglip.SiglipVisionModel", models="SiglipModel, PaliGemma and others"
     ),
@@ -207,6 +231,13 @@ FAMILIES: tuple[Family, ...] = (
         _AT + "siglip2.modeling_siglip2.Siglip2VisionModel",
         models="Siglip2Model, Siglip2ForImageClassification",
         layout=common_grid,
+    ),
+    Family("AIMv2 vision", _AT + "aimv2.modeling_aimv2.Aimv2VisionModel", models="Aimv2Model"),
+    Family(
+        "Pixio",
+        _AT + "pixio.modeling_pixio.PixioModel",
+        prefix=lambda encoder: int(encoder.config.n_cls_tokens),
+        models="PixioBackbone, DPT over it",
     ),
     Family(
         "DPT",
@@ -276,6 +307,11 @@ READERS = (
         _AT + "data2vec.modeling_data2vec_vision.Data2VecVisionForSemanticSegmentation",
         lambda model: [i - 1 for i in model.config.out_indices],
     ),
+    Reader(_AT + "pixio.modeling_pixio.PixioBackbone", feature_maps),
+    Reader(
+        _AT + "clipseg.modeling_clipseg.CLIPSegForImageSegmentation",
+        lambda model: [i + 1 for i in model.extract_layers],
+    ),
     Reader(_AT + "dpt.modeling_dpt.DPTForDepthEstimation", dpt_neck),
     Reader(_AT + "dpt.modeling_dpt.DPTForSemanticSegmentation", dpt_neck),
 )
@@ -283,7 +319,7 @@ READERS = (
 _PYRAMID = (
     "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
 )
-_OWN_ATTENTION = "its attention takes neither a mask nor a bias, so a representative cannot count for its tokens"
+_OWN_ATTENTION = "its layers hand neither a mask nor a bias to their attention, so a representative cannot count for its tokens"
 
 # By the start of the module's name, so that every class of a family is found.
 REFUSED = {
@@ -293,7 +329,7 @@ REFUSED = {
     "hiera": _PYRAMID,
     "pvt": _PYRAMID,
     "pvt_v2": _PYRAMID,
-    "blip": _OWN_ATTENTION,
+    "internvl": _OWN_ATTENTION,
     "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, or in transformers' format",
 }
 
