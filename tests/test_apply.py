@@ -34,6 +34,7 @@ NAME = "ViTForImageClassification"
         ({"cluster_location": 99, "keep_ratio": 0.5}, f"use 0 to {DEPTH - 1}"),
         ({"restore_location": 9, "keep_ratio": 0.5}, f"restore_location 9 is past the {DEPTH} layers"),
         ({"keep_ratio": 1.5}, "got 1.5"),
+        ({"stages": (3,), "cluster_location": 99, "keep_ratio": 0.5}, r"no stages to choose from.*got stages=\(3,\)"),
         ({"num_clusters": 0}, "at least 1, got 0"),
         ({"keep_ratio": 0.5, "location": 2}, "location.*the fields are cluster_location"),
     ],
@@ -77,6 +78,31 @@ def test_a_layer_that_takes_no_mask_is_refused():
     model.vit.layers = nn.ModuleList([Blind() for _ in range(DEPTH - 1)])
     with pytest.raises(UnsupportedModelError, match=f"0 lists of {DEPTH} layers"):
         apply_ailurus(model, keep_ratio=0.5, cluster_location=1)
+
+
+def test_layers_that_do_not_run_as_modules_are_no_silence():
+    model = apply_ailurus(make_model("ViTModel"), cluster_location=1, keep_ratio=0.5)
+
+    def forward(pixel_values):
+        hidden_states = model.embeddings(pixel_values, interpolate_pos_encoding=True)
+        for layer in model.layers:
+            hidden_states = layer.forward(hidden_states)
+        return model.layernorm(hidden_states)
+
+    model.forward = forward
+    with pytest.raises(UnsupportedModelError, match="ViTModel ran without calling its layers as modules"):
+        model(images())
+    apply_ailurus(model, cluster_location=1, keep_ratio=1.0)
+    assert model(images()).isfinite().all()
+
+
+def test_layers_may_take_their_tokens_by_name():
+    model, x = make_model(NAME), images()
+    expected = predict(apply_ailurus(model, cluster_location=1, keep_ratio=0.5), NAME, x)
+    remove_ailurus(model)
+    for layer in model.vit.layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: ((), {"hidden_states": args[0]}), with_kwargs=True)
+    assert torch.equal(predict(apply_ailurus(model, cluster_location=1, keep_ratio=0.5), NAME, x), expected)
 
 
 def test_a_mask_of_the_users_is_refused():

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -71,6 +72,16 @@ def test_on_and_off(name):
     assert [sorted(vars(module)) for module in model.modules()] == before
     apply_ailurus(model, cluster_location=1, num_clusters=64)
     assert torch.equal(predict(model, x), plain)
+
+
+@each_model
+def test_weights_that_accelerate_keeps_elsewhere(name):
+    model, x = make(name), images()
+    plain, want = predict(model, x), predict(apply_ailurus(model, **REDUCED), x)
+    accelerate.cpu_offload(remove_ailurus(model), torch.device("cpu"))
+    assert {str(p.device) for p in model.parameters()} == {"meta"}
+    assert torch.equal(predict(apply_ailurus(model, **REDUCED), x), want)
+    assert torch.equal(predict(remove_ailurus(model), x), plain)
 
 
 @each_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -163,6 +164,16 @@ def _timm_layers(model: Any) -> nn.Sequential:
         )
     layers: nn.Sequential = model.blocks
     return layers
+
+
+def weights_in_place(module: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which a module's own weights can be read, also where accelerate keeps them away until its forward."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[Any] = align_module_device(module)
+    return context
 
 
 def qualified_name(module: nn.Module) -> str:

@@ -319,7 +319,9 @@ READERS = (
 _PYRAMID = (
     "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
 )
-_OWN_ATTENTION = "its layers hand neither a mask nor a bias to their attention, so a representative cannot count for its tokens"
+_OWN_ATTENTION = (
+    "its layers hand neither a mask nor a bias to their attention, so a representative cannot count for its tokens"
+)
 
 # By the start of the module's name, so that every class of a family is found.
 REFUSED = {
