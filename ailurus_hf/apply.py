@@ -23,7 +23,7 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
         SD3, Flux or Wan transformer; it is changed in place and returned. Applying again replaces.
     config, config_fields: an `AiluRusConfig` (for diffusers an `AiluRusDiffusionConfig`), or its fields, or both (the
-        fields win).
+        fields win); with neither, the settings that a transformers model was saved with.
     Raises UnsupportedModelError where nothing in the target can be reduced, AiluRusError on wrong settings; the target
     is then as it was.
 
@@ -35,6 +35,8 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     """
     installation = _installation(target)
     kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
+    if config is None and not config_fields and kind is AiluRusConfig:
+        config = installation.saved_config(getattr(target, "config", None))
     installation.install(target, _combined(kind, config, config_fields))
     return target
 

@@ -52,6 +52,7 @@ WITHOUT_MLP = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
 DINO = {**WITHOUT_MLP, "mlp_ratio": 2, "layerscale_value": 1.0}
 # By default they start at all but zero.
 BLIP = {**SIZES, "initializer_range": 0.02}
+RADIO = {**WITHOUT_MLP, "mlp_ratio": 2.0, "max_img_size": 2 * GRID[1] * PATCH}
 PIXIO = {**WITHOUT_MLP, "mlp_ratio": 2, "n_cls_tokens": 3}
 DINO3 = {**SIZES, "num_register_tokens": 2, "layerscale_value": 1.0}
 BEIT = {**SIZES, "layer_scale_init_value": 1.0, "use_relative_position_bias": True}
@@ -271,6 +272,9 @@ CASES = {
         lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**SIZES)), last, grid=SQUARE, any_size=False
     ),
     "PixioModel": Case(lambda: hf.PixioModel(hf.PixioConfig(**PIXIO)), last, auto="AiluRusModel"),
+    "RadioModel": Case(lambda: hf.RadioModel(hf.RadioConfig(**RADIO)), last, auto="AiluRusModel"),
+    "Tipsv2VisionModel": Case(lambda: hf.Tipsv2VisionModel(hf.Tipsv2VisionConfig(**DINO)), last, auto="AiluRusModel"),
+    "Tipsv2VisionBackbone": Case(lambda: hf.Tipsv2VisionBackbone(hf.Tipsv2VisionConfig(**DINO, **STAGES)), maps),
     "PixioBackbone": Case(lambda: hf.PixioBackbone(hf.PixioConfig(**PIXIO, **STAGES)), maps),
     "DPTForDepthEstimation": Case(
         lambda: hf.DPTForDepthEstimation(

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from models import images, make_model, predict
+from models import images, images_for, make_model, predict
 from PIL import Image
 
 import ailurus_hf
-from ailurus_hf import AiluRusError, UnsupportedModelError, ailurus_status, apply_ailurus
+from ailurus_hf import AiluRusConfig, AiluRusError, UnsupportedModelError, ailurus_status, apply_ailurus
 from ailurus_hf.vision.backend import layers_of
 from ailurus_hf.vision.finding import find_encoders
 
@@ -112,6 +112,18 @@ def test_without_settings_anywhere_it_says_what_to_give(saved):
     wrapper, _, folder, _ = saved
     with pytest.raises(AiluRusError, match="ailurus_config=AiluRusConfig"):
         wrapper.from_pretrained(folder)
+
+
+def test_a_model_that_no_wrapper_loads_takes_its_saved_settings(tmp_path):
+    name = "EoMT"
+    model = apply_ailurus(make_model(name), **SETTINGS)
+    expected = predict(model, name, images_for(name))
+    model.save_pretrained(tmp_path)
+    loaded = apply_ailurus(hf.AutoModelForUniversalSegmentation.from_pretrained(tmp_path)).eval()
+    assert ailurus_status(loaded).config == AiluRusConfig(**SETTINGS).to_dict()
+    assert torch.equal(predict(loaded, name, images_for(name)), expected)
+    with pytest.raises(AiluRusError, match="exactly one of num_clusters and keep_ratio"):
+        apply_ailurus(make_model(name))
 
 
 def test_a_model_that_cannot_be_reduced_is_refused_with_the_reason(tmp_path):

@@ -132,6 +132,15 @@ def common_grid(encoder: Any, arguments: dict[str, Any]) -> tuple[tuple[int, int
     return (rows, columns), length - num_tokens
 
 
+def one_size(encoder: Any, arguments: dict[str, Any]) -> None:
+    """RADIO also takes images of several sizes, their patches in one sequence."""
+    if arguments.get("image_grid_hw") is not None:
+        raise AiluRusError(
+            f"{type(encoder).__name__} was given images packed into one sequence (image_grid_hw), which is no grid: give "
+            "images of one size together, or one at a time"
+        )
+
+
 def timm_grid(encoder: Any, pixel_values: Tensor) -> tuple[int, int]:
     rows, columns = encoder.timm_model.patch_embed.dynamic_feat_size(pixel_values.shape[-2:])
     return rows, columns
@@ -169,7 +178,7 @@ FAMILIES: tuple[Family, ...] = (
         "DINOv2 backbone",
         _AT + "dinov2.modeling_dinov2.Dinov2Backbone",
         prefix=1,
-        models="DepthAnything, DPT and UperNet over DINOv2",
+        models="DepthAnything, PromptDepthAnything, DPT and UperNet over DINOv2",
         reads=feature_maps,
     ),
     Family(
@@ -237,7 +246,28 @@ FAMILIES: tuple[Family, ...] = (
         "Pixio",
         _AT + "pixio.modeling_pixio.PixioModel",
         prefix=lambda encoder: int(encoder.config.n_cls_tokens),
-        models="PixioBackbone, DPT over it",
+        models="PixioBackbone",
+    ),
+    Family(
+        "RADIO",
+        _AT + "radio.modeling_radio.RadioModel",
+        prefix=lambda encoder: int(encoder.config.num_summary_tokens),
+        prepare=one_size,
+    ),
+    Family(
+        "TIPSv2 vision",
+        _AT + "tipsv2.modeling_tipsv2.Tipsv2VisionModel",
+        prefix=1,
+        registers="num_register_tokens",
+        models="Tipsv2Model",
+    ),
+    Family(
+        "TIPSv2 backbone",
+        _AT + "tipsv2.modeling_tipsv2.Tipsv2VisionBackbone",
+        prefix=1,
+        registers="num_register_tokens",
+        models="TIPSv2's DPT",
+        reads=feature_maps,
     ),
     Family(
         "DPT",
@@ -325,6 +355,7 @@ _OWN_ATTENTION = (
 
 # By the start of the module's name, so that every class of a family is found.
 REFUSED = {
+    "sam2": _PYRAMID,
     "swin": _PYRAMID,
     "swinv2": _PYRAMID,
     "maskformer.modeling_maskformer_swin": _PYRAMID,
