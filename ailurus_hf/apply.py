@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .config import AiluRusConfig, AiluRusDiffusionConfig
+from .config import AiluRusConfig, AiluRusDiffusionConfig, from_fields
 from .errors import AiluRusError, UnsupportedModelError
 from .status import Status
 
@@ -74,10 +74,7 @@ def _combined(kind: type[Config], config: Config | None, fields: dict[str, Any])
     for one, other in (("num_clusters", "keep_ratio"), ("keep_ratio", "num_clusters")):
         if one in fields and other not in fields:
             given.pop(other, None)
-    try:
-        return kind(**{**given, **fields})
-    except TypeError as error:
-        raise AiluRusError(f"{error}; the fields are {', '.join(kind.__dataclass_fields__)}") from None
+    return from_fields(kind, {**given, **fields})
 
 
 def _is_diffusers(target: Any) -> bool:

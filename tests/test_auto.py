@@ -114,6 +114,16 @@ def test_without_settings_anywhere_it_says_what_to_give(saved):
         wrapper.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [({"keep_ratio": 0.5, "cluster_loc": 4}, "cluster_loc'; the fields are cluster_location"), (0.5, "got float")],
+)
+def test_wrong_settings_are_named(wrong, message, tmp_path):
+    make_model("ViTModel").save_pretrained(tmp_path)
+    with pytest.raises(AiluRusError, match=message):
+        ailurus_hf.AiluRusModel.from_pretrained(tmp_path, ailurus_config=wrong)
+
+
 def test_a_model_that_no_wrapper_loads_takes_its_saved_settings(tmp_path):
     name = "EoMT"
     model = apply_ailurus(make_model(name), **SETTINGS)
