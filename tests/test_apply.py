@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers as hf
 from models import DEPTH, GRID, images, make_model, predict, run
 from test_behaviours import traces
 from torch import nn
@@ -64,6 +65,37 @@ def test_what_cannot_be_reduced_is_refused_by_name():
     ):
         with pytest.raises(UnsupportedModelError, match=message):
             apply_ailurus(target, cluster_location=0, keep_ratio=0.5)
+
+
+STAGES = {"depths": [1, 1], "num_heads": [1, 1], "embed_dim": 8, "image_size": 32}
+FOUR = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "image_size": 32}
+HIERA_DET = {"blocks_per_stage": [1] * 4, "embed_dim_per_stage": [8] * 4, "num_attention_heads_per_stage": [1] * 4}
+PLAIN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+NOT_REDUCED = {
+    "Swin": lambda: hf.SwinModel(hf.SwinConfig(**STAGES, window_size=4)),
+    "Swinv2": lambda: hf.Swinv2Model(hf.Swinv2Config(**STAGES, window_size=4)),
+    "Hiera": lambda: hf.HieraModel(
+        hf.HieraConfig(
+            **{**STAGES, "image_size": [32, 32]}, query_stride=[2, 2], num_query_pool=1, masked_unit_size=[2, 2]
+        )
+    ),
+    "Pvt": lambda: hf.PvtModel(hf.PvtConfig(**FOUR)),
+    "PvtV2": lambda: hf.PvtV2Model(hf.PvtV2Config(**FOUR)),
+    "Sam2Vision": lambda: hf.Sam2VisionModel(
+        hf.Sam2VisionConfig(
+            backbone_config=hf.Sam2HieraDetConfig(hidden_size=8, num_attention_heads=1, **HIERA_DET),
+            backbone_channel_list=[8] * 4,
+        )
+    ),
+    "InternVLVision": lambda: hf.InternVLVisionModel(hf.InternVLVisionConfig(**PLAIN, image_size=8, patch_size=4)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_REDUCED)
+def test_the_reason_of_a_refusal_is_given(name):
+    reason = "its layers hand neither a mask nor a bias" if name == "InternVLVision" else "it halves its grid"
+    with pytest.raises(UnsupportedModelError, match=f"{name}Model is refused because {reason}"):
+        apply_ailurus(NOT_REDUCED[name](), cluster_location=0, keep_ratio=0.5)
 
 
 def test_a_layer_that_takes_no_mask_is_refused():

@@ -139,7 +139,7 @@ def test_a_model_that_no_wrapper_loads_takes_its_saved_settings(tmp_path):
 def test_a_model_that_cannot_be_reduced_is_refused_with_the_reason(tmp_path):
     config = hf.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
     hf.SwinForImageClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="Swin"):
+    with pytest.raises(UnsupportedModelError, match="SwinForImageClassification is refused because it halves its grid"):
         ailurus_hf.AiluRusModelForImageClassification.from_pretrained(tmp_path, ailurus_config=SETTINGS)
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 import transformers as hf
 
-from ailurus_hf import AiluRusConfig, AiluRusError, AiluRusModel, TokenClusters, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import (
+    AiluRusConfig,
+    AiluRusError,
+    AiluRusModel,
+    TokenClusters,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
 from ailurus_hf.vision.installation import reducers_of
 from ailurus_hf.vision.run import Stage, thread
 
