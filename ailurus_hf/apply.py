@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .config import AiluRusConfig, AiluRusDiffusionConfig
+from .config import AiluRusConfig, AiluRusDiffusionConfig, from_fields
 from .errors import AiluRusError, UnsupportedModelError
 from .status import Status
 
@@ -23,7 +23,7 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
         SD3, Flux or Wan transformer; it is changed in place and returned. Applying again replaces.
     config, config_fields: an `AiluRusConfig` (for diffusers an `AiluRusDiffusionConfig`), or its fields, or both (the
-        fields win).
+        fields win); with neither, the settings that a transformers model was saved with.
     Raises UnsupportedModelError where nothing in the target can be reduced, AiluRusError on wrong settings; the target
     is then as it was.
 
@@ -35,6 +35,8 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     """
     installation = _installation(target)
     kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
+    if config is None and not config_fields and kind is AiluRusConfig:
+        config = installation.saved_config(getattr(target, "config", None))
     installation.install(target, _combined(kind, config, config_fields))
     return target
 
@@ -72,10 +74,7 @@ def _combined(kind: type[Config], config: Config | None, fields: dict[str, Any])
     for one, other in (("num_clusters", "keep_ratio"), ("keep_ratio", "num_clusters")):
         if one in fields and other not in fields:
             given.pop(other, None)
-    try:
-        return kind(**{**given, **fields})
-    except TypeError as error:
-        raise AiluRusError(f"{error}; the fields are {', '.join(kind.__dataclass_fields__)}") from None
+    return from_fields(kind, {**given, **fields})
 
 
 def _is_diffusers(target: Any) -> bool:

@@ -252,6 +252,14 @@ class AiluRusDiffusionConfig:
         return dataclasses.asdict(self)
 
 
+def from_fields(kind: type[Any], fields: Mapping[str, Any]) -> Any:
+    """A config of fields that a user gave; raises AiluRusError, naming all fields, where one is not known."""
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise AiluRusError(f"{error}; the fields are {', '.join(kind.__dataclass_fields__)}") from None
+
+
 def rounded_share(ratio: float, num_tokens: int) -> int:
     """round(ratio · N), halves up, within [1, N]."""
     return min(max(math.floor(ratio * num_tokens + 0.5), 1), num_tokens)

@@ -54,7 +54,7 @@ MODELS = {
     "ViT-B": vit(BASE),
     "YOLOS-B": yolos(BASE),
 }
-# Locations and clusters of Tab. 3 (ViT-L) and Tab. 4 (ViT-B).
+# Locations and clusters of Tab. 3 (ViT-L) and Tab. 4 (ViT-B); Tab. of the first version are of this experiment.
 TABLE_3 = [(7, 1600), (9, 1764), (11, 1764), (15, 1600)]
 TABLE_4 = [(3, 1296), (3, 1764), (6, 1444), (7, 1444)]
 ROWS = {name: TABLE_3 if "ViT-L" in name else TABLE_4 for name in MODELS}

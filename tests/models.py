@@ -20,7 +20,7 @@ class Case:
 
     grid, patch: of its input; any_size: it takes other sizes. every_way: tested with all settings, and not with some.
     compiles: transformers' own model compiles to one graph. maps: it returns attention maps once set to eager.
-    auto: the class whose from_pretrained loads it.
+    auto: the class whose from_pretrained loads it. trains: gradients reach the images.
     """
 
     make: Callable[[], nn.Module]
@@ -32,6 +32,7 @@ class Case:
     compiles: bool = True
     maps: bool = True
     auto: str | None = None
+    trains: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +50,10 @@ SIZES = {
 WITHOUT_MLP = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
 # DINOv2 counts its MLP in multiples of its width, and shrinks each layer's gain.
 DINO = {**WITHOUT_MLP, "mlp_ratio": 2, "layerscale_value": 1.0}
+# By default they start at all but zero.
+BLIP = {**SIZES, "initializer_range": 0.02}
+RADIO = {**WITHOUT_MLP, "mlp_ratio": 2.0, "max_img_size": 2 * GRID[1] * PATCH}
+PIXIO = {**WITHOUT_MLP, "mlp_ratio": 2, "n_cls_tokens": 3}
 DINO3 = {**SIZES, "num_register_tokens": 2, "layerscale_value": 1.0}
 BEIT = {**SIZES, "layer_scale_init_value": 1.0, "use_relative_position_bias": True}
 STAGES = {"out_features": ["stage1", "stage2", "stage4"]}
@@ -129,15 +134,28 @@ def zoedepth():
     return model
 
 
+TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
+
+
 def clip():
-    text = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "vocab_size": 9,
-    }
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=8))
+    return hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=SIZES, projection_dim=8))
+
+
+def clipseg():
+    config = hf.CLIPSegConfig(
+        text_config=TEXT,
+        vision_config=SIZES,
+        projection_dim=8,
+        extract_layers=[1, 2, 3],
+        reduce_dim=8,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+    )
+    return hf.CLIPSegForImageSegmentation(config)
+
+
+def owl(model_class, config_class):
+    return model_class(config_class(text_config=TEXT, vision_config=SIZES, projection_dim=16))
 
 
 def last(out):
@@ -150,6 +168,10 @@ def logits(out):
 
 def maps(out):
     return torch.cat([each.flatten(1) for each in out.feature_maps], 1)
+
+
+def boxes(out):
+    return torch.cat([out.logits, out.pred_boxes], -1)
 
 
 def depth(out):
@@ -239,6 +261,21 @@ CASES = {
         compiles=False,
         auto="AiluRusModel",
     ),
+    "MetaClip2VisionModel": Case(lambda: hf.MetaClip2VisionModel(hf.MetaClip2VisionConfig(**SIZES)), last),
+    "BlipVisionModel": Case(lambda: hf.BlipVisionModel(hf.BlipVisionConfig(**BLIP)), last, every_way=True),
+    "Blip2VisionModel": Case(lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**BLIP)), last),
+    "InstructBlipVisionModel": Case(lambda: hf.InstructBlipVisionModel(hf.InstructBlipVisionConfig(**BLIP)), last),
+    "CLIPSeg": Case(clipseg, logits, grid=SQUARE, any_size=False, trains=False),
+    "OWL-ViT": Case(lambda: owl(hf.OwlViTForObjectDetection, hf.OwlViTConfig), boxes),
+    "OWLv2": Case(lambda: owl(hf.Owlv2ForObjectDetection, hf.Owlv2Config), boxes),
+    "Aimv2VisionModel": Case(
+        lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**SIZES)), last, grid=SQUARE, any_size=False
+    ),
+    "PixioModel": Case(lambda: hf.PixioModel(hf.PixioConfig(**PIXIO)), last, auto="AiluRusModel"),
+    "RadioModel": Case(lambda: hf.RadioModel(hf.RadioConfig(**RADIO)), last, auto="AiluRusModel"),
+    "Tipsv2VisionModel": Case(lambda: hf.Tipsv2VisionModel(hf.Tipsv2VisionConfig(**DINO)), last, auto="AiluRusModel"),
+    "Tipsv2VisionBackbone": Case(lambda: hf.Tipsv2VisionBackbone(hf.Tipsv2VisionConfig(**DINO, **STAGES)), maps),
+    "PixioBackbone": Case(lambda: hf.PixioBackbone(hf.PixioConfig(**PIXIO, **STAGES)), maps),
     "DPTForDepthEstimation": Case(
         lambda: hf.DPTForDepthEstimation(
             hf.DPTConfig(**{**SIZES, "image_size": SQUARE[0] * PATCH}, **NECK, backbone_out_indices=[0, 1, 2, 3])
@@ -300,10 +337,8 @@ CASES = {
         logits,
         auto="AiluRusModelForSemanticSegmentation",
     ),
-    "YOLOS": Case(yolos, lambda out: torch.cat([out.logits, out.pred_boxes], -1), every_way=True),
-    "YOLOS(positions between layers)": Case(
-        lambda: yolos(use_mid_position_embeddings=True), lambda out: torch.cat([out.logits, out.pred_boxes], -1)
-    ),
+    "YOLOS": Case(yolos, boxes, every_way=True),
+    "YOLOS(positions between layers)": Case(lambda: yolos(use_mid_position_embeddings=True), boxes),
     "VitPose": Case(vitpose, lambda out: out.heatmaps, patch=8, any_size=False),
     "EoMT": Case(
         lambda: eomt(hf.EomtForUniversalSegmentation, hf.EomtConfig(**EOMT), predicts_masks=False),
@@ -352,6 +387,8 @@ def make_model(name: str) -> nn.Module:
                 parameter.mul_(4)
             if parameter_name.endswith(QUERIES_AND_KEYS):
                 parameter.mul_(3)
+            if parameter_name.endswith("self_attn.qkv.weight"):
+                parameter[: 2 * len(parameter) // 3].mul_(3)
     return model
 
 
@@ -384,7 +421,13 @@ def without_positions(model):
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(
-                ("position_embeddings", "position_embedding.weight", "position_embeddings.weight", "inv_freq")
+                (
+                    "position_embeddings",
+                    "position_embedding",
+                    "position_embedding.weight",
+                    "position_embeddings.weight",
+                    "inv_freq",
+                )
             ):
                 parameter.zero_()
             if name.endswith("relative_position_bias_table"):
@@ -403,7 +446,7 @@ def run(model, pixel_values, **kwargs):
     if "interpolate_pos_encoding" in parameters or isinstance(original, hf.BeitBackbone):
         kwargs["interpolate_pos_encoding"] = True
     if "input_ids" in parameters:
-        kwargs["input_ids"] = torch.ones(1, 3, dtype=torch.long)
+        kwargs["input_ids"] = torch.ones(len(pixel_values), 3, dtype=torch.long)
     if "noise" in parameters:
         # Without, the model draws an order of the patches.
         patch = original.config.patch_size

@@ -97,6 +97,12 @@ def test_the_clusters_of_a_second_place_are_unions_of_the_firsts(grid, clusterin
             assert len(second.assignment[image][first.assignment[image] == cluster].unique()) <= 1
 
 
+def test_images_packed_into_one_sequence_are_refused():
+    model = apply_ailurus(make_model("RadioModel"), cluster_location=1, keep_ratio=0.25)
+    with pytest.raises(AiluRusError, match="RadioModel was given images packed into one sequence"):
+        model(torch.randn(96, 48), image_grid_hw=torch.tensor([[8, 12]]))
+
+
 def test_images_of_different_grids_are_refused():
     model = apply_ailurus(make_model("Siglip2VisionModel"), cluster_location=1, keep_ratio=0.25)
     given = {}

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import transformers as hf
 from models import DEPTH, GRID, images, make_model, predict, run
 from test_behaviours import traces
 from torch import nn
@@ -34,6 +35,7 @@ NAME = "ViTForImageClassification"
         ({"cluster_location": 99, "keep_ratio": 0.5}, f"use 0 to {DEPTH - 1}"),
         ({"restore_location": 9, "keep_ratio": 0.5}, f"restore_location 9 is past the {DEPTH} layers"),
         ({"keep_ratio": 1.5}, "got 1.5"),
+        ({"stages": (3,), "cluster_location": 99, "keep_ratio": 0.5}, r"no stages to choose from.*got stages=\(3,\)"),
         ({"num_clusters": 0}, "at least 1, got 0"),
         ({"keep_ratio": 0.5, "location": 2}, "location.*the fields are cluster_location"),
     ],
@@ -65,6 +67,37 @@ def test_what_cannot_be_reduced_is_refused_by_name():
             apply_ailurus(target, cluster_location=0, keep_ratio=0.5)
 
 
+STAGES = {"depths": [1, 1], "num_heads": [1, 1], "embed_dim": 8, "image_size": 32}
+FOUR = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "image_size": 32}
+HIERA_DET = {"blocks_per_stage": [1] * 4, "embed_dim_per_stage": [8] * 4, "num_attention_heads_per_stage": [1] * 4}
+PLAIN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+NOT_REDUCED = {
+    "Swin": lambda: hf.SwinModel(hf.SwinConfig(**STAGES, window_size=4)),
+    "Swinv2": lambda: hf.Swinv2Model(hf.Swinv2Config(**STAGES, window_size=4)),
+    "Hiera": lambda: hf.HieraModel(
+        hf.HieraConfig(
+            **{**STAGES, "image_size": [32, 32]}, query_stride=[2, 2], num_query_pool=1, masked_unit_size=[2, 2]
+        )
+    ),
+    "Pvt": lambda: hf.PvtModel(hf.PvtConfig(**FOUR)),
+    "PvtV2": lambda: hf.PvtV2Model(hf.PvtV2Config(**FOUR)),
+    "Sam2Vision": lambda: hf.Sam2VisionModel(
+        hf.Sam2VisionConfig(
+            backbone_config=hf.Sam2HieraDetConfig(hidden_size=8, num_attention_heads=1, **HIERA_DET),
+            backbone_channel_list=[8] * 4,
+        )
+    ),
+    "InternVLVision": lambda: hf.InternVLVisionModel(hf.InternVLVisionConfig(**PLAIN, image_size=8, patch_size=4)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_REDUCED)
+def test_the_reason_of_a_refusal_is_given(name):
+    reason = "its layers hand neither a mask nor a bias" if name == "InternVLVision" else "it halves its grid"
+    with pytest.raises(UnsupportedModelError, match=f"{name}Model is refused because {reason}"):
+        apply_ailurus(NOT_REDUCED[name](), cluster_location=0, keep_ratio=0.5)
+
+
 def test_a_layer_that_takes_no_mask_is_refused():
     class Blind(nn.Module):
         def forward(self, hidden_states):
@@ -77,6 +110,31 @@ def test_a_layer_that_takes_no_mask_is_refused():
     model.vit.layers = nn.ModuleList([Blind() for _ in range(DEPTH - 1)])
     with pytest.raises(UnsupportedModelError, match=f"0 lists of {DEPTH} layers"):
         apply_ailurus(model, keep_ratio=0.5, cluster_location=1)
+
+
+def test_layers_that_do_not_run_as_modules_are_no_silence():
+    model = apply_ailurus(make_model("ViTModel"), cluster_location=1, keep_ratio=0.5)
+
+    def forward(pixel_values):
+        hidden_states = model.embeddings(pixel_values, interpolate_pos_encoding=True)
+        for layer in model.layers:
+            hidden_states = layer.forward(hidden_states)
+        return model.layernorm(hidden_states)
+
+    model.forward = forward
+    with pytest.raises(UnsupportedModelError, match="ViTModel ran without calling its layers as modules"):
+        model(images())
+    apply_ailurus(model, cluster_location=1, keep_ratio=1.0)
+    assert model(images()).isfinite().all()
+
+
+def test_layers_may_take_their_tokens_by_name():
+    model, x = make_model(NAME), images()
+    expected = predict(apply_ailurus(model, cluster_location=1, keep_ratio=0.5), NAME, x)
+    remove_ailurus(model)
+    for layer in model.vit.layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: ((), {"hidden_states": args[0]}), with_kwargs=True)
+    assert torch.equal(predict(apply_ailurus(model, cluster_location=1, keep_ratio=0.5), NAME, x), expected)
 
 
 def test_a_mask_of_the_users_is_refused():

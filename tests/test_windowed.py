@@ -2,11 +2,20 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
 
-from ailurus_hf import AiluRusError, TokenClusters, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import (
+    AiluRusConfig,
+    AiluRusError,
+    AiluRusModel,
+    TokenClusters,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
 from ailurus_hf.vision.installation import reducers_of
 from ailurus_hf.vision.run import Stage, thread
 
@@ -71,6 +80,36 @@ def test_on_and_off(name):
     assert [sorted(vars(module)) for module in model.modules()] == before
     apply_ailurus(model, cluster_location=1, num_clusters=64)
     assert torch.equal(predict(model, x), plain)
+
+
+@each_model
+def test_saved_and_loaded_with_its_settings(name, tmp_path):
+    model, x = apply_ailurus(make(name), **REDUCED), images()
+    want = predict(model, x)
+    model.save_pretrained(tmp_path)
+    loaded = AiluRusModel.from_pretrained(tmp_path).eval()
+    assert ailurus_status(loaded).config == AiluRusConfig(**REDUCED).to_dict()
+    assert torch.equal(predict(loaded, x), want)
+
+
+@each_model
+def test_hidden_states_are_those_of_all_tokens(name):
+    model, x = make(name), images()
+    with torch.no_grad():
+        plain = model(x, output_hidden_states=True).hidden_states
+        states = apply_ailurus(model, **REDUCED)(x, output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [state.shape for state in plain]
+    assert torch.equal(states[1], plain[1]) and not torch.equal(states[2], plain[2])
+
+
+@each_model
+def test_weights_that_accelerate_keeps_elsewhere(name):
+    model, x = make(name), images()
+    plain, want = predict(model, x), predict(apply_ailurus(model, **REDUCED), x)
+    accelerate.cpu_offload(remove_ailurus(model), torch.device("cpu"))
+    assert {str(p.device) for p in model.parameters()} == {"meta"}
+    assert torch.equal(predict(apply_ailurus(model, **REDUCED), x), want)
+    assert torch.equal(predict(remove_ailurus(model), x), plain)
 
 
 @each_model

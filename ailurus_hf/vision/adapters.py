@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import AiluRusError, UnsupportedModelError
+from .backend import weights_in_place
 from .run import Run, Stage
 
 Adapter = Callable[[dict[str, Any], Run, Stage, Tensor], Tensor]
@@ -40,7 +41,8 @@ def relative_bias_of_clusters(module: nn.Module, run: Run, stage: Stage) -> Tens
     The bias of two clusters is the table's entry at the displacement of their centroids, which is the mean displacement
     of their tokens. The mean of the entries themselves would need all N² pairs, which is what is to be saved.
     """
-    table = _resized_table(module, stage.grid)
+    with weights_in_place(module):
+        table = _resized_table(module, stage.grid)
     index = stage.once("relative index", lambda: _relative_index(stage))
     batch, length, _ = index.shape
     return table.t().index_select(1, index.flatten()).view(-1, batch, length, length).transpose(0, 1)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from .. import segmenter as _segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
-from ..config import AiluRusConfig
+from ..config import AiluRusConfig, from_fields
 from ..errors import AiluRusError
 from .installation import install, saved_config
 
@@ -52,8 +52,10 @@ class _AiluRusAuto:
 
     @classmethod
     def _switch_on(cls, model: Any, given: AiluRusConfig | dict[str, Any] | None, source: str) -> None:
-        config = AiluRusConfig.from_dict(given) if isinstance(given, dict) else given
+        config = from_fields(AiluRusConfig, given) if isinstance(given, dict) else given
         config = config or saved_config(model.config)
+        if not isinstance(config, AiluRusConfig | None):
+            raise AiluRusError(f"ailurus_config must be an AiluRusConfig or its fields, got {type(config).__name__}")
         if config is None:
             raise AiluRusError(
                 f"{source} was saved without AiluRus settings: give ailurus_config=AiluRusConfig(keep_ratio=0.5, …)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,8 @@ ATTENTION_NAME = "ailurus"
 EAGER_NAME = "ailurus_maps"
 # The argument of a bias for layers that hand unknown arguments to the attention function and take no mask.
 KEY_BIAS = "ailurus_key_bias"
+# Attention that writes out its probabilities, and the module for dropout through which it sends them (own_attention.py).
+OWN_ATTENTION = {"transformers.models.blip.modeling_blip.BlipAttention": "dropout"}
 
 
 def ailurus_attention_forward(
@@ -163,6 +166,16 @@ def _timm_layers(model: Any) -> nn.Sequential:
     return layers
 
 
+def weights_in_place(module: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which a module's own weights can be read, also where accelerate keeps them away until its forward."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[Any] = align_module_device(module)
+    return context
+
+
 def qualified_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
@@ -183,7 +196,7 @@ def bias_parameter(layer: nn.Module) -> str:
         if name in parameters:
             return name
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if takes_any and any(_uses_interface(module) for module in layer.modules()):
+    if takes_any and any(_uses_interface(m) or qualified_name(m) in OWN_ATTENTION for m in layer.modules()):
         return KEY_BIAS
     raise UnsupportedModelError(
         f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(parameters)}, and its attention is not "

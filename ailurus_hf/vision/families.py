@@ -132,6 +132,15 @@ def common_grid(encoder: Any, arguments: dict[str, Any]) -> tuple[tuple[int, int
     return (rows, columns), length - num_tokens
 
 
+def one_size(encoder: Any, arguments: dict[str, Any]) -> None:
+    """RADIO also takes images of several sizes, their patches in one sequence."""
+    if arguments.get("image_grid_hw") is not None:
+        raise AiluRusError(
+            f"{type(encoder).__name__} was given images packed into one sequence (image_grid_hw), which is no grid: give "
+            "images of one size together, or one at a time"
+        )
+
+
 def timm_grid(encoder: Any, pixel_values: Tensor) -> tuple[int, int]:
     rows, columns = encoder.timm_model.patch_embed.dynamic_feat_size(pixel_values.shape[-2:])
     return rows, columns
@@ -169,7 +178,7 @@ FAMILIES: tuple[Family, ...] = (
         "DINOv2 backbone",
         _AT + "dinov2.modeling_dinov2.Dinov2Backbone",
         prefix=1,
-        models="DepthAnything, DPT and UperNet over DINOv2",
+        models="DepthAnything, PromptDepthAnything, DPT and UperNet over DINOv2",
         reads=feature_maps,
     ),
     Family(
@@ -199,6 +208,30 @@ FAMILIES: tuple[Family, ...] = (
         prefix=1,
         models="CLIPModel, LLaVA and others with its tower",
     ),
+    Family("MetaCLIP 2 vision", _AT + "metaclip_2.modeling_metaclip_2.MetaClip2VisionModel", prefix=1),
+    Family("BLIP vision", _AT + "blip.modeling_blip.BlipVisionModel", prefix=1, models="BLIP's models for any task"),
+    Family(
+        "BLIP-2 vision",
+        _AT + "blip_2.modeling_blip_2.Blip2VisionModel",
+        prefix=1,
+        models="BLIP-2's models for any task",
+    ),
+    Family("InstructBLIP vision", _AT + "instructblip.modeling_instructblip.InstructBlipVisionModel", prefix=1),
+    Family(
+        "CLIPSeg vision",
+        _AT + "clipseg.modeling_clipseg.CLIPSegVisionModel",
+        prefix=1,
+        models="CLIPSegForImageSegmentation",
+    ),
+    Family(
+        "OWL-ViT vision",
+        _AT + "owlvit.modeling_owlvit.OwlViTVisionTransformer",
+        prefix=1,
+        models="OwlViTForObjectDetection",
+    ),
+    Family(
+        "OWLv2 vision", _AT + "owlv2.modeling_owlv2.Owlv2VisionTransformer", prefix=1, models="Owlv2ForObjectDetection"
+    ),
     Family(
         "SigLIP vision", _AT + "siglip.modeling_siglip.SiglipVisionModel", models="SiglipModel, PaliGemma and others"
     ),
@@ -207,6 +240,34 @@ FAMILIES: tuple[Family, ...] = (
         _AT + "siglip2.modeling_siglip2.Siglip2VisionModel",
         models="Siglip2Model, Siglip2ForImageClassification",
         layout=common_grid,
+    ),
+    Family("AIMv2 vision", _AT + "aimv2.modeling_aimv2.Aimv2VisionModel", models="Aimv2Model"),
+    Family(
+        "Pixio",
+        _AT + "pixio.modeling_pixio.PixioModel",
+        prefix=lambda encoder: int(encoder.config.n_cls_tokens),
+        models="PixioBackbone",
+    ),
+    Family(
+        "RADIO",
+        _AT + "radio.modeling_radio.RadioModel",
+        prefix=lambda encoder: int(encoder.config.num_summary_tokens),
+        prepare=one_size,
+    ),
+    Family(
+        "TIPSv2 vision",
+        _AT + "tipsv2.modeling_tipsv2.Tipsv2VisionModel",
+        prefix=1,
+        registers="num_register_tokens",
+        models="Tipsv2Model",
+    ),
+    Family(
+        "TIPSv2 backbone",
+        _AT + "tipsv2.modeling_tipsv2.Tipsv2VisionBackbone",
+        prefix=1,
+        registers="num_register_tokens",
+        models="TIPSv2's DPT",
+        reads=feature_maps,
     ),
     Family(
         "DPT",
@@ -276,6 +337,11 @@ READERS = (
         _AT + "data2vec.modeling_data2vec_vision.Data2VecVisionForSemanticSegmentation",
         lambda model: [i - 1 for i in model.config.out_indices],
     ),
+    Reader(_AT + "pixio.modeling_pixio.PixioBackbone", feature_maps),
+    Reader(
+        _AT + "clipseg.modeling_clipseg.CLIPSegForImageSegmentation",
+        lambda model: [i + 1 for i in model.extract_layers],
+    ),
     Reader(_AT + "dpt.modeling_dpt.DPTForDepthEstimation", dpt_neck),
     Reader(_AT + "dpt.modeling_dpt.DPTForSemanticSegmentation", dpt_neck),
 )
@@ -283,17 +349,20 @@ READERS = (
 _PYRAMID = (
     "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
 )
-_OWN_ATTENTION = "its attention takes neither a mask nor a bias, so a representative cannot count for its tokens"
+_OWN_ATTENTION = (
+    "its layers hand neither a mask nor a bias to their attention, so a representative cannot count for its tokens"
+)
 
 # By the start of the module's name, so that every class of a family is found.
 REFUSED = {
+    "sam2": _PYRAMID,
     "swin": _PYRAMID,
     "swinv2": _PYRAMID,
     "maskformer.modeling_maskformer_swin": _PYRAMID,
     "hiera": _PYRAMID,
     "pvt": _PYRAMID,
     "pvt_v2": _PYRAMID,
-    "blip": _OWN_ATTENTION,
+    "internvl": _OWN_ATTENTION,
     "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, or in transformers' format",
 }
 

@@ -94,4 +94,4 @@ def _unsupported(target: nn.Module) -> str:
 
 
 def _supported() -> str:
-    return f"Supported encoders: {', '.join(family.name for family in FAMILIES)}"
+    return f"Supported encoders: {', '.join([*(family.name for family in FAMILIES), 'SegFormer', 'VitDet', 'SAM', 'SAM-HQ'])}"

@@ -35,10 +35,13 @@ def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | N
     if not reducers and config.stages is None:
         reducers += global_layer_reducers(target, config, cluster)
     if not reducers:
-        nesting = configured_nesting(config)
-        reducers = [EncoderReducer(found, config, cluster, nesting) for found in find_encoders(target)]
+        encoders = find_encoders(target)
         if config.stages is not None:
-            raise AiluRusError(f"{type(target).__name__} has no stages, got stages={config.stages}")
+            raise AiluRusError(
+                f"{type(target).__name__} has no stages to choose from: leave stages out, got stages={config.stages}"
+            )
+        nesting = configured_nesting(config)
+        reducers = [EncoderReducer(found, config, cluster, nesting) for found in encoders]
     uninstall(target)
     for reducer in reducers:
         reducer.install()

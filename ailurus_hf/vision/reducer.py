@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..clustering import Clustering, Nesting
 from ..config import AiluRusConfig
-from ..errors import AiluRusError
+from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
 from ..status import Place, Record
 from . import adapters
@@ -32,6 +32,7 @@ from .backend import (
     use_ailurus_attention,
 )
 from .finding import FoundEncoder
+from .own_attention import weighted_probabilities
 from .places import encoder_places
 from .run import Run, Stage, thread
 
@@ -118,6 +119,8 @@ class EncoderReducer:
         for bias in adapters.relative_bias_modules(found.encoder):
             hooks.before(bias, adapters.shrink_relative_bias)
             hooks.behind(bias, adapters.drop_relative_bias, with_kwargs=True)
+        for weighted in weighted_probabilities(self.reduced_layers):
+            weighted.install(hooks)
         if found.stack is not found.encoder:
             hooks.behind(found.stack, self.finish_stack)
         hooks.behind(found.encoder, self.finish_encoder)
@@ -188,14 +191,15 @@ class EncoderReducer:
 
     def enter_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         run = self.runs[thread()]
-        hidden_states = args[0]
+        arguments = {**dict(zip(self.parameters, args)), **kwargs}
+        # The first of a layer's arguments in all versions, by place in some and by name in others.
+        hidden_states = arguments.pop(self.parameters[0])
         if index in self.config.locations:
             hidden_states = self._reduce(run, self.config.locations.index(index), hidden_states)
         elif run.stage is not None and index - 1 in run.between:
             hidden_states = run.merge(hidden_states, run.stage)
         if run.stage is None:
             return args, kwargs
-        arguments = {**dict(zip(self.parameters[1:], args[1:])), **kwargs}
         if arguments.get(self.bias_parameter) is not None and not self.takes_masks:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
         front = hidden_states.shape[1] - run.suffix - run.stage.clusters.num_clusters
@@ -251,6 +255,11 @@ class EncoderReducer:
 
     def finish_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
         run = self.runs[thread()]
+        if not run.stages and any(target is not None for target in run.targets):
+            raise UnsupportedModelError(
+                f"{type(encoder).__name__} ran without calling its layers as modules, so their hooks saw no token and nothing "
+                "was reduced; this version of transformers runs them in a way that is not known here"
+            )
         output = self._unfold_hidden_states(run, output)
         if run.stage is None or not self.through_decoder:
             del self.runs[thread()]

@@ -24,7 +24,7 @@ from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..hooks import Hooks
 from ..status import Place, Record
-from .backend import qualified_name
+from .backend import qualified_name, weights_in_place
 from .run import Stage, thread
 
 # The layers: the name of their attention, and whether their tokens are Tensor[B, C, H, W] (else [B, H, W, C]).
@@ -57,8 +57,15 @@ class GlobalLayerReducer:
     def install(self) -> None:
         self.hooks.before(self.module, self.enter)
         self.hooks.behind(self.module, self.leave, prepend=True)
+        # accelerate puts one of its own there, which brings weights to where they are needed.
+        self.own_forward = vars(self.attention).get("forward")
         self.attention.forward = partial(self.attend, self.attention)
-        self.hooks.on_removal(lambda: vars(self.attention).pop("forward"))
+        self.hooks.on_removal(self.give_forward_back)
+
+    def give_forward_back(self) -> None:
+        del self.attention.forward
+        if self.own_forward is not None:
+            self.attention.forward = self.own_forward
 
     def remove(self) -> None:
         self.hooks.remove()
@@ -90,7 +97,8 @@ class GlobalLayerReducer:
         """Attention of representatives Tensor[B, M, 1, C], which count for their tokens; else the model's own."""
         stage = self.runs.get(thread())
         if stage is None:
-            return type(attention).forward(attention, *args, **kwargs)
+            own = self.own_forward or partial(type(attention).forward, attention)
+            return own(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         if kwargs.get("output_attentions"):
             raise AiluRusError("attention maps of global layers are not kept: call the model without output_attentions")
@@ -98,7 +106,8 @@ class GlobalLayerReducer:
         query, key, value = attention.qkv(hidden[:, :, 0]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         bias = stage.clusters.log_counts()[:, None, None].to(query.dtype)
         if hasattr(attention, "rel_pos_h"):
-            bias = bias + relative_scores(attention, query, stage)
+            with weights_in_place(attention):
+                bias = bias + relative_scores(attention, query, stage)
         dropout = getattr(attention, "dropout", 0.0) if attention.training else 0.0
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=attention.scale
