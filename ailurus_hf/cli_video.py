@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             high_threshold=args.canny[1],
             **({"annotators": args.annotators} if args.annotators else {}),
         )
-    interpolator = None
+    interpolator: Any = None
     if args.interpolator is not None:
         interpolator = media.NetworkInterpolator.from_file(args.interpolator, device)
     elif args.smooth_steps:

@@ -45,7 +45,7 @@ Video = list[Image.Image]
 # Two levels of the model have at least as many tokens a frame.
 MIN_TOKENS = 256
 GUIDANCE = 3.0
-# How far a thing goes to each side of its place, in pixels.
+# How far from its place a thing begins and ends, in pixels.
 SWAY = 10
 # Of real clips: one that the model can draw, whatever the edges are.
 PROMPT = "large yellow circle middle on teal paper"
@@ -103,14 +103,14 @@ class Clip:
 
 
 def moving_shapes(rng: np.random.Generator, count: int) -> Clip:
-    """A scene whose things go there and back across its middle line, two of them against one another, over a still ground."""
+    """A scene whose things go past their places, two of them in opposite directions, over a still ground."""
     scene = random_scene(rng)
     # Away from the side that a place is named after there is room in both directions.
     across = np.array([0, 1] if scene.things[0].place in ("left", "right") else [1, 0])
-    phases = np.sin(2 * np.pi * (np.arange(count) / count + rng.random()))
+    way = across * rng.choice((-1, 1))
     moves = [
-        [(SWAY * phase * sign).round().astype(int) * across for sign in (1, -1)[: len(scene.things)]]
-        for phase in phases
+        [(sign * at * way).round().astype(int) for sign in (1, -1)[: len(scene.things)]]
+        for at in np.linspace(-SWAY, SWAY, count)
     ]
     drawn = [draw(moved(scene, move)) for move in moves]
     masks = [edges(mask) for _, mask in drawn]
@@ -194,7 +194,8 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, list[Video]]]:
     """One row a kind of clips and method, plain first, and each method's videos. repeats: 0: nothing is timed."""
     methods = ["plain", *(name for name in methods if name != "plain")]
-    count, latent_tokens = len(clips[0].frames), pipe.unet.config.sample_size**2
+    count, height, width = len(clips[0].frames), *clips[0].conditions.shape[2:]
+    latent_tokens = height * width // pipe.vae_scale_factor**2
     videos: dict[str, list[Video]] = {}
     cost: dict[str, dict[str, float]] = {}
 
