@@ -69,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
         "--smooth-steps", type=int, nargs="+", default=(), metavar="I", help="steps after which frames are interpolated"
     )
     sampling.add_argument(
-        "--interpolator", default="flow", metavar="FILE", help="network of torch.export.save (default: optical flow)"
+        "--interpolator", metavar="FILE", help="RIFE's flownet.pkl, or a network as .pt2 (default: optical flow)"
     )
     sampling.add_argument("--clip-length", type=positive, metavar="N", help="long videos: key frames, then clips of N")
     sampling.add_argument(
@@ -78,7 +78,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
 
     group = parser.add_argument_group("AiluRus")
     group.add_argument("--ailurus-keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
-    group.add_argument("--ailurus-frames", choices=("each", "joint"), help="cluster frame by frame, or over space-time")
+    group.add_argument(
+        "--ailurus-frames", choices=("each", "joint"), help="cluster over space-time (joint, default) or frame by frame"
+    )
     group.add_argument("--ailurus-min-tokens", type=positive, metavar="N", help="smaller grids run unreduced")
     group.add_argument("--ailurus-scope", choices=("blocks", "attention"), help="whole blocks or self-attention alone")
     group.add_argument("--ailurus-clustering", choices=("density_peaks", "local_kmeans", "ward"))
@@ -98,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     if args.no_ailurus and (given or args.compare):
         other = "--compare" if args.compare else f"--ailurus-{next(iter(given)).replace('_', '-')}"
         raise support.BadInputError(f"--no-ailurus and {other} do not go together")
+    if args.interpolator and not args.smooth_steps:
+        raise support.BadInputError("--interpolator is for --smooth-steps: without it nothing is interpolated")
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
     # What can be wrong is told before anything slow, in the order of its cost.
     config = AiluRusDiffusionConfig(**given)
@@ -119,11 +123,11 @@ def run(args: argparse.Namespace) -> int:
             high_threshold=args.canny[1],
             **({"annotators": args.annotators} if args.annotators else {}),
         )
-    interpolator = (
-        media.FlowInterpolator()
-        if args.interpolator == "flow"
-        else media.NetworkInterpolator.from_file(args.interpolator, device)
-    )
+    interpolator: Any = None
+    if args.interpolator is not None:
+        interpolator = media.NetworkInterpolator.from_file(args.interpolator, device)
+    elif args.smooth_steps:
+        interpolator = media.FlowInterpolator()
     pipe = _load_pipeline(args, device)
     if not args.no_ailurus:
         apply_ailurus(pipe, config)  # a model that cannot be reduced is refused before the clip is read

@@ -89,9 +89,9 @@ METHODS: dict[str, Switch] = {
 for ratio in (0.5, 0.25, 0.125):
     for way in ("each", "joint"):
         METHODS[f"{way} {ratio}"] = ours(keep_ratio=ratio, frames=way)
-METHODS["each 0.25, merged projections"] = ours(keep_ratio=0.25, projections="merged")
+METHODS["each 0.25, merged projections"] = ours(keep_ratio=0.25, frames="each", projections="merged")
 METHODS["joint 0.25, merged projections"] = ours(keep_ratio=0.25, frames="joint", projections="merged")
-METHODS["each 0.25, attention"] = ours(keep_ratio=0.25, scope="attention")
+METHODS["each 0.25, attention"] = ours(keep_ratio=0.25, frames="each", scope="attention")
 
 COLUMNS = {
     "frames": "frames",

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ailurus_hf import AiluRusConfig, ailurus_status
 from ailurus_hf.apply import ailurus_on
@@ -45,10 +44,15 @@ log = logging.getLogger("benchmarks")
 
 
 def model_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of a call, counted by torch. Its counter does not know the CPU's fused attention, so that runs as products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    """FLOPs of a call, counted by torch, whose counter does not know the CPU's fused attention."""
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
         run()
     return counter.get_total_flops()
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

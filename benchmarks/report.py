@@ -28,6 +28,7 @@ from . import (
     joint_speed,
     similarity,
     tables,
+    video_quality,
     vit_speed,
 )
 from .harness import RESULTS, markdown
@@ -152,6 +153,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "detection": rows_as_measured("detection_speed-cpu-fp32", detection_speed.COLUMNS),
     "diffusion": rows_as_measured("diffusion_speed_sd15-cpu-fp32", diffusion_speed.COLUMNS),
     "video flops": rows_as_measured("controlvideo_flops_sd15-cpu-bf16", controlvideo_speed.COLUMNS),
+    "video quality": rows_as_measured("video_quality-cpu-fp32", video_quality.COLUMNS),
     "joint flops": rows_as_measured("joint_flops-cpu-fp32", joint_speed.COLUMNS),
     "cost": rows_as_measured("clustering_cost-cpu-fp32", clustering_cost.COLUMNS),
     "quality": quality_table,

@@ -11,7 +11,7 @@ from PIL import ImageOps
 
 from ailurus_hf import ailurus_status, apply_ailurus
 from ailurus_hf.pipelines import ControlVideoPipeline
-from ailurus_hf.video import FlowInterpolator, load_condition, open_clip, write_video
+from ailurus_hf.video import load_condition, open_clip, write_video
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("video", help="video file, GIF, or folder of pictures")
@@ -41,7 +41,6 @@ frames = pipe(
     num_inference_steps=args.steps,
     generator=torch.Generator().manual_seed(0),
     smooth_steps=(args.steps * 3 // 5, args.steps * 3 // 5 + 1),  # as the paper: 30 and 31 of 50
-    interpolator=FlowInterpolator(),
 ).frames
 write_video(args.output, frames, clip.fps or 8)
 print(ailurus_status(pipe))

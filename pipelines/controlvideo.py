@@ -32,8 +32,9 @@ from ailurus_hf.diffusion.cross_frame import CrossFrameAttention
 from ailurus_hf.diffusion.frames import Frames
 from ailurus_hf.diffusion.key_frames import parts_of
 from ailurus_hf.diffusion.shared_norm import SharedGroupNorm
-from ailurus_hf.diffusion.smoothing import Interpolator, mean_of_neighbours, smoothed
+from ailurus_hf.diffusion.smoothing import smoothed
 from ailurus_hf.errors import AiluRusError
+from ailurus_hf.video.interpolation import FlowInterpolator, Interpolator
 
 CROSS_FRAME = ("full", "sparse_causal", "first")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -145,8 +146,8 @@ class ControlVideoPipeline(
         shared_group_norm: statistics of the norms around convolutions over all frames, in UNet and ControlNet.
         smooth_steps: numbers of the denoising steps, 0 the first, after which every second frame is made of its
             neighbours; ControlVideo takes 30 and 31 of 50. Needs DDIMScheduler.
-        interpolator: makes the frames half way, from Tensor[B, 3, H, W] in [0, 1] twice to the same; default: the mean
-            of the two, which blends what moves.
+        interpolator: makes the frames half way, from Tensor[B, 3, H, W] in [0, 1] twice to the same; default: OpenCV's
+            optical flow (FlowInterpolator). `NetworkInterpolator.from_file("flownet.pkl")` is RIFE, as ControlVideo's.
         clip_length: for long videos: key frames are denoised together, one every clip_length - 1 frames and the last,
             and the frames between two of them apart from all others, with the keys and values of those two. A clip has
             both in it, so at least 3. None: all frames at once.
@@ -184,7 +185,8 @@ class ControlVideoPipeline(
             (part, self._over_frames(part.frames, shared_group_norm, attention_chunk))
             for part in parts_of(count, cross_frame, clip_length)
         ]
-        interpolator = interpolator or mean_of_neighbours
+        if smooth_steps and interpolator is None:
+            interpolator = FlowInterpolator()
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         randomness = {"generator": generator} if takes_generator else {}
 
@@ -201,7 +203,7 @@ class ControlVideoPipeline(
                     noise[[part.frames.numbers[place] for place in part.kept]] = predicted[part.kept]
                 stepped = self.scheduler.step(noise, timestep, latents, **randomness)
                 latents = stepped.prev_sample
-                if step in smooth_steps:
+                if interpolator is not None and step in smooth_steps:
                     latents = self._smooth(latents, stepped.pred_original_sample, timestep, step, interpolator)
                 if callback_on_step_end is not None:
                     known = {"latents": latents, "prompt_embeds": prompt_embeds}

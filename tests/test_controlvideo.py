@@ -1,5 +1,7 @@
 """ControlVideoPipeline: what it makes, what diffusers' pipelines can do, long videos, smoothing, and AiluRus in it."""
 
+import sys
+
 import PIL.Image
 import pytest
 import torch
@@ -18,6 +20,7 @@ from ailurus_hf.diffusion.installation import reducers_of
 from ailurus_hf.diffusion.key_frames import parts_of
 from ailurus_hf.diffusion.smoothing import interleaved, smoothed
 from ailurus_hf.pipelines import ControlVideoPipeline
+from ailurus_hf.video import FlowInterpolator
 
 F, LATENTS = 4, (4, SIZE[0] // 2, SIZE[1] // 2)
 
@@ -306,7 +309,8 @@ def test_smoothing_changes_what_a_step_predicts_and_keeps_its_noise(step):
     video(pipe, latents=noise(5), frames=clip(5), callback_on_step_end=keep("plain"))
     inner = pipe.scheduler.step
     pipe.scheduler.step = lambda *a, **k: [seen.__setitem__(int(a[1]), inner(*a, **k)), seen[int(a[1])]][1]
-    video(pipe, latents=noise(5), frames=clip(5), smooth_steps=[step], callback_on_step_end=keep("smooth"))
+    mean = {"interpolator": lambda before, after: (before + after) / 2}
+    video(pipe, latents=noise(5), frames=clip(5), smooth_steps=[step], callback_on_step_end=keep("smooth"), **mean)
     timesteps = [int(t) for t in pipe.scheduler.timesteps]
     clean = seen[timesteps[step]].pred_original_sample
     alpha = pipe.scheduler.alphas_cumprod[timesteps[step + 1]] if step < 2 else torch.tensor(1.0)
@@ -336,6 +340,17 @@ def test_the_given_interpolator_is_asked():
     assert differ(made, video(pipe, smooth_steps=[0, 1]))
     assert [shape for shape, *_ in asked] == [(1, 3, *SIZE), (1, 3, *SIZE)]
     assert all(kind == torch.float32 and 0 <= low < high <= 1 for _, kind, low, high in asked)
+
+
+def test_optical_flow_is_the_default_and_needs_opencv(monkeypatch):
+    pipe = make_pipeline()
+    assert torch.equal(video(pipe, smooth_steps=[1]), video(pipe, smooth_steps=[1], interpolator=FlowInterpolator()))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    plain = video(pipe)
+    steps = []
+    with pytest.raises(AiluRusError, match=r'cv2 cannot be imported .*: pip install "ailurus-hf\[video\]"'):
+        video(pipe, smooth_steps=[1], callback_on_step_end=lambda *given: steps.append(given) or {})
+    assert not steps and torch.equal(video(pipe), plain)
 
 
 # Long videos

@@ -1,5 +1,6 @@
 """Frames half way: motion is followed, what is hidden is taken from the side that sees it, and any callable plugs in."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,7 @@ import torch
 from ailurus_hf import AiluRusError
 from ailurus_hf.video import FlowInterpolator, NetworkInterpolator
 from ailurus_hf.video.interpolation import disagreement, optical_flow, warp
+from ailurus_hf.video.rife import RIFE
 
 
 def texture(height: int, width: int, seed: int, smoothness: float = 2.0) -> np.ndarray:
@@ -126,3 +128,53 @@ def test_a_network_and_one_in_a_file(tmp_path: Path) -> None:
         NetworkInterpolator.from_file(tmp_path / "text.pt2")
     with pytest.raises(AiluRusError, match=r"no such file: .*nowhere.pt2"):
         NetworkInterpolator.from_file(tmp_path / "nowhere.pt2")
+
+
+def save_rife(path: Path, weight_of: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A file as RIFE's own: saved from DistributedDataParallel, with the teacher of its training."""
+    weights = {name: weight_of(name, weight) for name, weight in RIFE().state_dict().items()}
+    torch.save({f"module.{n}": w for n, w in (*weights.items(), ("block_tea.conv0.0.0.bias", torch.ones(3)))}, path)
+    return path
+
+
+def test_rife_is_what_its_own_code_computes(tmp_path: Path) -> None:
+    """Values of IFNet_HDv3.py in ControlVideo's repository, for the same weights and frames."""
+    names = sorted(RIFE().state_dict())  # the teacher's come behind, block_tea
+
+    def weight_of(name: str, weight: torch.Tensor) -> torch.Tensor:
+        places = 12.9898 * torch.arange(weight.numel(), dtype=torch.float64) + 7 * names.index(name)
+        return (0.1 * places.sin()).float().view_as(weight)
+
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij")
+    before, after = (
+        torch.stack([0.5 + 0.5 * torch.sin((x - s) / across + y / down) for across, down in ((3, 5), (4, -6), (5, 4))])[
+            None
+        ]
+        for s in (0, 4)
+    )
+    made = NetworkInterpolator.from_file(save_rife(tmp_path / "flownet.pkl", weight_of)).network(before, after)
+    assert made[0, :, 5, 7].tolist() == pytest.approx([0.687589, 0.652671, 0.853939], abs=2e-4)
+    assert made[0, :, 20, 40].tolist() == pytest.approx([0.207815, 0.370037, 0.495500], abs=2e-4)
+    assert made.mean().item() == pytest.approx(0.505835, abs=1e-4)
+    assert (made - (before + after) / 2).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 71)])
+def test_rife_takes_any_size_and_either_frame_first(tmp_path: Path, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    file = save_rife(tmp_path / "flownet.pkl", lambda name, weight: 0.1 * torch.randn_like(weight))
+    before, after = torch.rand(2, 2, 3, *size)
+    run = NetworkInterpolator.from_file(file)
+    made = run(before, after)
+    assert made.shape == before.shape and (made - (before + after) / 2).abs().mean() > 0.01
+    assert torch.allclose(made, run(after, before), atol=1e-4)
+
+
+def test_other_weights_are_no_rife(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pkl")
+    (tmp_path / "text.pkl").write_text("no weights")
+    for name in ("other.pkl", "text.pkl"):
+        with pytest.raises(
+            AiluRusError, match=rf"{name} has no weights of RIFE .* block0.conv0.0.0.weight of \[45, 11"
+        ):
+            NetworkInterpolator.from_file(tmp_path / name)

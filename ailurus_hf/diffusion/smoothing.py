@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import AiluRusError
 
-# From the frames before and after, Tensor[B, 3, H, W] in [0, 1] each, to those half way.
-Interpolator = Callable[[Tensor, Tensor], Tensor]
-
-
-def mean_of_neighbours(before: Tensor, after: Tensor) -> Tensor:
-    """The plainest interpolator: no weights, no motion; what moves is blended."""
-    return (before + after) / 2
+if TYPE_CHECKING:
+    from ..video.interpolation import Interpolator
 
 
 def interleaved(count: int, step: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The frame half way between two others: optical flow of OpenCV, which needs no weights, or a network of the user's.
 
 An interpolator is any callable (before, after) -> frames, each Tensor[B, 3, H, W] in [0, 1]: the interleaved-frame
-smoother of ControlVideo takes one. Its own is RIFE; `NetworkInterpolator` runs such a network.
+smoother of ControlVideo takes one. Its own is RIFE, which `NetworkInterpolator.from_file("flownet.pkl")` runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch.nn.functional import pad
 
 from ..errors import AiluRusError
 from .optional import require
+from .rife import load_rife
 
+# From the frames before and after, Tensor[B, 3, H, W] in [0, 1] each, to those half way.
 Interpolator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Shorter sides than this are enlarged before DIS, whose patches of 8 pixels need several to a side.
@@ -28,8 +30,11 @@ class FlowInterpolator:
     """Frames half way by dense inverse search (Kroeger et al. 2016), warped both ways, blended by what each side sees.
 
     The two flows are carried to the middle frame, where several arrive the one whose colours agree best stays (Baker et
-    al. 2011, section 3.3.2); holes take the flow of their nearest neighbour.
+    al. 2011, section 3.3.2); holes take the flow of their nearest neighbour. Raises AiluRusError without OpenCV.
     """
+
+    def __init__(self) -> None:
+        require("cv2")  # now, and not in the middle of a video
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """Tensor[B, 3, H, W] in [0, 1], twice, to the same; computed on the CPU, returned on `before`'s device."""
@@ -51,9 +56,14 @@ class NetworkInterpolator:
 
     @classmethod
     def from_file(cls, path: str | Path, device: str | torch.device = "cpu", multiple: int = 32) -> NetworkInterpolator:
-        """Of an exported network: `torch.export.save(torch.export.export(network, pair, dynamic_shapes=...), path)`."""
+        """RIFE's weights (its `flownet.pkl`, form HDv3), or any network in a file .pt2 of `torch.export.save`.
+
+        Export it with dynamic sides: `torch.export.export(network, pair, dynamic_shapes=...)`.
+        """
         if not Path(path).is_file():
             raise AiluRusError(f"no such file: {path}")
+        if Path(path).suffix.lower() != ".pt2":
+            return cls(load_rife(path).to(device), device, multiple)
         try:
             network = torch.export.load(str(path)).module().to(device)
         except Exception as error:  # an archive can be wrong in as many ways as its parts
