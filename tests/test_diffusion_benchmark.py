@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusion_models import UNET, UP
 from test_diffusion_behaviours import traces
 
+from ailurus_hf import ailurus_status
 from benchmarks import diffusion_speed, harness
 from benchmarks.peers.todo import ToDoProcessor
 
@@ -49,7 +50,7 @@ def test_ideal_is_what_torch_counts(monkeypatch):
     for way in ({}, {"projections": "merged"}, {"scope": "attention"}, {"scope": "attention", "reduce": "kv"}):
         diffusion_speed.apply_ailurus(unet, keep_ratio=0.25, min_tokens=256, **way)
         unet(**step)  # tables of the grid are made once, and are no part of a step
-        places = diffusion_speed.ailurus_status(unet).places
+        places = ailurus_status(unet).places
         computed = full - sum(place.flops - place.reduced_flops for place in places)
         counted = harness.model_flops(lambda: unet(**step))
         counted -= harness.model_flops(diffusion_speed.clustering_steps(unet))
