@@ -17,6 +17,7 @@ WAYS = {
     "attention": {"scope": "attention"},
     "keys and values": {"scope": "attention", "reduce": "kv"},
     "density peaks": {"clustering": "density_peaks"},
+    "each stack": {"cluster_per": "stack"},
 }
 on_every_network = pytest.mark.parametrize("name", NETWORKS)
 in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -217,6 +218,41 @@ def test_a_ratio_for_each_level():
     assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(63, 8), (20, 10)}
 
 
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "ControlNet", "UNetMotionModel"])
+@pytest.mark.parametrize("projections", ["all", "merged"])
+def test_a_scope_for_each_level(name, projections):
+    network, x = make_network(name), sample(name)
+    plain, fields = predict(network, name, x), {**SETTINGS, "projections": projections}
+
+    def reduced(**scope):
+        return predict(apply_ailurus(network, **fields, **scope), name, x)
+
+    everywhere = {"scope": dict.fromkeys((1, 2), "attention"), "reduce": "kv"}
+    assert torch.equal(reduced(**everywhere), reduced(scope="attention", reduce="kv"))
+    torch.testing.assert_close(reduced(scope={16: "attention"}), reduced(), rtol=1e-4, atol=1e-5 * plain.abs().max())
+    mixed = reduced(scope={2: "attention"}, reduce="kv")
+    ways = {(place.num_tokens, "self-attention" in place.restored) for place in ailurus_status(network).places}
+    assert ways == {(math.prod(grid), grid == (4, 6)) for grid in NETWORKS[name].grids}
+    assert name == "SDXL UNet" or not torch.allclose(mixed, reduced(**everywhere))
+    assert torch.equal(predict(remove_ailurus(network), name, x), plain)
+
+
+def test_each_stack_clusters_its_own_tokens():
+    network, x = make_network("UNet"), sample("UNet")
+    by_resolution = predict(apply_ailurus(network, **SETTINGS), "UNet", x)
+    by_stack = predict(apply_ailurus(network, **SETTINGS, cluster_per="stack"), "UNet", x)
+    assert all(place.clusterings == place.forwards == 1 for place in ailurus_status(network).places)
+    every = [record.last_clusters for record in reducers_of(network)[0][1].records.values()]
+    first, *_, last = (clusters for clusters in every if clusters.num_tokens == math.prod(LATENTS))
+    assert not torch.equal(first.assignment, last.assignment)
+    assert not torch.allclose(by_stack, by_resolution)
+    apply_ailurus(network, **SETTINGS, cluster_per="stack", refresh_every=2)
+    for timestep in (9, 8, 7):
+        with torch.no_grad():
+            network(x, timestep, **NETWORKS["UNet"].conditions(2))
+    assert {place.clusterings for place in ailurus_status(network).places} == {2}
+
+
 @on_every_network
 @in_every_way
 def test_half_precision(name, way):
@@ -302,6 +338,10 @@ def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
         ({"refresh_every": 0}, "at least 1, got 0"),
         ({"unreduced_first_steps": -1}, "-1"),
         ({"scope": "layers"}, "'layers'"),
+        ({"scope": {1: "attention", 2: "layers"}}, "'layers'"),
+        ({"scope": {3: "attention"}}, "scope's keys.*3"),
+        ({"cluster_per": "block"}, "'block'"),
+        ({"scope": {1: "blocks"}, "reduce": "kv"}, "scope='attention'"),
         ({"projections": "some"}, "'some'"),
         ({"reduce": "q", "scope": "attention"}, "'q'"),
         ({"reduce": "kv"}, "scope='attention'"),
@@ -321,7 +361,7 @@ def test_wrong_settings_name_the_number_and_leave_the_network_as_it_was(fields, 
 def test_the_config_survives_json():
     import json
 
-    config = AiluRusDiffusionConfig(keep_ratio={1: 0.25, 2: 0.5}, refresh_every=3)
+    config = AiluRusDiffusionConfig(keep_ratio={1: 0.25, 2: 0.5}, scope={1: "attention"}, refresh_every=3)
     assert AiluRusDiffusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -242,6 +242,12 @@ def test_calls_that_cannot_be_followed_are_refused(name):
     predict(apply_ailurus(network), name, x, **given)
 
 
+@on_both
+def test_a_scope_for_each_level_is_refused(name):
+    with pytest.raises(AiluRusError, match=r"one resolution.*\{2: 'attention'\}"):
+        apply_ailurus(make_network(name), **SETTINGS, scope={2: "attention"})
+
+
 def test_a_cache_of_block_outputs_is_refused():
     network = apply_ailurus(make_network("Flux"), **SETTINGS)
     network.enable_cache(FirstBlockCacheConfig(threshold=0.1))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..clusters import TokenClusters
 from ..errors import AiluRusError, UnsupportedModelError
 from .backend import JOINT_PROCESSORS, FluxTransformer2DModel, attend, joint_block_flops, self_attentions
-from .reducer import NetworkReducer
+from .reducer import Attending, NetworkReducer
 from .stacks import with_argument
 from .store import Run
 
@@ -58,6 +58,11 @@ class JointReducer(NetworkReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.config.scope, str):
+            raise AiluRusError(
+                f"{type(self.network).__name__} has one resolution: scope must be 'blocks' or 'attention', "
+                f"got {self.config.scope}"
+            )
         self.is_flux = isinstance(self.network, FluxTransformer2DModel)
         self.text_tokens = 0
         # The last tensors that were read, held weakly: img_ids and its grid; a schedule and the img_ids it came with.
@@ -102,7 +107,7 @@ class JointReducer(NetworkReducer):
         self._refuse_what_cannot_follow(given, args, kwargs)
         if not torch.compiler.is_compiling():
             self.text_tokens = self.call.argument("encoder_hidden_states", args, kwargs).shape[1]
-        run.current = Arriving(grid, ids) if self.config.scope == "blocks" else (stack, grid)
+        run.current = Arriving(grid, ids) if self.config.scope == "blocks" else Attending(stack, grid)
 
     def _refuse_what_cannot_follow(self, given: dict, args: tuple, kwargs: dict) -> None:
         for name in ("attention_mask", "ip_adapter_image_embeds", "ip_hidden_states", "ip_adapter_masks"):
@@ -267,7 +272,7 @@ class JointProcessor:
         clusters: TokenClusters | None = None
         if run is not None and isinstance(run.current, Merged):
             clusters, image_rotary_emb = run.current.clusters, run.current.rotary
-        elif run is not None and scope == "attention" and run.current is not None:
+        elif run is not None and isinstance(run.current, Attending):
             clusters = self._clusters(run, hidden_states)
         query, key, value = self._projected(attn, hidden_states, encoder_hidden_states)
         if image_rotary_emb is not None:
@@ -290,7 +295,7 @@ class JointProcessor:
         return self._output(attn, out, encoder_hidden_states)
 
     def _clusters(self, run: Run, hidden_states: Tensor) -> TokenClusters | None:
-        _, grid = run.current
+        grid = run.current.grid
         clusters = self.reducer.assign_current(self._split(hidden_states, math.prod(grid))[1])
         assert clusters is None or isinstance(clusters, TokenClusters)
         return clusters
