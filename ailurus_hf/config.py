@@ -180,6 +180,9 @@ class AiluRusDiffusionConfig:
         MLP; each token then adds what its representative gained) or "attention" (self-attention alone). Or, for UNets, a
         dict from resolutions, as in keep_ratio, to these: those that it leaves out are of scope "blocks".
     reduce: with scope="attention", "qkv", or "kv" (every token still asks; only keys and values are merged).
+    cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged at the
+        output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and one block
+        more is a small share of what they have: 1 is the default. In UNets convolutions come first.
     cluster_per: "resolution" (its first stack clusters, in a step, and the later ones take that assignment) or "stack" (each
         clusters its own tokens: nearer to the unreduced network, for one more clustering a stack).
     projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that what
@@ -200,6 +203,7 @@ class AiluRusDiffusionConfig:
     min_tokens: int = 1024
     scope: str | Mapping[int, str] = "blocks"
     reduce: str = "qkv"
+    cluster_location: int = 1
     cluster_per: str = "resolution"
     projections: str = "all"
     refresh_every: int = 1
@@ -225,7 +229,7 @@ class AiluRusDiffusionConfig:
         for ratio in self.keep_ratio.values() if isinstance(self.keep_ratio, Mapping) else [self.keep_ratio]:
             if not 0 < ratio <= 1:
                 raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {ratio}")
-        for name, least in (("min_tokens", 1), ("refresh_every", 1)):
+        for name, least in (("min_tokens", 1), ("refresh_every", 1), ("cluster_location", 0)):
             if getattr(self, name) < least:
                 raise AiluRusError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("unreduced_first_steps", "unreduced_last_steps"):

@@ -126,7 +126,7 @@ def whole_networks(models: list[str], sizes: list[int]) -> list[dict[str, Any]]:
                 saved = sum(
                     reducer.block_flops(block, tokens, tokens, tokens, TEXT[model])
                     - reducer.block_flops(block, kept, kept, others, TEXT[model])
-                    for block in reducer.stacks[0].blocks
+                    for block in reducer.stacks[0].blocks[reducer.config.cluster_location :]
                 )
                 remove_ailurus(network)
                 about = {"model": model, "tokens": tokens, "layers": layers, "method": method}

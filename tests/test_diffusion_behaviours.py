@@ -9,7 +9,8 @@ import torch
 from diffusion_models import LATENTS, NETWORKS, SETTINGS, latents, make_network, predict
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
-from ailurus_hf.diffusion.installation import reducers_of
+from ailurus_hf.clustering import local_kmeans
+from ailurus_hf.diffusion.installation import install, reducers_of
 
 WAYS = {
     "blocks": {},
@@ -237,6 +238,40 @@ def test_a_scope_for_each_level(name, projections):
     assert torch.equal(predict(remove_ailurus(network), name, x), plain)
 
 
+@pytest.mark.parametrize("name", ["PixArt", "SD3.5", "Flux", "Wan"])
+@pytest.mark.parametrize("scope", ["blocks", "attention"])
+def test_tokens_are_clustered_at_the_output_of_a_block(name, scope):
+    network, x, entering, clustered = make_network(name), sample(name), {}, []
+    blocks = reducers_of(apply_ailurus(network, **SETTINGS))[0][1].stacks[0].blocks
+    remove_ailurus(network)
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(
+            lambda block, args, kwargs, n=number: entering.update({n: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
+        )
+    predict(network, name, x)
+    plain, outputs, saved = dict(entering), [], []
+
+    def clustering(features, grid, num_clusters):
+        clustered.append(features)
+        return local_kmeans(features, grid, num_clusters)
+
+    for location in (0, 1):
+        clustered.clear()
+        install(
+            network, AiluRusDiffusionConfig(**{**SETTINGS, "scope": scope, "cluster_location": location}), clustering
+        )
+        outputs.append(predict(network, name, x))
+        # These hooks were there before ours: a block's sees what the one before it gave.
+        for number in range(location + 1):
+            assert torch.equal(entering[number], plain[number])
+        assert len(clustered) == 1 and (scope == "attention" or torch.equal(clustered[0], plain[location]))
+        saved.append(ailurus_status(network).places[0].flops_saved)
+    assert saved[0] > saved[1] > 0 and not torch.allclose(*outputs)
+    with pytest.raises(AiluRusError, match=f"below the {len(blocks)} blocks.*got {len(blocks)}"):
+        apply_ailurus(network, **{**SETTINGS, "cluster_location": len(blocks)})
+
+
 def test_each_stack_clusters_its_own_tokens():
     network, x = make_network("UNet"), sample("UNet")
     by_resolution = predict(apply_ailurus(network, **SETTINGS), "UNet", x)
@@ -341,6 +376,7 @@ def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
         ({"scope": {1: "attention", 2: "layers"}}, "'layers'"),
         ({"scope": {3: "attention"}}, "scope's keys.*3"),
         ({"cluster_per": "block"}, "'block'"),
+        ({"cluster_location": -1}, "cluster_location must be at least 0, got -1"),
         ({"scope": {1: "blocks"}, "reduce": "kv"}, "scope='attention'"),
         ({"projections": "some"}, "'some'"),
         ({"reduce": "q", "scope": "attention"}, "'q'"),

@@ -126,10 +126,11 @@ def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Pla
         others = tokens if scope == "attention" else clusters
         queries = tokens if scope == "attention" and config.reduce == "kv" else clusters
         projected = clusters if scope == "blocks" and config.projections == "merged" else tokens
-        full = sum(block_flops(block, tokens, tokens, tokens, record.attended) for block in stack.blocks)
-        full += projection_flops(stack, tokens)
-        reduced = sum(block_flops(block, queries, clusters, others, record.attended) for block in stack.blocks)
-        reduced += projection_flops(stack, projected)
+        whole = [block_flops(block, tokens, tokens, tokens, record.attended) for block in stack.blocks]
+        first = reducer.first_reduced(stack)
+        full = sum(whole) + projection_flops(stack, tokens)
+        reduced = sum(whole[:first]) + projection_flops(stack, projected)
+        reduced += sum(block_flops(block, queries, clusters, others, record.attended) for block in stack.blocks[first:])
     where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
     return record.place(where, number, restored, full, reduced)
 

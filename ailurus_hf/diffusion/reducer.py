@@ -65,6 +65,12 @@ class NetworkReducer:
         self.store = AssignmentStore(self.config)
         self.call = Call(self.network)
         self.records = {stack.name: Record() for stack in self.stacks}
+        for stack in self.stacks:
+            if self.first_reduced(stack) >= len(stack.blocks):
+                raise AiluRusError(
+                    f"cluster_location must be below the {len(stack.blocks)} blocks of {type(self.network).__name__}, "
+                    f"got {self.config.cluster_location}"
+                )
 
     def install(self) -> None:
         self.hooks.before(self.network, self.begin)
@@ -78,6 +84,10 @@ class NetworkReducer:
                 # What somebody else has put there since stays.
                 if name not in lost:
                     layer.set_processor(self.previous_processors[name])
+
+    def first_reduced(self, stack: Stack) -> int:
+        """Which of its blocks is the first on representatives."""
+        return 0 if stack.on_maps else self.config.cluster_location
 
     def set_processor(self, processor: Any) -> None:
         """Runs self-attention on one processor; `remove` puts back what was there."""

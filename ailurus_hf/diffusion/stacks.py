@@ -38,9 +38,10 @@ class Merged:
 
 @dataclass
 class Arriving:
-    """A stack that is to be reduced as a whole and has not met its first block."""
+    """A stack that is to be reduced and has not met the first block to be."""
 
     grid: tuple[int, int]
+    scope: str
 
 
 class StackHooks:
@@ -52,14 +53,17 @@ class StackHooks:
     def install(self) -> None:
         reducer, stack = self.reducer, self.stack
         reducer.hooks.before(stack.module, self.arrive)
+        reduced = stack.blocks[reducer.first_reduced(stack) :]
         if not reducer.config.has_scope("blocks"):
+            if not stack.on_maps:
+                reducer.hooks.before(reduced[0], self.merge_tokens)
             return
         if self._merges_maps:
             reducer.hooks.behind(stack.module.norm, self.give_merged_map)  # type: ignore
             reducer.hooks.behind(stack.module, self.restore_map)
             return
-        reducer.hooks.before(stack.blocks[0], self.merge_tokens)
-        for block in stack.blocks:
+        reducer.hooks.before(reduced[0], self.merge_tokens)
+        for block in reduced:
             reducer.hooks.before(block, self.add_bias)
         # Prepended, so that hooks that were there before see all N tokens.
         reducer.hooks.behind(stack.blocks[-1], self.restore_tokens, prepend=True)
@@ -80,7 +84,7 @@ class StackHooks:
             self.reducer.last_scopes[self.stack.name] = scope
         if scope == "attention":
             # The processor asks for the clusters of the stack that is running.
-            run.current = Attending(self.stack, grid)
+            run.current = Attending(self.stack, grid) if self.stack.on_maps else Arriving(grid, scope)
             return None
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False) and not self._merges_maps:
             raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
@@ -90,7 +94,7 @@ class StackHooks:
         self._refuse_mask(args, kwargs, self.stack.mask_position)
         if self._merges_maps:
             return self._merge_map(run, grid, hidden_states, args, kwargs)
-        run.current = Arriving(grid)
+        run.current = Arriving(grid, scope)
         return None
 
     # projections="all"
@@ -98,11 +102,16 @@ class StackHooks:
     def merge_tokens(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         run = self.reducer.store.run
         if run is None:
+            if not self.reducer.config.has_scope("blocks"):
+                return None
             raise AiluRusError(
                 "a transformer block was called outside a forward of its network. Where blocks are compiled one by one, "
                 "compile the network instead, or use projections='merged'"
             )
         if not isinstance(run.current, Arriving):
+            return None
+        if run.current.scope == "attention":
+            run.current = Attending(self.stack, run.current.grid)
             return None
         tokens = args[0] if args else kwargs["hidden_states"]
         clusters = self.reducer.assign(run, self.stack, run.current.grid, tokens)
