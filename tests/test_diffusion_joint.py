@@ -105,7 +105,7 @@ def test_representatives_are_rotated_by_the_centroids_of_their_own_image():
         both[turned] = images[turned]
         tokens = both.flatten(2).transpose(1, 2)
         ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
-        install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1), pairs)
+        install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1, cluster_location=0), pairs)
         reduced = flux(network, tokens, ids)[turned]
         remove_ailurus(network)
         centroids = ids.clone()
@@ -430,7 +430,7 @@ def test_representatives_of_a_video_are_rotated_at_their_mean_place(axes):
         patch = (1, 2, 2)[axis]
         pairs = video[number].unflatten(1 + axis, (-1, 2, patch))
         pairs.select(2 + axis, 1).copy_(pairs.select(2 + axis, 0).clone())
-    install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1), twos_along(axes))
+    install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1, cluster_location=0), twos_along(axes))
     reduced = predict(network, "Wan", video)
     plain = predict(remove_ailurus(network), "Wan", video)
     for number, axis in enumerate(axes):
