@@ -122,7 +122,7 @@ def test_attention_merges_what_was_rotated(reduce):
     tokens, ids = packed(duplicated(latents((4, 4, 6)), 4))
     together = ids.clone()
     together[:, 1:] = ids[:, 1:] // 4
-    apply_ailurus(network, keep_ratio=0.25, min_tokens=1, scope="attention", reduce=reduce)
+    apply_ailurus(network, keep_ratio=0.25, min_tokens=1, cluster_location=0, scope="attention", reduce=reduce)
     reduced = flux(network, tokens, together, joint_attention_kwargs={"grid": (8, 12)})
     apart = flux(network, tokens, ids)
     remove_ailurus(network)
