@@ -237,7 +237,7 @@ def against_tomesd(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         if not row["method"].startswith("tomesd"):
             continue
-        found = {key: row[key] for key in ("method", "psnr", "fewer_flops", "speed_up")}
+        found = {key: row.get(key) for key in ("method", "psnr", "fewer_flops", "speed_up")}
         for key, cost in (("by_flops", "gflops"), ("by_time", "ms")):
             cheaper = [other for other in of_ours if other[cost] <= row[cost]]
             best = max(cheaper, key=lambda other: other["psnr"], default=None)
