@@ -94,15 +94,15 @@ METHODS: dict[str, Switch] = {
     "ToDo 4": keys_downsampled(4),
     **{
         f"{name} {keep}": ours(keep_ratio=keep, **fields)
-        for name, fields in {
-            "attention": {"scope": "attention"},
-            "keys": KEYS,
-            "keys of each stack": {**KEYS, **STACKS},
-            "blocks": {},
-            "blocks, every 4 steps": {"refresh_every": 4},
-            "blocks of each stack": STACKS,
+        for name, (keeps, fields) in {
+            "attention": ((0.5, 0.25), {"scope": "attention"}),
+            "keys": ((0.5, 0.25), KEYS),
+            "keys of each stack": ((0.25, 0.125), {**KEYS, **STACKS}),
+            "blocks": ((0.5, 0.35, 0.25, 0.125), {}),
+            "blocks, every 4 steps": ((0.5, 0.35, 0.25, 0.125), {"refresh_every": 4}),
+            "blocks of each stack": ((0.5, 0.25), STACKS),
         }.items()
-        for keep in (0.5, 0.35, 0.25, 0.125)
+        for keep in keeps
     },
     **{
         f"{name} 0.25": ours(keep_ratio=0.25, **fields)
@@ -112,21 +112,19 @@ METHODS: dict[str, Switch] = {
             "blocks, first 4 steps whole": {"unreduced_first_steps": 4},
         }.items()
     },
-    **{f"keys {keep} at full size": ours(keep_ratio={1: keep}, **KEYS, **STACKS) for keep in (0.125, 0.0625, 0.03125)},
     **{
-        f"keys {keys} at full size, {half} at half": ours(keep_ratio={1: keys, 2: half}, **KEYS, **STACKS)
-        for keys, half in ((0.0625, 0.25), (0.03125, 0.125))
+        f"keys {keys} at full size{half}{every}": ours(keep_ratio={1: keys, **at_half}, **{**fields, **steps})
+        for every, steps in {"": {}, ", every 4 steps": {"refresh_every": 4}}.items()
+        for half, (at_half, fields) in {
+            "": ({}, {**KEYS, **STACKS}),
+            ", 0.25 at half": ({2: 0.25}, {**KEYS, **STACKS}),
+            ", blocks 0.5 at half": ({2: 0.5}, MIXED),
+            ", blocks 0.25 at half": ({2: 0.25}, MIXED),
+            ", blocks 0.125 at half": ({2: 0.125}, MIXED),
+            ", merged projections 0.125 at half": ({2: 0.125}, {**MIXED, "projections": "merged"}),
+        }.items()
+        for keys in (0.0625, 0.03125)
     },
-    **{
-        f"keys {keys} at full size, blocks {keep} at half": ours(keep_ratio={1: keys, 2: keep}, **MIXED)
-        for keys, keep in ((0.0625, 0.5), (0.0625, 0.25), (0.03125, 0.25), (0.03125, 0.125))
-    },
-    "keys 0.03125 at full size, blocks 0.125 at half, merged projections": ours(
-        keep_ratio={1: 0.03125, 2: 0.125}, projections="merged", **MIXED
-    ),
-    "keys 0.03125 at full size, blocks 0.125 at half, every 4 steps": ours(
-        keep_ratio={1: 0.03125, 2: 0.125}, **{**MIXED, "refresh_every": 4}
-    ),
 }
 COLUMNS = {
     "method": "method",
