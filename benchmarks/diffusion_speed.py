@@ -83,6 +83,10 @@ METHODS: dict[str, Callable[[UNet2DConditionModel, int], Callable[[], Any]]] = {
     "keys and values 0.25": ours(scope="attention", reduce="kv", keep_ratio=0.25),
     "blocks 0.5": ours(keep_ratio=0.5),
     "blocks 0.25": ours(keep_ratio=0.25),
+    "blocks 0.25, each stack": ours(keep_ratio=0.25, cluster_per="stack"),
+    "keys 0.0625 at full size, blocks 0.25": ours(
+        keep_ratio={1: 0.0625, 2: 0.25, 4: 0.25}, scope={1: "attention"}, reduce="kv", cluster_per="stack"
+    ),
     "blocks 0.5, merged projections": ours(keep_ratio=0.5, projections="merged"),
     "blocks 0.25, merged projections": ours(keep_ratio=0.25, projections="merged"),
 }
@@ -141,7 +145,7 @@ def full_flops(model: str, size: int, batch: int) -> int:
 
 
 def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
-    """What AiluRus does in a step beside the network: one clustering a resolution, a merge and an unmerge a stack."""
+    """What AiluRus does in a step beside the network: one clustering a resolution or stack, a merge and an unmerge a stack."""
     reducer = reducers_of(unet)[0][1]
     cluster, batch, work = configured(reducer.config), 1, []
     for stack in reducer.stacks:
@@ -151,14 +155,15 @@ def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
         batch = record.last_clusters.assignment.shape[0]
         width, like = stack.blocks[0].attn1.inner_dim, next(stack.module.parameters())
         tokens = torch.randn(batch, record.last_tokens, width, device=like.device, dtype=like.dtype)
-        work.append((record.last_grid, record.last_clusters_count, tokens))
+        key = stack.name if reducer.config.cluster_per == "stack" else record.last_grid
+        work.append((key, record.last_grid, record.last_clusters_count, tokens))
 
     def run() -> None:
         made: dict[Any, Any] = {}
-        for grid, count, tokens in work:
-            if grid not in made:
-                made[grid] = cluster_tokens(cluster, tokens, grid, count)
-            clusters = made[grid]
+        for key, grid, count, tokens in work:
+            if key not in made:
+                made[key] = cluster_tokens(cluster, tokens, grid, count)
+            clusters = made[key]
             merged = clusters.merge(tokens)
             # As restored: what the representatives gained, added to the tokens.
             _ = tokens + clusters.unmerge(merged - merged)
