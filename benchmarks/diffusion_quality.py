@@ -9,7 +9,7 @@ Each method's pictures are compared with those of the unreduced model from the s
 rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the ControlNet of the
 folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads. "Keys": self-attention
 alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each stack clusters its
-own tokens, every second step. FLOPs (matrix products
+own tokens, every second step where nothing else is said. FLOPs (matrix products
 and convolutions, as torch counts them) and time are of whole generations without the autoencoder's decoder, of one
 picture with guidance. The model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
 """
@@ -82,6 +82,11 @@ PARTS: dict[str, dict[str, Any]] = {
 KEYS = {"scope": "attention", "reduce": "kv"}
 STACKS = {"cluster_per": "stack", "refresh_every": 2}
 MIXED = {"scope": {1: "attention", 2: "blocks"}, "reduce": "kv", **STACKS}
+EVERY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", every step": {"refresh_every": 1},
+    ", every 4 steps": {"refresh_every": 4},
+}
 METHODS: dict[str, Switch] = {
     "plain": lambda pipe: lambda: None,
     **{
@@ -113,17 +118,22 @@ METHODS: dict[str, Switch] = {
         }.items()
     },
     **{
-        f"keys {keys} at full size{half}{every}": ours(keep_ratio={1: keys, **at_half}, **{**fields, **steps})
-        for every, steps in {"": {}, ", every 4 steps": {"refresh_every": 4}}.items()
-        for half, (at_half, fields) in {
-            "": ({}, {**KEYS, **STACKS}),
-            ", 0.25 at half": ({2: 0.25}, {**KEYS, **STACKS}),
-            ", blocks 0.5 at half": ({2: 0.5}, MIXED),
-            ", blocks 0.25 at half": ({2: 0.25}, MIXED),
-            ", blocks 0.125 at half": ({2: 0.125}, MIXED),
-            ", merged projections 0.125 at half": ({2: 0.125}, {**MIXED, "projections": "merged"}),
+        f"keys {keys} at full size{every}": ours(keep_ratio={1: keys}, **{**KEYS, **STACKS, **steps})
+        for every, steps in EVERY.items()
+        for keys in (0.125, 0.0625, 0.03125)
+    },
+    **{
+        f"keys {keys} at full size, {half} at half{every}": ours(
+            keep_ratio={1: keys, 2: keep}, **{**fields, **EVERY[every]}
+        )
+        for half, (keep, fields) in {
+            "0.25": (0.25, {**KEYS, **STACKS}),
+            "blocks 0.5": (0.5, MIXED),
+            "blocks 0.25": (0.25, MIXED),
+            "blocks 0.125": (0.125, MIXED),
+            "merged projections 0.125": (0.125, {**MIXED, "projections": "merged"}),
         }.items()
-        for keys in (0.0625, 0.03125)
+        for keys, every in ((0.0625, ""), (0.03125, ""), (0.03125, ", every 4 steps"))
     },
 }
 COLUMNS = {
