@@ -5,13 +5,14 @@
     python -m benchmarks.diffusion_quality shapes                   # results, tables, and pictures side by side
     python -m benchmarks.diffusion_quality shapes --prompts 4 --methods "tomesd 0.5, max_downsample 1" "keys 0.25"
 
-Each method's pictures are compared with those of the unreduced model from the same seeds (PSNR over all their pixels, SSIM), and read by the
-rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the ControlNet of the
-folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads. "Keys": self-attention
-alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each stack clusters its
-own tokens, every second step where nothing else is said. FLOPs (matrix products
-and convolutions, as torch counts them) and time are of whole generations without the autoencoder's decoder, of one
-picture with guidance. The model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
+Each method's pictures are compared with those of the unreduced model from the same seeds (PSNR over all their pixels,
+SSIM), and read by the rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the
+ControlNet of the folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads.
+
+"Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
+stack clusters its own tokens, every second step where nothing else is said. FLOPs (matrix products and convolutions, as
+torch counts them) and time are of whole generations without the autoencoder's decoder, of one picture with guidance. The
+model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
 """
 
 from __future__ import annotations
