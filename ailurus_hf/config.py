@@ -19,6 +19,7 @@ RESTORE_PLACES = (None, "backbone", "decoder")
 SCOPES = ("blocks", "attention")
 REDUCES = ("qkv", "kv")
 PROJECTIONS = ("all", "merged")
+CLUSTER_PER = ("resolution", "stack")
 FRAMES = ("each", "joint")
 
 
@@ -177,12 +178,18 @@ class AiluRusDiffusionConfig:
         resolution's sides are (1, 2, 4, 8) to its ratio: resolutions that it leaves out run unreduced.
     min_tokens: grids of fewer tokens run unreduced.
     scope: "blocks" (whole stacks of transformer blocks run on M tokens: self-attention with counts, cross-attention and
-        MLP; each token then adds what its representative gained) or "attention" (self-attention alone).
+        MLP; each token then adds what its representative gained) or "attention" (self-attention alone). Or, for UNets, a
+        dict from resolutions, as in keep_ratio, to these: those that it leaves out are of scope "blocks".
     reduce: with scope="attention", "qkv", or "kv" (every token still asks; only keys and values are merged).
+    cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged at the
+        output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and one block
+        more is a small share of what they have: 1 is the default. In UNets convolutions come first.
+    cluster_per: "resolution" (its first stack clusters, in a step, and the later ones take that assignment) or "stack" (each
+        clusters its own tokens: nearer to the unreduced network, for one more clustering a stack).
     projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that what
         sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack only).
         Transformers on patches (PixArt, DiT, SD3, Flux, Wan) have no such maps.
-    refresh_every: denoising steps that share an assignment. Within a step, all stacks of a resolution always do.
+    refresh_every: denoising steps that share an assignment.
     share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
         pipeline says that its batches are such; False: never.
     unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline, which
@@ -195,8 +202,10 @@ class AiluRusDiffusionConfig:
 
     keep_ratio: float | Mapping[int, float] = 0.5
     min_tokens: int = 1024
-    scope: str = "blocks"
+    scope: str | Mapping[int, str] = "blocks"
     reduce: str = "qkv"
+    cluster_location: int = 1
+    cluster_per: str = "resolution"
     projections: str = "all"
     refresh_every: int = 1
     share_cfg: bool | None = None
@@ -210,30 +219,33 @@ class AiluRusDiffusionConfig:
     check_finite: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_ratio, Mapping):
-            # JSON knows no whole numbers as keys.
-            levels = {int(level): float(ratio) for level, ratio in self.keep_ratio.items()}
-            object.__setattr__(self, "keep_ratio", levels)
-            wrong = sorted(level for level in levels if level < 1 or level & (level - 1))
-            if wrong or not levels:
-                raise AiluRusError(f"keep_ratio's keys must be of 1, 2, 4, 8, ..., got {wrong or 'none'}")
+        for name in ("keep_ratio", "scope"):
+            if isinstance(value := getattr(self, name), Mapping):
+                # JSON knows no whole numbers as keys.
+                levels = {int(level): of_level for level, of_level in value.items()}
+                object.__setattr__(self, name, levels)
+                wrong = sorted(level for level in levels if level < 1 or level & (level - 1))
+                if wrong or not levels:
+                    raise AiluRusError(f"{name}'s keys must be of 1, 2, 4, 8, ..., got {wrong or 'none'}")
         for ratio in self.keep_ratio.values() if isinstance(self.keep_ratio, Mapping) else [self.keep_ratio]:
             if not 0 < ratio <= 1:
                 raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {ratio}")
-        for name, least in (("min_tokens", 1), ("refresh_every", 1)):
+        for name, least in (("min_tokens", 1), ("refresh_every", 1), ("cluster_location", 0)):
             if getattr(self, name) < least:
                 raise AiluRusError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("unreduced_first_steps", "unreduced_last_steps"):
             if getattr(self, name) < 0:
                 raise AiluRusError(f"{name} must be 0 or more, got {getattr(self, name)}")
         check_settings(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
-        _check_choice("scope", self.scope, SCOPES)
+        for scope in self.scope.values() if isinstance(self.scope, Mapping) else [self.scope]:
+            _check_choice("scope", scope, SCOPES)
+        _check_choice("cluster_per", self.cluster_per, CLUSTER_PER)
         _check_choice("reduce", self.reduce, REDUCES)
         _check_choice("projections", self.projections, PROJECTIONS)
         _check_choice("frames", self.frames, FRAMES)
         _check_choice("clustering", self.clustering, CLUSTERINGS)
-        if self.reduce == "kv" and self.scope == "blocks":
-            raise AiluRusError("reduce='kv' keeps every token's query: use scope='attention', got 'blocks'")
+        if self.reduce == "kv" and not self.has_scope("attention"):
+            raise AiluRusError(f"reduce='kv' keeps every token's query: use scope='attention', got {self.scope!r}")
 
     def clusters_for(self, num_tokens: int, level: int) -> int:
         """M for a grid of N tokens whose sides are `level` times smaller than the latents'; N where it runs unreduced."""
@@ -241,6 +253,16 @@ class AiluRusDiffusionConfig:
         if num_tokens < self.min_tokens:
             return num_tokens
         return rounded_share(ratio, num_tokens)
+
+    def scope_at(self, level: int) -> str:
+        """The scope at a grid whose sides are `level` times smaller than the latents'."""
+        return self.scope.get(level, "blocks") if isinstance(self.scope, Mapping) else self.scope
+
+    def has_scope(self, scope: str) -> bool:
+        """Whether some resolution may be of this scope."""
+        return scope == self.scope or (
+            isinstance(self.scope, Mapping) and (scope == "blocks" or scope in self.scope.values())
+        )
 
     @property
     def counts_steps(self) -> bool:

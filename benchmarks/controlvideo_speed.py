@@ -15,19 +15,19 @@ import argparse
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.backend import find_stacks, self_attentions
 from ailurus_hf.diffusion.frames import Frames
 from ailurus_hf.pipelines import ControlVideoPipeline
 
-from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, peak_on_shapes, save, switched
+from .harness import environment, log, markdown, methods_in_turn, model_flops, peak_on_shapes, save, switched
 from .peers.tomesd import merged_by_tomesd
 from .peers.vidtome import VidToMeProcessor
 
@@ -211,31 +211,17 @@ def measure(
     networks = dict(pipe.unet.config), dict(pipe.controlnet.config)
     full = 1e12 * counted_flops(frames, size, ["plain"], *networks)[0]["tflops"]
     run = video_of if whole else step_of
-    rows, outputs = {}, {}
-
-    def switched_on(name: str) -> AbstractContextManager:
-        return switched(lambda: METHODS[name](pipe, frames, (size // FACTOR) ** 2))
-
-    for name in methods:
-        with switched_on(name):
-            outputs[name] = step_of(pipe, given[0])
-            row: dict[str, Any] = {"frames": frames, "size": size, "whole": whole, "method": name}
-            peak = peak_bytes(lambda: step_of(pipe, given[0]), device)
-            row["peak_mib"] = None if peak is None else peak / 2**20
-            status = ailurus_status(pipe)
-            if status.active:
-                saved = 2 * frames * sum(place.flops - place.reduced_flops for place in status.places)
-                row["ideal"] = full / (full - saved)
-        flat = (output.float().flatten(1) for output in (outputs[name], outputs["plain"]))
-        row["cosine"] = cosine_similarity(*flat).mean().item()
-        rows[name] = row
-    contenders = {name: lambda number: run(pipe, given[number % len(given)]) for name in methods}
-    seconds = interleaved(contenders, repeats, warmup=1, device=device, around=switched_on)
-    for name, row in rows.items():
-        row["seconds"], row["speed_up"] = seconds[name], seconds["plain"] / seconds[name]
-        if "ideal" in row:
-            row["share_of_ideal"] = row["speed_up"] / row["ideal"]
-    return list(rows.values())
+    rows = methods_in_turn(
+        pipe,
+        {name: partial(METHODS[name], pipe, frames, (size // FACTOR) ** 2) for name in methods},
+        lambda number: step_of(pipe, given[number % len(given)]),
+        full,
+        repeats,
+        device,
+        images=2 * frames,
+        timed=lambda number: run(pipe, given[number % len(given)]),
+    )
+    return [{"frames": frames, "size": size, "whole": whole, **row} for row in rows.values()]
 
 
 def main() -> None:

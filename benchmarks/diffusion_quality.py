@@ -3,19 +3,23 @@
     python examples/train_text_to_image.py --output run
     python examples/train_text_to_image.py --output run --export shapes
     python -m benchmarks.diffusion_quality shapes                   # results, tables, and pictures side by side
-    python -m benchmarks.diffusion_quality shapes --prompts 8 --seeds 1 --methods "tomesd 0.5" "blocks 0.5"
+    python -m benchmarks.diffusion_quality shapes --prompts 4 --methods "tomesd 0.5, max_downsample 1" "keys 0.25"
 
-Each method's pictures are compared with those of the unreduced model from the same seeds (PSNR, SSIM), and read by the
-rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the ControlNet of the
-folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads. FLOPs (matrix products
-and convolutions, as torch counts them) and time are of whole generations without the autoencoder's decoder, of one
-picture with guidance. The model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
+Each method's pictures are compared with those of the unreduced model from the same seeds (PSNR over all their pixels,
+SSIM), and read by the rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the
+ControlNet of the folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads.
+
+"Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
+stack clusters its own tokens, every second step where nothing else is said. FLOPs (matrix products and convolutions, as
+torch counts them) and time are of whole generations without the autoencoder's decoder, of one picture with guidance. The
+model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,11 +29,11 @@ import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
 from ailurus_hf import apply_ailurus, remove_ailurus
+from ailurus_hf.video.measures import psnr, ssim
 from examples.shape_scenes import draw, edge_adherence, edges, random_scene, read
 
 from .diffusion_speed import downsampled_keys
@@ -69,39 +73,69 @@ def keys_downsampled(factor: int) -> Switch:
     return on
 
 
-ALL = {"merge_crossattn": True, "merge_mlp": True}
+# What tomesd merges beside self-attention; what ours does where each stack clusters, and at two scopes.
+PARTS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", MLP": {"merge_mlp": True},
+    ", cross": {"merge_crossattn": True},
+    ", all": {"merge_mlp": True, "merge_crossattn": True},
+}
+KEYS = {"scope": "attention", "reduce": "kv"}
+STACKS = {"cluster_per": "stack", "refresh_every": 2}
+MIXED = {"scope": {1: "attention", 2: "blocks"}, "reduce": "kv", **STACKS}
+EVERY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", every step": {"refresh_every": 1},
+    ", every 4 steps": {"refresh_every": 4},
+}
 METHODS: dict[str, Switch] = {
     "plain": lambda pipe: lambda: None,
     **{
-        f"tomesd {ratio}, max_downsample {most}{', all' if parts else ''}": with_tomesd(
-            ratio=ratio, max_downsample=most, **parts
-        )
-        for parts in ({}, ALL)
+        f"tomesd {ratio}, max_downsample {most}{parts}": with_tomesd(ratio=ratio, max_downsample=most, **fields)
+        for parts, fields in PARTS.items()
         for most in (1, 2)
         for ratio in (0.25, 0.5, 0.75)
     },
-    "tomesd 0.5, max_downsample 2, MLP": with_tomesd(ratio=0.5, max_downsample=2, merge_mlp=True),
-    "tomesd 0.5, max_downsample 2, cross": with_tomesd(ratio=0.5, max_downsample=2, merge_crossattn=True),
     "ToDo 2": keys_downsampled(2),
     "ToDo 4": keys_downsampled(4),
     **{
         f"{name} {keep}": ours(keep_ratio=keep, **fields)
+        for name, (keeps, fields) in {
+            "attention": ((0.5, 0.25), {"scope": "attention"}),
+            "keys": ((0.5, 0.25), KEYS),
+            "keys of each stack": ((0.25, 0.125), {**KEYS, **STACKS}),
+            "blocks": ((0.5, 0.35, 0.25, 0.125), {}),
+            "blocks, every 4 steps": ((0.5, 0.35, 0.25, 0.125), {"refresh_every": 4}),
+            "blocks of each stack": ((0.5, 0.25), STACKS),
+        }.items()
+        for keep in keeps
+    },
+    **{
+        f"{name} 0.25": ours(keep_ratio=0.25, **fields)
         for name, fields in {
-            "attention": {"scope": "attention"},
-            "keys and values": {"scope": "attention", "reduce": "kv"},
-            "blocks": {},
             "blocks, merged projections": {"projections": "merged"},
             "blocks, density peaks": {"clustering": "density_peaks"},
-            "blocks, every 4 steps": {"refresh_every": 4},
-            "blocks, merged projections, every 4 steps": {"projections": "merged", "refresh_every": 4},
-            "blocks, first 2 steps whole": {"unreduced_first_steps": 2},
-            "blocks, merged projections, first 4 steps whole": {"projections": "merged", "unreduced_first_steps": 4},
+            "blocks, first 4 steps whole": {"unreduced_first_steps": 4},
         }.items()
-        for keep in (0.5, 0.25)
     },
-    "blocks 0.25 at full size, 0.5 at half": ours(keep_ratio={1: 0.25, 2: 0.5}),
-    "blocks 0.5 at full size": ours(keep_ratio={1: 0.5}),
-    "blocks 0.25 at full size": ours(keep_ratio={1: 0.25}),
+    **{
+        f"keys {keys} at full size{every}": ours(keep_ratio={1: keys}, **{**KEYS, **STACKS, **steps})
+        for every, steps in EVERY.items()
+        for keys in (0.125, 0.0625, 0.03125)
+    },
+    **{
+        f"keys {keys} at full size, {half} at half{every}": ours(
+            keep_ratio={1: keys, 2: keep}, **{**fields, **EVERY[every]}
+        )
+        for half, (keep, fields) in {
+            "0.25": (0.25, {**KEYS, **STACKS}),
+            "blocks 0.5": (0.5, MIXED),
+            "blocks 0.25": (0.25, MIXED),
+            "blocks 0.125": (0.125, MIXED),
+            "merged projections 0.125": (0.125, {**MIXED, "projections": "merged"}),
+        }.items()
+        for keys, every in ((0.0625, ""), (0.03125, ""), (0.03125, ", every 4 steps"))
+    },
 }
 COLUMNS = {
     "method": "method",
@@ -117,8 +151,10 @@ COLUMNS = {
 AGAINST = {
     "method": "tomesd",
     "psnr": "PSNR|{:.2f} dB",
+    "fewer_flops": "fewer FLOPs|{:.2f}×",
     "by_flops": "ours, of no more FLOPs",
     "by_flops_gain": "PSNR|{:+.2f} dB",
+    "speed_up": "speed-up|{:.2f}×",
     "by_time": "ours, no slower",
     "by_time_gain": "PSNR|{:+.2f} dB",
 }
@@ -156,15 +192,12 @@ class Task:
         return torch.cat([self.generate(self.jobs[start : start + self.batch_size], "pt") for start in starts]).float()
 
     def scores(self, pictures: Tensor, plain: Tensor) -> dict[str, float | None]:
-        """Means over the pictures; the distance to equal pictures is 100 dB."""
-        both = [(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in zip(pictures, plain, strict=True)]
-        with np.errstate(divide="ignore"):
-            distances = [min(peak_signal_noise_ratio(b, a, data_range=1.0), 100.0) for a, b in both]
-        similar = [structural_similarity(b, a, channel_axis=2, data_range=1.0) for a, b in both]
+        """PSNR and SSIM as of a clip (ailurus_hf/video/measures.py), equal pictures at 100 dB; means of the others."""
+        both = [image_of(picture) for picture in pictures], [image_of(picture) for picture in plain]
         facts = [fact for (s, _), p in zip(self.jobs, pictures, strict=True) for fact in read(p, s).values()]
         scores: dict[str, float | None] = {
-            "psnr": float(np.mean(distances)),
-            "ssim": float(np.mean(similar)),
+            "psnr": min(psnr(*both), 100.0),
+            "ssim": ssim(*both),
             "facts": float(np.mean(facts)),
             "edges": None,
         }
@@ -172,6 +205,11 @@ class Task:
             found = [edge_adherence(p, self.edges[id(s)]) for (s, _), p in zip(self.jobs, pictures, strict=True)]
             scores["edges"] = float(np.mean(found))
         return scores
+
+
+def image_of(picture: Tensor) -> Image.Image:
+    """Tensor[3, H, W] from 0 to 1 in 8-bit colours."""
+    return Image.fromarray((255 * picture.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy())
 
 
 def switched_on(name: str, pipe: Any) -> AbstractContextManager:
@@ -208,7 +246,7 @@ def against_tomesd(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         if not row["method"].startswith("tomesd"):
             continue
-        found = {"method": row["method"], "psnr": row["psnr"]}
+        found = {key: row.get(key) for key in ("method", "psnr", "fewer_flops", "speed_up")}
         for key, cost in (("by_flops", "gflops"), ("by_time", "ms")):
             cheaper = [other for other in of_ours if other[cost] <= row[cost]]
             best = max(cheaper, key=lambda other: other["psnr"], default=None)
@@ -220,7 +258,7 @@ def against_tomesd(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def sheet(task: Task, pictures: dict[str, Tensor], methods: list[str], rows: int = 6) -> Image.Image:
     """Pictures side by side: a row a prompt, a column a method, the edges first where there are any."""
-    side, head, left = pictures["plain"].shape[-1], 30, 4
+    side, head, left = pictures["plain"].shape[-1], 56, 4
     columns = [(name, pictures[name]) for name in methods]
     if task.controlled:
         wanted = torch.stack([task.edges[id(scene)] for scene, _ in task.jobs])
@@ -229,10 +267,9 @@ def sheet(task: Task, pictures: dict[str, Tensor], methods: list[str], rows: int
     page = Image.new("RGB", (len(columns) * (side + left) - left, head + rows * (side + 18)), "white")
     pen = ImageDraw.Draw(page)
     for column, (name, made) in enumerate(columns):
-        pen.multiline_text((column * (side + left), 2), name.replace(", ", ",\n", 1), fill="black")
+        pen.multiline_text((column * (side + left), 2), "\n".join(textwrap.wrap(name, side // 6)), fill="black")
         for row in range(rows):
-            pixels = (255 * made[row].clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
-            page.paste(Image.fromarray(pixels), (column * (side + left), head + row * (side + 18)))
+            page.paste(image_of(made[row]), (column * (side + left), head + row * (side + 18)))
     for row in range(rows):
         pen.text((0, head + row * (side + 18) + side + 2), task.jobs[row][0].caption, fill="black")
     return page
@@ -252,8 +289,8 @@ def load(folder: str, controlled: bool) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder that examples/train_text_to_image.py --export wrote")
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5, help="of whole generations, for the time of a step")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
@@ -262,10 +299,13 @@ def main() -> None:
         nargs="+",
         default=[
             "plain",
-            "blocks 0.5",
-            "blocks 0.25",
-            "tomesd 0.5, max_downsample 2",
+            "keys 0.0625 at full size",
+            "tomesd 0.75, max_downsample 1",
+            "keys 0.0625 at full size, blocks 0.25 at half",
+            "tomesd 0.5, max_downsample 2, all",
+            "keys 0.03125 at full size, blocks 0.125 at half",
             "tomesd 0.75, max_downsample 2, all",
+            "blocks 0.25",
         ],
         choices=METHODS,
         metavar="METHOD",

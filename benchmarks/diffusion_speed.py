@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import configured
 from ailurus_hf.diffusion.installation import reducers_of
 from ailurus_hf.diffusion.reducer import cluster_tokens
 
-from .harness import environment, interleaved, log, markdown, model_flops, peak_bytes, save, switched
+from .harness import environment, log, markdown, methods_in_turn, model_flops, save
 from .peers.todo import ToDoProcessor
 from .peers.tomesd import merged_by_tomesd
 
@@ -84,6 +83,10 @@ METHODS: dict[str, Callable[[UNet2DConditionModel, int], Callable[[], Any]]] = {
     "keys and values 0.25": ours(scope="attention", reduce="kv", keep_ratio=0.25),
     "blocks 0.5": ours(keep_ratio=0.5),
     "blocks 0.25": ours(keep_ratio=0.25),
+    "blocks 0.25, each stack": ours(keep_ratio=0.25, cluster_per="stack"),
+    "keys 0.0625 at full size, blocks 0.25": ours(
+        keep_ratio={1: 0.0625, 2: 0.25, 4: 0.25}, scope={1: "attention"}, reduce="kv", cluster_per="stack"
+    ),
     "blocks 0.5, merged projections": ours(keep_ratio=0.5, projections="merged"),
     "blocks 0.25, merged projections": ours(keep_ratio=0.25, projections="merged"),
 }
@@ -142,7 +145,7 @@ def full_flops(model: str, size: int, batch: int) -> int:
 
 
 def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
-    """What AiluRus does in a step beside the network: one clustering a resolution, a merge and an unmerge a stack."""
+    """What AiluRus does in a step beside the network: one clustering a resolution or stack, a merge and an unmerge a stack."""
     reducer = reducers_of(unet)[0][1]
     cluster, batch, work = configured(reducer.config), 1, []
     for stack in reducer.stacks:
@@ -152,14 +155,15 @@ def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
         batch = record.last_clusters.assignment.shape[0]
         width, like = stack.blocks[0].attn1.inner_dim, next(stack.module.parameters())
         tokens = torch.randn(batch, record.last_tokens, width, device=like.device, dtype=like.dtype)
-        work.append((record.last_grid, record.last_clusters_count, tokens))
+        key = stack.name if reducer.config.cluster_per == "stack" else record.last_grid
+        work.append((key, record.last_grid, record.last_clusters_count, tokens))
 
     def run() -> None:
         made: dict[Any, Any] = {}
-        for grid, count, tokens in work:
-            if grid not in made:
-                made[grid] = cluster_tokens(cluster, tokens, grid, count)
-            clusters = made[grid]
+        for key, grid, count, tokens in work:
+            if key not in made:
+                made[key] = cluster_tokens(cluster, tokens, grid, count)
+            clusters = made[key]
             merged = clusters.merge(tokens)
             # As restored: what the representatives gained, added to the tokens.
             _ = tokens + clusters.unmerge(merged - merged)
@@ -185,39 +189,18 @@ def measure(
         unet = make_unet(model, device, dtype)
     steps = [moved(inputs(model, size, batch, number), device, dtype) for number in range(2)]
     methods = ["plain", *(name for name in methods if name != "plain")]
-    full, rows, extra_steps = full_flops(model, size, batch), {}, {}
-    outputs: dict[str, Tensor] = {}
-
-    def switched_on(name: str) -> AbstractContextManager:
-        return switched(lambda: METHODS[name](unet, (size // 8) ** 2)) if name in METHODS else nullcontext()
-
-    for name in methods:
-        with switched_on(name):
-            outputs[name] = step_of(unet, steps[0])
-            row: dict[str, Any] = {"model": model, "size": size, "batch": batch, "method": name}
-            peak = peak_bytes(lambda: step_of(unet, steps[0]), device)
-            row["peak_mib"] = None if peak is None else peak / 2**20
-            status = ailurus_status(unet)
-            if status.active:
-                saved = batch * sum(place.flops - place.reduced_flops for place in status.places)
-                row["ideal"] = full / (full - saved)
-                extra_steps[f"{name}: steps"] = clustering_steps(unet)
-        flat = (output.float().flatten(1) for output in (outputs[name], outputs["plain"]))
-        row["cosine"] = cosine_similarity(*flat).mean().item()
-        rows[name] = row
-
-    contenders: dict[str, Callable[[int], Any]] = {
-        name: lambda number: step_of(unet, steps[number % len(steps)]) for name in methods
-    }
-    contenders |= {name: (lambda _, run=run: run()) for name, run in extra_steps.items()}
-    seconds = interleaved(contenders, repeats, warmup=1, device=device, around=switched_on)
-    for name, row in rows.items():
-        row["ms"], row["speed_up"] = 1e3 * seconds[name], seconds["plain"] / seconds[name]
-        if "ideal" in row:
-            row["share_of_ideal"] = row["speed_up"] / row["ideal"]
-            row["steps_ms"] = 1e3 * seconds[f"{name}: steps"]
-            row["overhead"] = seconds[f"{name}: steps"] / seconds[name]
-    return list(rows.values())
+    rows = methods_in_turn(
+        unet,
+        {name: partial(METHODS[name], unet, (size // 8) ** 2) for name in methods},
+        lambda number: step_of(unet, steps[number % len(steps)]),
+        full_flops(model, size, batch),
+        repeats,
+        device,
+        images=batch,
+        beside=lambda: clustering_steps(unet),
+    )
+    about = {"model": model, "size": size, "batch": batch}
+    return [{**about, "ms": 1e3 * row.pop("seconds"), **row} for row in rows.values()]
 
 
 def make_unet(model: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -8,8 +8,8 @@ import logging
 import shlex
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "interleaved",
     "log",
     "markdown",
+    "methods_in_turn",
     "model_flops",
     "peak_bytes",
     "peak_on_shapes",
@@ -170,6 +171,62 @@ def reductions_in_turn(
         row["plain_ms"], row["reduced_ms"] = 1e3 * seconds[0], 1e3 * seconds[number]
         row["speed_up"] = row["plain_ms"] / row["reduced_ms"]
         row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+    return rows
+
+
+def methods_in_turn(
+    target: Any,
+    methods: Mapping[str, Callable[[], Callable[[], Any]]],
+    step: Callable[[int], Tensor],
+    full: float,
+    repeats: int,
+    device: torch.device,
+    *,
+    images: int = 1,
+    timed: Callable[[int], Any] | None = None,
+    beside: Callable[[], Callable[[], Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """A row a method, each on for its turn alone: seconds, speed-up, memory, cosine, and for ours what the FLOPs allow.
+
+    target: the network or pipeline that AiluRus is applied to, for its status.
+    methods: what switches each on, and returns the call that switches it off; the first is the plain one.
+    step: the prediction for inputs of a number. full: its FLOPs, of so many `images`, when plain.
+    timed: what is timed, if not `step`.
+    beside: while ours is on, makes the call that does again what ours does beside the network; timed as well.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    works: dict[str, Callable[[], Any]] = {}
+    plain: Tensor | None = None
+    for name, on in methods.items():
+        with switched(on):
+            output = step(0).float().flatten(1)
+            plain = output if plain is None else plain
+            peak = peak_bytes(lambda: step(0), device)
+            row: dict[str, Any] = {"method": name, "peak_mib": None if peak is None else peak / 2**20}
+            if (status := ailurus_status(target)).active:
+                saved = images * sum((place.flops or 0) - (place.reduced_flops or 0) for place in status.places)
+                row["ideal"] = full / (full - saved)
+                if beside is not None:
+                    works[name] = beside()
+        rows[name] = {**row, "cosine": F.cosine_similarity(output, plain).mean().item()}
+    contenders: dict[tuple[str, str], Callable[[int], Any]] = {(name, ""): timed or step for name in methods}
+    contenders |= {(name, "beside"): (lambda _, work=work: work()) for name, work in works.items()}
+    seconds = interleaved(
+        contenders,
+        repeats,
+        warmup=1,
+        device=device,
+        around=lambda key: nullcontext() if key[1] else switched(methods[key[0]]),
+    )
+    first = seconds[next(iter(methods)), ""]
+    for name, row in rows.items():
+        row["seconds"] = seconds[name, ""]
+        row["speed_up"] = first / row["seconds"]
+        if "ideal" in row:
+            row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+        if name in works:
+            row["steps_ms"] = 1e3 * seconds[name, "beside"]
+            row["overhead"] = seconds[name, "beside"] / row["seconds"]
     return rows
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 LATENTS, TEXT = (8, 12), 16
 # Every grid of the tiny networks is larger than this but the one of the last level of odd latents.
-SETTINGS = {"keep_ratio": 0.25, "min_tokens": 12}
+SETTINGS = {"keep_ratio": 0.25, "min_tokens": 12, "cluster_location": 0}
 
 UNET = {
     "sample_size": 8,

@@ -9,7 +9,8 @@ import torch
 from diffusion_models import LATENTS, NETWORKS, SETTINGS, latents, make_network, predict
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
-from ailurus_hf.diffusion.installation import reducers_of
+from ailurus_hf.clustering import local_kmeans
+from ailurus_hf.diffusion.installation import install, reducers_of
 
 WAYS = {
     "blocks": {},
@@ -17,6 +18,7 @@ WAYS = {
     "attention": {"scope": "attention"},
     "keys and values": {"scope": "attention", "reduce": "kv"},
     "density peaks": {"clustering": "density_peaks"},
+    "each stack": {"cluster_per": "stack"},
 }
 on_every_network = pytest.mark.parametrize("name", NETWORKS)
 in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -217,6 +219,75 @@ def test_a_ratio_for_each_level():
     assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(63, 8), (20, 10)}
 
 
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "ControlNet", "UNetMotionModel"])
+@pytest.mark.parametrize("projections", ["all", "merged"])
+def test_a_scope_for_each_level(name, projections):
+    network, x = make_network(name), sample(name)
+    plain, fields = predict(network, name, x), {**SETTINGS, "projections": projections}
+
+    def reduced(**scope):
+        return predict(apply_ailurus(network, **fields, **scope), name, x)
+
+    everywhere = {"scope": dict.fromkeys((1, 2), "attention"), "reduce": "kv"}
+    assert torch.equal(reduced(**everywhere), reduced(scope="attention", reduce="kv"))
+    torch.testing.assert_close(reduced(scope={16: "attention"}), reduced(), rtol=1e-4, atol=1e-5 * plain.abs().max())
+    mixed = reduced(scope={2: "attention"}, reduce="kv")
+    ways = {(place.num_tokens, "self-attention" in place.restored) for place in ailurus_status(network).places}
+    assert ways == {(math.prod(grid), grid == (4, 6)) for grid in NETWORKS[name].grids}
+    assert name == "SDXL UNet" or not torch.allclose(mixed, reduced(**everywhere))
+    assert torch.equal(predict(remove_ailurus(network), name, x), plain)
+
+
+@pytest.mark.parametrize("name", ["PixArt", "SD3.5", "Flux", "Wan"])
+@pytest.mark.parametrize("scope", ["blocks", "attention"])
+def test_tokens_are_clustered_at_the_output_of_a_block(name, scope):
+    network, x, entering, clustered = make_network(name), sample(name), {}, []
+    blocks = reducers_of(apply_ailurus(network, **SETTINGS))[0][1].stacks[0].blocks
+    remove_ailurus(network)
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(
+            lambda block, args, kwargs, n=number: entering.update({n: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
+        )
+    predict(network, name, x)
+    plain, outputs, saved = dict(entering), [], []
+
+    def clustering(features, grid, num_clusters):
+        clustered.append(features)
+        return local_kmeans(features, grid, num_clusters)
+
+    for location in (0, 1):
+        clustered.clear()
+        install(
+            network, AiluRusDiffusionConfig(**{**SETTINGS, "scope": scope, "cluster_location": location}), clustering
+        )
+        outputs.append(predict(network, name, x))
+        # These hooks were there before ours: a block's sees what the one before it gave.
+        for number in range(location + 1):
+            assert torch.equal(entering[number], plain[number])
+        assert len(clustered) == 1 and (scope == "attention" or torch.equal(clustered[0], plain[location]))
+        saved.append(ailurus_status(network).places[0].flops_saved)
+    assert saved[0] > saved[1] > 0 and not torch.allclose(*outputs)
+    with pytest.raises(AiluRusError, match=f"below the {len(blocks)} blocks.*got {len(blocks)}"):
+        apply_ailurus(network, **{**SETTINGS, "cluster_location": len(blocks)})
+
+
+def test_each_stack_clusters_its_own_tokens():
+    network, x = make_network("UNet"), sample("UNet")
+    by_resolution = predict(apply_ailurus(network, **SETTINGS), "UNet", x)
+    by_stack = predict(apply_ailurus(network, **SETTINGS, cluster_per="stack"), "UNet", x)
+    assert all(place.clusterings == place.forwards == 1 for place in ailurus_status(network).places)
+    every = [record.last_clusters for record in reducers_of(network)[0][1].records.values()]
+    first, *_, last = (clusters for clusters in every if clusters.num_tokens == math.prod(LATENTS))
+    assert not torch.equal(first.assignment, last.assignment)
+    assert not torch.allclose(by_stack, by_resolution)
+    apply_ailurus(network, **SETTINGS, cluster_per="stack", refresh_every=2)
+    for timestep in (9, 8, 7):
+        with torch.no_grad():
+            network(x, timestep, **NETWORKS["UNet"].conditions(2))
+    assert {place.clusterings for place in ailurus_status(network).places} == {2}
+
+
 @on_every_network
 @in_every_way
 def test_half_precision(name, way):
@@ -302,6 +373,11 @@ def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
         ({"refresh_every": 0}, "at least 1, got 0"),
         ({"unreduced_first_steps": -1}, "-1"),
         ({"scope": "layers"}, "'layers'"),
+        ({"scope": {1: "attention", 2: "layers"}}, "'layers'"),
+        ({"scope": {3: "attention"}}, "scope's keys.*3"),
+        ({"cluster_per": "block"}, "'block'"),
+        ({"cluster_location": -1}, "cluster_location must be at least 0, got -1"),
+        ({"scope": {1: "blocks"}, "reduce": "kv"}, "scope='attention'"),
         ({"projections": "some"}, "'some'"),
         ({"reduce": "q", "scope": "attention"}, "'q'"),
         ({"reduce": "kv"}, "scope='attention'"),
@@ -321,7 +397,7 @@ def test_wrong_settings_name_the_number_and_leave_the_network_as_it_was(fields, 
 def test_the_config_survives_json():
     import json
 
-    config = AiluRusDiffusionConfig(keep_ratio={1: 0.25, 2: 0.5}, refresh_every=3)
+    config = AiluRusDiffusionConfig(keep_ratio={1: 0.25, 2: 0.5}, scope={1: "attention"}, refresh_every=3)
     assert AiluRusDiffusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusion_models import UNET, UP
 from test_diffusion_behaviours import traces
 
+from ailurus_hf import ailurus_status
 from benchmarks import diffusion_speed, harness
 from benchmarks.peers.todo import ToDoProcessor
 
@@ -37,6 +38,7 @@ def test_every_method_takes_its_turn_and_is_undone(monkeypatch):
     ideal = {row["method"]: row.get("ideal") for row in rows}
     assert ideal["blocks 0.25, merged projections"] > ideal["blocks 0.25"] > ideal["attention 0.25"]
     assert ideal["blocks 0.25"] > ideal["blocks 0.5"]
+    assert ideal["blocks 0.25, each stack"] == ideal["blocks 0.25"] > ideal["keys 0.0625 at full size, blocks 0.25"]
 
 
 def test_ideal_is_what_torch_counts(monkeypatch):
@@ -46,10 +48,11 @@ def test_ideal_is_what_torch_counts(monkeypatch):
     step = diffusion_speed.inputs("tiny", 256, 1, 0)
     full = harness.model_flops(lambda: unet(**step))
     assert full == diffusion_speed.full_flops("tiny", 256, 1)
-    for way in ({}, {"projections": "merged"}, {"scope": "attention"}, {"scope": "attention", "reduce": "kv"}):
+    mixed = {"scope": {2: "attention"}, "reduce": "kv", "projections": "merged", "cluster_per": "stack"}
+    for way in ({}, {"projections": "merged"}, {"scope": "attention"}, {"scope": "attention", "reduce": "kv"}, mixed):
         diffusion_speed.apply_ailurus(unet, keep_ratio=0.25, min_tokens=256, **way)
         unet(**step)  # tables of the grid are made once, and are no part of a step
-        places = diffusion_speed.ailurus_status(unet).places
+        places = ailurus_status(unet).places
         computed = full - sum(place.flops - place.reduced_flops for place in places)
         counted = harness.model_flops(lambda: unet(**step))
         counted -= harness.model_flops(diffusion_speed.clustering_steps(unet))

@@ -105,7 +105,7 @@ def test_representatives_are_rotated_by_the_centroids_of_their_own_image():
         both[turned] = images[turned]
         tokens = both.flatten(2).transpose(1, 2)
         ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
-        install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1), pairs)
+        install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1, cluster_location=0), pairs)
         reduced = flux(network, tokens, ids)[turned]
         remove_ailurus(network)
         centroids = ids.clone()
@@ -122,7 +122,7 @@ def test_attention_merges_what_was_rotated(reduce):
     tokens, ids = packed(duplicated(latents((4, 4, 6)), 4))
     together = ids.clone()
     together[:, 1:] = ids[:, 1:] // 4
-    apply_ailurus(network, keep_ratio=0.25, min_tokens=1, scope="attention", reduce=reduce)
+    apply_ailurus(network, keep_ratio=0.25, min_tokens=1, cluster_location=0, scope="attention", reduce=reduce)
     reduced = flux(network, tokens, together, joint_attention_kwargs={"grid": (8, 12)})
     apart = flux(network, tokens, ids)
     remove_ailurus(network)
@@ -240,6 +240,12 @@ def test_calls_that_cannot_be_followed_are_refused(name):
     assert not torch.equal(predict(network, name, x, **given), without)
     # What runs on all tokens takes everything.
     predict(apply_ailurus(network), name, x, **given)
+
+
+@on_both
+def test_a_scope_for_each_level_is_refused(name):
+    with pytest.raises(AiluRusError, match=r"one resolution.*\{2: 'attention'\}"):
+        apply_ailurus(make_network(name), **SETTINGS, scope={2: "attention"})
 
 
 def test_a_cache_of_block_outputs_is_refused():
@@ -424,7 +430,7 @@ def test_representatives_of_a_video_are_rotated_at_their_mean_place(axes):
         patch = (1, 2, 2)[axis]
         pairs = video[number].unflatten(1 + axis, (-1, 2, patch))
         pairs.select(2 + axis, 1).copy_(pairs.select(2 + axis, 0).clone())
-    install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1), twos_along(axes))
+    install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1, cluster_location=0), twos_along(axes))
     reduced = predict(network, "Wan", video)
     plain = predict(remove_ailurus(network), "Wan", video)
     for number, axis in enumerate(axes):

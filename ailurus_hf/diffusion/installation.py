@@ -62,7 +62,7 @@ def install(target: Any, config: AiluRusDiffusionConfig, clustering: Clustering 
 def _install_stacks(reducer: NetworkReducer, config: AiluRusDiffusionConfig) -> None:
     for stack in reducer.stacks:
         StackHooks(reducer, stack).install()
-    if config.scope == "attention":
+    if config.has_scope("attention"):
         fields = {name: value for name, value in config.to_dict().items() if name in AiluRusProcessor.FIELDS}
         reducer.set_processor(AiluRusProcessor(**fields, assign=reducer.assign_current))
 
@@ -108,25 +108,29 @@ def status(target: Any) -> Status:
 
 def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Place:
     record, config = reducer.records[stack.name], reducer.config
-    if config.scope == "attention":
+    scope = reducer.last_scopes.get(stack.name, config.scope)
+    if scope == "attention":
         restored = "after self-attention (copy)"
     else:
         around = config.projections == "merged" and stack.on_maps
         restored = f"{'around the stack' if around else 'after the last block'} (residual)"
-    if reducer.processor is not None and set(reducer.without_processor()) & set(self_attentions([stack])):
+    if (scope == "attention" or isinstance(reducer, JointReducer)) and set(reducer.without_processor()) & set(
+        self_attentions([stack])
+    ):
         restored = "processor lost"
     full = reduced = None
     if isinstance(reducer, JointReducer):
         full, reduced = reducer.flops()
     elif record.last_tokens is not None and record.last_clusters_count is not None:
         tokens, clusters = record.last_tokens, record.last_clusters_count
-        others = tokens if config.scope == "attention" else clusters
-        queries = tokens if config.reduce == "kv" else clusters
-        projected = clusters if config.scope == "blocks" and config.projections == "merged" else tokens
-        full = sum(block_flops(block, tokens, tokens, tokens, record.attended) for block in stack.blocks)
-        full += projection_flops(stack, tokens)
-        reduced = sum(block_flops(block, queries, clusters, others, record.attended) for block in stack.blocks)
-        reduced += projection_flops(stack, projected)
+        others = tokens if scope == "attention" else clusters
+        queries = tokens if scope == "attention" and config.reduce == "kv" else clusters
+        projected = clusters if scope == "blocks" and config.projections == "merged" else tokens
+        whole = [block_flops(block, tokens, tokens, tokens, record.attended) for block in stack.blocks]
+        first = reducer.first_reduced(stack)
+        full = sum(whole) + projection_flops(stack, tokens)
+        reduced = sum(whole[:first]) + projection_flops(stack, projected)
+        reduced += sum(block_flops(block, queries, clusters, others, record.attended) for block in stack.blocks[first:])
     where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
     return record.place(where, number, restored, full, reduced)
 

@@ -1,8 +1,8 @@
 """Transformers whose attention is joint over image and text tokens (SD3, Flux): the image's run on representatives.
 
-scope="blocks": image tokens are merged before the first block and restored after the last; each adds what its
-representative gained. scope="attention": queries, keys and values of the image are merged after they were rotated. Text
-tokens stay as they are. Either way one processor of ours serves all layers: diffusers' own give SD3 no mask, and Flux no
+scope="blocks": image tokens are merged behind block `cluster_location` and restored after the last; each adds what its
+representative gained. scope="attention": in these blocks queries, keys and values of the image are merged after they were
+rotated. Text tokens stay as they are. Either way one processor of ours serves all layers: diffusers' own give SD3 no mask, and Flux no
 rotary embedding that differs from image to image.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..clusters import TokenClusters
 from ..errors import AiluRusError, UnsupportedModelError
 from .backend import JOINT_PROCESSORS, FluxTransformer2DModel, attend, joint_block_flops, self_attentions
-from .reducer import NetworkReducer
+from .reducer import Attending, NetworkReducer
 from .stacks import with_argument
 from .store import Run
 
@@ -29,7 +29,7 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass
 class Arriving:
-    """A forward that is to be reduced and has not met its first block. ids: of text and image (Flux), Tensor[L, 3] each."""
+    """A forward that is to be reduced and has not met the first block to be. ids: of text and image (Flux), Tensor[L, 3] each."""
 
     grid: tuple[int, ...]
     ids: tuple[Tensor, Tensor] | None
@@ -58,6 +58,11 @@ class JointReducer(NetworkReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.config.scope, str):
+            raise AiluRusError(
+                f"{type(self.network).__name__} has one resolution: scope must be 'blocks' or 'attention', "
+                f"got {self.config.scope}"
+            )
         self.is_flux = isinstance(self.network, FluxTransformer2DModel)
         self.text_tokens = 0
         # The last tensors that were read, held weakly: img_ids and its grid; a schedule and the img_ids it came with.
@@ -78,10 +83,10 @@ class JointReducer(NetworkReducer):
     def install(self) -> None:
         super().install()
         self.set_processor(self._new_processor())
+        # On all of them: the first one may be skipped.
+        for block in self.stacks[0].blocks[self.first_reduced(self.stacks[0]) :]:
+            self.hooks.before(block, self.merge)
         if self.config.scope == "blocks":
-            # On all of them: the first one may be skipped.
-            for block in self.stacks[0].blocks:
-                self.hooks.before(block, self.merge)
             self.hooks.before(self.network.norm_out, self.restore)  # type: ignore[arg-type]
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -102,7 +107,7 @@ class JointReducer(NetworkReducer):
         self._refuse_what_cannot_follow(given, args, kwargs)
         if not torch.compiler.is_compiling():
             self.text_tokens = self.call.argument("encoder_hidden_states", args, kwargs).shape[1]
-        run.current = Arriving(grid, ids) if self.config.scope == "blocks" else (stack, grid)
+        run.current = Arriving(grid, ids)
 
     def _refuse_what_cannot_follow(self, given: dict, args: tuple, kwargs: dict) -> None:
         for name in ("attention_mask", "ip_adapter_image_embeds", "ip_hidden_states", "ip_adapter_masks"):
@@ -185,19 +190,24 @@ class JointReducer(NetworkReducer):
             self._schedule_of = ref(timesteps), ref(image_ids)
         return (timesteps[step], pipeline) if self._schedule_of[1]() is image_ids else (timestep, None)
 
-    # scope="blocks"
+    # scope="blocks"; with "attention", `merge` only says that processors merge from here on.
 
     def merge(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         run = self.store.run
         if run is None:
+            if self.config.scope == "attention":
+                return None
             raise AiluRusError(
                 "a transformer block was called outside a forward of its network. Where blocks are compiled one by one, "
                 "compile the network instead, or use scope='attention'"
             )
         if not isinstance(run.current, Arriving):
             return None
-        tokens = args[0] if args else kwargs["hidden_states"]
         arriving = run.current
+        if self.config.scope == "attention":
+            run.current = Attending(self.stacks[0], arriving.grid)
+            return None
+        tokens = args[0] if args else kwargs["hidden_states"]
         clusters = self.assign(run, self.stacks[0], arriving.grid, tokens)
         assert isinstance(clusters, TokenClusters)
         merged = clusters.merge(tokens)
@@ -233,8 +243,10 @@ class JointReducer(NetworkReducer):
         others = tokens if self.config.scope == "attention" else clusters
         queries = tokens if self.config.reduce == "kv" else clusters
         text = self.text_tokens
-        full = sum(self.block_flops(block, tokens, tokens, tokens, text) for block in stack.blocks)
-        return full, sum(self.block_flops(block, queries, clusters, others, text) for block in stack.blocks)
+        first = self.first_reduced(stack)
+        whole = [self.block_flops(block, tokens, tokens, tokens, text) for block in stack.blocks]
+        reduced = [self.block_flops(block, queries, clusters, others, text) for block in stack.blocks[first:]]
+        return sum(whole), sum(whole[:first]) + sum(reduced)
 
 
 class JointProcessor:
@@ -267,7 +279,7 @@ class JointProcessor:
         clusters: TokenClusters | None = None
         if run is not None and isinstance(run.current, Merged):
             clusters, image_rotary_emb = run.current.clusters, run.current.rotary
-        elif run is not None and scope == "attention" and run.current is not None:
+        elif run is not None and isinstance(run.current, Attending):
             clusters = self._clusters(run, hidden_states)
         query, key, value = self._projected(attn, hidden_states, encoder_hidden_states)
         if image_rotary_emb is not None:
@@ -290,7 +302,7 @@ class JointProcessor:
         return self._output(attn, out, encoder_hidden_states)
 
     def _clusters(self, run: Run, hidden_states: Tensor) -> TokenClusters | None:
-        _, grid = run.current
+        grid = run.current.grid
         clusters = self.reducer.assign_current(self._split(hidden_states, math.prod(grid))[1])
         assert clusters is None or isinstance(clusters, TokenClusters)
         return clusters

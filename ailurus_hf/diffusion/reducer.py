@@ -32,11 +32,20 @@ log = logging.getLogger(__name__)
 COMPARED_CHANNELS = 64
 
 
+@dataclass
+class Attending:
+    """A stack whose self-attention alone is reduced, and its grid."""
+
+    stack: Stack
+    grid: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class NetworkReducer:
     """Hooks on one network. `pipeline` knows the schedule and whether guidance is on; it may be gone, or never was.
 
     processor, previous_processors: with scope="attention", what self-attention runs on now, and what it ran on before.
+    last_scopes: of each stack, in the last forward.
     """
 
     network: nn.Module
@@ -49,12 +58,19 @@ class NetworkReducer:
     processor: Any = None
     previous_processors: dict[str, Any] = field(default_factory=dict)
     lost_processors: list[str] = field(default_factory=list)
+    last_scopes: dict[str, str] = field(default_factory=dict)
     said_nothing: bool = False
 
     def __post_init__(self) -> None:
         self.store = AssignmentStore(self.config)
         self.call = Call(self.network)
         self.records = {stack.name: Record() for stack in self.stacks}
+        for stack in self.stacks:
+            if self.first_reduced(stack) >= len(stack.blocks):
+                raise AiluRusError(
+                    f"cluster_location must be below the {len(stack.blocks)} blocks of {type(self.network).__name__}, "
+                    f"got {self.config.cluster_location}"
+                )
 
     def install(self) -> None:
         self.hooks.before(self.network, self.begin)
@@ -68,6 +84,10 @@ class NetworkReducer:
                 # What somebody else has put there since stays.
                 if name not in lost:
                     layer.set_processor(self.previous_processors[name])
+
+    def first_reduced(self, stack: Stack) -> int:
+        """Which of its blocks is the first on representatives."""
+        return 0 if stack.on_maps else self.config.cluster_location
 
     def set_processor(self, processor: Any) -> None:
         """Runs self-attention on one processor; `remove` puts back what was there."""
@@ -124,16 +144,15 @@ class NetworkReducer:
     def num_clusters(self, run: Run, grid: tuple[int, ...]) -> int:
         """M for a grid in this forward; N where it runs unreduced."""
         num_tokens = math.prod(grid)
-        # Sides are halved and rounded up, so a level is known by its nearest power of two.
-        level = 2 ** round(math.log2(run.latent_side / max(grid)))
-        return self.config.clusters_for(num_tokens, level) if run.reduce else num_tokens
+        return self.config.clusters_for(num_tokens, level_of(run, grid)) if run.reduce else num_tokens
 
     def assign(self, run: Run, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> TokenClusters | JointClusters:
         """The run's clusters of a grid, made from Tensor[B, N, C] if it has none."""
         if tokens.shape[1] != math.prod(grid):
             raise AiluRusError(f"grid {grid} has {math.prod(grid)} places, but there are {tokens.shape[1]} tokens")
         frames, num_clusters = frames_of(stack), self.num_clusters(run, grid)
-        key = grid, tokens.shape[0], None if frames is None else frames.numbers
+        own = stack.name if self.config.cluster_per == "stack" else ""
+        key = grid, tokens.shape[0], None if frames is None else frames.numbers, own
         clusters = run.assignments.get(key)
         made = clusters is None
         if clusters is None:
@@ -165,9 +184,9 @@ class NetworkReducer:
     def assign_current(self, tokens: Tensor) -> TokenClusters | JointClusters | None:
         """For the processor: clusters of the stack that is running, None where it runs unreduced."""
         run = self.store.run
-        if run is None or run.current is None:
+        if run is None or not isinstance(run.current, Attending):
             return None
-        stack, grid = run.current
+        stack, grid = run.current.stack, run.current.grid
         if self.num_clusters(run, grid) == math.prod(grid):
             self.leave(run, stack, tokens.shape[1])
             return None
@@ -204,6 +223,12 @@ class NetworkReducer:
                 type(self.network).__name__,
             )
         self.lost_processors = lost
+
+
+def level_of(run: Run, grid: tuple[int, ...]) -> int:
+    """How many times smaller a grid's sides are than the latents'."""
+    # Sides are halved and rounded up, so a level is known by its nearest power of two.
+    return 2 ** round(math.log2(run.latent_side / max(grid)))
 
 
 def frames_of(stack: Stack) -> Frames | None:

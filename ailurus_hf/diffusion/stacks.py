@@ -1,4 +1,4 @@
-"""Stacks of transformer blocks on representatives: hooks around a stack, in one of two ways (for scope="blocks").
+"""Stacks of transformer blocks on representatives: hooks around a stack, in one of two ways where its scope is "blocks".
 
 projections="all": tokens are merged before the first block and restored after the last; each token adds what its
 representative gained in between. projections="merged": the whole Transformer2DModel runs on the representatives, as
@@ -19,7 +19,8 @@ from ..clusters import TokenClusters
 from ..errors import AiluRusError
 from .backend import BLOCK_MASK_POSITION, Stack
 from .frames import JointClusters
-from .reducer import NetworkReducer
+from .reducer import Attending, NetworkReducer, level_of
+from .store import Run
 
 
 @dataclass
@@ -35,6 +36,14 @@ class Merged:
     bias: Tensor
 
 
+@dataclass
+class Arriving:
+    """A stack that is to be reduced and has not met the first block to be."""
+
+    grid: tuple[int, int]
+    scope: str
+
+
 class StackHooks:
     """The hooks of one stack; they find the run of their thread through the reducer."""
 
@@ -43,81 +52,93 @@ class StackHooks:
 
     def install(self) -> None:
         reducer, stack = self.reducer, self.stack
-        if reducer.config.scope == "attention":
-            reducer.hooks.before(stack.module, self.announce)
+        reducer.hooks.before(stack.module, self.arrive)
+        reduced = stack.blocks[reducer.first_reduced(stack) :]
+        if not reducer.config.has_scope("blocks"):
+            if not stack.on_maps:
+                reducer.hooks.before(reduced[0], self.merge_tokens)
             return
-        if stack.on_maps and reducer.config.projections == "merged":
-            reducer.hooks.before(stack.module, self.merge_map)
+        if self._merges_maps:
             reducer.hooks.behind(stack.module.norm, self.give_merged_map)  # type: ignore
             reducer.hooks.behind(stack.module, self.restore_map)
             return
-        reducer.hooks.before(stack.module, self.enter)
-        reducer.hooks.before(stack.blocks[0], self.merge_tokens)
-        for block in stack.blocks:
+        reducer.hooks.before(reduced[0], self.merge_tokens)
+        for block in reduced:
             reducer.hooks.before(block, self.add_bias)
         # Prepended, so that hooks that were there before see all N tokens.
         reducer.hooks.behind(stack.blocks[-1], self.restore_tokens, prepend=True)
 
-    # scope="attention": the processor asks for the clusters of the stack that is running.
+    @property
+    def _merges_maps(self) -> bool:
+        return self.stack.on_maps and self.reducer.config.projections == "merged"
 
-    def announce(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def arrive(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         run = self.reducer.store.run
         assert run is not None
-        run.current = self.stack, self._grid(self._map(args, kwargs))
+        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+        # Plain numbers also where torch.compile would keep sizes symbolic.
+        height, width = (int(side) // self.stack.patch for side in hidden_states.shape[-2:])
+        grid, run.current = (height, width), None
+        scope = self.reducer.config.scope_at(level_of(run, grid))
+        if not torch.compiler.is_compiling():
+            self.reducer.last_scopes[self.stack.name] = scope
+        if scope == "attention":
+            # The processor asks for the clusters of the stack that is running.
+            run.current = Attending(self.stack, grid) if self.stack.on_maps else Arriving(grid, scope)
+            return None
+        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False) and not self._merges_maps:
+            raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
+        if self.reducer.num_clusters(run, grid) == height * width:
+            self.reducer.leave(run, self.stack, height * width)
+            return None
+        self._refuse_mask(args, kwargs, self.stack.mask_position)
+        if self._merges_maps:
+            return self._merge_map(run, grid, hidden_states, args, kwargs)
+        run.current = Arriving(grid, scope)
+        return None
 
     # projections="all"
-
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        run = self.reducer.store.run
-        assert run is not None
-        hidden_states = self._map(args, kwargs)
-        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
-            raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
-        grid = self._grid(hidden_states)
-        run.current = None if self._runs_unreduced(grid) else grid
-        if run.current is not None:
-            self._refuse_mask(args, kwargs, self.stack.mask_position)
 
     def merge_tokens(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         run = self.reducer.store.run
         if run is None:
+            if not self.reducer.config.has_scope("blocks"):
+                return None
             raise AiluRusError(
                 "a transformer block was called outside a forward of its network. Where blocks are compiled one by one, "
                 "compile the network instead, or use projections='merged'"
             )
-        if run.current is None:
+        if not isinstance(run.current, Arriving):
+            return None
+        if run.current.scope == "attention":
+            run.current = Attending(self.stack, run.current.grid)
             return None
         tokens = args[0] if args else kwargs["hidden_states"]
-        clusters = self.reducer.assign(run, self.stack, run.current, tokens)
+        clusters = self.reducer.assign(run, self.stack, run.current.grid, tokens)
         merged = clusters.merge(tokens)
         run.current = Merged(clusters, tokens, merged, _bias(clusters, tokens))
         return with_argument(args, kwargs, 0, "hidden_states", merged)
 
     def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         run = self.reducer.store.run
-        if run is None or run.current is None:
+        if run is None or not isinstance(run.current, Merged):
             return None
         return with_argument(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", run.current.bias)
 
     def restore_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         run = self.reducer.store.run
-        if run is None or run.current is None:
+        if run is None or not isinstance(run.current, Merged):
             return None
         state, run.current = run.current, None
         return state.kept + state.clusters.unmerge(output - state.start)
 
     # projections="merged"
 
-    def merge_map(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        run = self.reducer.store.run
-        assert run is not None
-        hidden_states = self._map(args, kwargs)
-        grid = self._grid(hidden_states)
-        if self._runs_unreduced(grid):
-            return None
-        self._refuse_mask(args, kwargs, self.stack.mask_position)
+    def _merge_map(
+        self, run: Run, grid: tuple[int, int], hidden_states: Tensor, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
         # Normalised over all pixels: statistics of the representatives would be others.
-        tokens = module.norm(hidden_states).flatten(2).transpose(1, 2)  # type: ignore[operator]
+        tokens = self.stack.module.norm(hidden_states).flatten(2).transpose(1, 2)  # type: ignore[operator]
         clusters = self.reducer.assign(run, self.stack, grid, tokens)
         merged = clusters.merge(tokens).transpose(1, 2).unsqueeze(2)
         # The module adds its input to its output: from zeros, the output is the gain.
@@ -128,11 +149,11 @@ class StackHooks:
 
     def give_merged_map(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         run = self.reducer.store.run
-        return None if run is None or run.current is None else run.current.start
+        return run.current.start if run is not None and isinstance(run.current, Merged) else None
 
     def restore_map(self, module: nn.Module, args: tuple, output: Any) -> Any:
         run = self.reducer.store.run
-        if run is None or run.current is None:
+        if run is None or not isinstance(run.current, Merged):
             return None
         state, run.current = run.current, None
         gained = state.clusters.unmerge(output[0].squeeze(2).transpose(1, 2))
@@ -140,23 +161,6 @@ class StackHooks:
         return (restored,) if isinstance(output, tuple) else type(output)(sample=restored)
 
     # Both
-
-    def _map(self, args: tuple, kwargs: dict) -> Tensor:
-        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-        return hidden_states
-
-    def _grid(self, hidden_states: Tensor) -> tuple[int, int]:
-        # Plain numbers also where torch.compile would keep sizes symbolic.
-        height, width = (int(side) // self.stack.patch for side in hidden_states.shape[-2:])
-        return height, width
-
-    def _runs_unreduced(self, grid: tuple[int, int]) -> bool:
-        run, num_tokens = self.reducer.store.run, grid[0] * grid[1]
-        assert run is not None
-        if self.reducer.num_clusters(run, grid) < num_tokens:
-            return False
-        self.reducer.leave(run, self.stack, num_tokens)
-        return True
 
     def _refuse_mask(self, args: tuple, kwargs: dict, position: int) -> None:
         given = args[position] if len(args) > position else kwargs.get("attention_mask")

@@ -1,7 +1,7 @@
 """AssignmentStore: which assignments a forward may use, and at which denoising step it stands.
 
-A forward clusters at the first stack of a resolution and the later ones take that assignment; with `refresh_every` so do
-the next steps. Each thread has its own run and its own generation. Under torch.compile each forward stands alone.
+A forward clusters at the first stack of a resolution and the later ones take that assignment (or each clusters, with
+`cluster_per="stack"`); with `refresh_every` the next steps take it too. Each thread has its own run and its own generation. Under torch.compile each forward stands alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from .frames import JointClusters
 
-# By grid, batch, and which frames of a video those are.
-Assignments = dict[tuple[tuple[int, ...], int, tuple[int, ...] | None], TokenClusters | JointClusters]
+# By grid, batch, which frames of a video those are, and the stack ("" where all of a resolution share).
+Assignments = dict[tuple[tuple[int, ...], int, tuple[int, ...] | None, str], TokenClusters | JointClusters]
 
 
 @dataclass
