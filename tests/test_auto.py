@@ -91,6 +91,8 @@ def test_weights_of_bitsandbytes_load(bits, tmp_path):
         assert torch.equal(reduced, apply_ailurus(plain, **SETTINGS)(x).logits)
 
 
+# Single parameters are named as well, which accelerate takes for a mistake.
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
 @pytest.mark.parametrize("name", ["ViTModel", "BeitModel", "Segmenter(ViT, mask transformer)"])
 def test_weights_that_a_device_map_keeps_on_disk(name, tmp_path):
     model = make_model(name)

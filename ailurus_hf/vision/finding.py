@@ -9,7 +9,8 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .backend import layers_of, qualified_name
-from .families import DECODERS, FAMILIES, READERS, REFUSED, Family, Reader
+from .families import DECODERS, FAMILIES, READERS, Family, Reader
+from .supported import REFUSED
 
 
 @dataclass(frozen=True)
