@@ -79,7 +79,9 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     group = parser.add_argument_group("AiluRus")
     group.add_argument("--ailurus-keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
     group.add_argument(
-        "--ailurus-frames", choices=("each", "joint"), help="cluster over space-time (joint, default) or frame by frame"
+        "--ailurus-frames",
+        choices=("each", "joint"),
+        help="cluster frame by frame (each, default) or over space and time",
     )
     group.add_argument("--ailurus-min-tokens", type=positive, metavar="N", help="smaller grids run unreduced")
     group.add_argument("--ailurus-scope", choices=("blocks", "attention"), help="whole blocks or self-attention alone")

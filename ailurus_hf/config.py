@@ -194,9 +194,10 @@ class AiluRusDiffusionConfig:
         pipeline says that its batches are such; False: never.
     unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline, which
         knows how many there are.
-    frames: where the frames of a video attend to one another (ControlVideoPipeline), "joint" clusters over space and
-        time: what stands still is kept once, and not once a frame, and does not flicker; "each" clusters frame by
-        frame. Where a frame attends to some of the others only, each is clustered alone.
+    frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by frame,
+        "joint" over space and time: what stands still is kept once, and not once a frame, and does not flicker, but with
+        one assignment for all stacks motion is lost: give cluster_per="stack" with it. Where a frame attends to some of
+        the others only, each is clustered alone.
     clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in `AiluRusConfig`.
     """
 
@@ -211,7 +212,7 @@ class AiluRusDiffusionConfig:
     share_cfg: bool | None = None
     unreduced_first_steps: int = 0
     unreduced_last_steps: int = 0
-    frames: str = "joint"
+    frames: str = "each"
     clustering: str = "local_kmeans"
     alpha: float = 0.9
     num_spatial_neighbors: int = 50

@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--name", help="of the result file; default: controlvideo_step_sd15, or _flops_, or _video_")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
@@ -252,7 +253,7 @@ def main() -> None:
             log.info(markdown(new, COLUMNS))
             rows += new
     kind = "flops" if args.flops else "video" if args.whole else "step"
-    save(f"controlvideo_{kind}_sd15", rows, environment(args.device, args.dtype))
+    save(args.name or f"controlvideo_{kind}_sd15", rows, environment(args.device, args.dtype))
     print(markdown(rows, COLUMNS))
 
 

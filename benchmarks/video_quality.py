@@ -67,8 +67,21 @@ METHODS: dict[str, Switch] = {
             "first 2 steps whole": {"unreduced_first_steps": 2},
             "merged projections": {"projections": "merged"},
             "attention": {"scope": "attention"},
+            "each stack": {"cluster_per": "stack"},
         }.items()
         for way in ("each", "joint")
+    },
+    **{
+        f"{way}, keys {keys} at full size, blocks 0.25 at half": ours(
+            keep_ratio={1: keys, 2: 0.25},
+            scope={1: "attention"},
+            reduce="kv",
+            cluster_per="stack",
+            frames=way,
+            min_tokens=MIN_TOKENS,
+        )
+        for way in ("each", "joint")
+        for keys in (0.125, 0.0625)
     },
 }
 SHOWN = ("plain", "each 0.25", "joint 0.25", "tomesd 0.75, all", "VidToMe")
