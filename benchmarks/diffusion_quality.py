@@ -317,6 +317,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = Path(args.model)
     output = args.output or folder.parent
+    output.mkdir(parents=True, exist_ok=True)
     tasks = {"text": False}
     if (folder / "controlnet").is_dir() and not args.without_control:
         tasks["control"] = True

@@ -275,6 +275,7 @@ def main() -> None:
     rows, videos = measure(load(args.model), clips, args.methods, args.steps, args.repeats)
     folder = Path(args.model)
     output = args.output or folder.parent
+    output.mkdir(parents=True, exist_ok=True)
     shown = [name for name in SHOWN if name in videos]
     first = {clip.kind: number for number, clip in reversed(list(enumerate(clips)))}
     for kind, number in first.items():
