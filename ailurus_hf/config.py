@@ -195,9 +195,8 @@ class AiluRusDiffusionConfig:
     unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline, which
         knows how many there are.
     frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by frame,
-        "joint" over space and time: what stands still is kept once, and not once a frame, and does not flicker, but with
-        one assignment for all stacks motion is lost: give cluster_per="stack" with it. Where a frame attends to some of
-        the others only, each is clustered alone.
+        "joint" over space and time: what stands still is kept once, and not once a frame, and does not flicker, but what
+        moves may be held back. Where a frame attends to some of the others only, each is clustered alone.
     clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in `AiluRusConfig`.
     """
 
