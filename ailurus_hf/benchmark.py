@@ -181,12 +181,11 @@ def _compare(
     for setting, config in configs.items():
         with ailurus_on(loaded.model, config):
             reduced, _ = _prediction(loaded(inputs))
-            place = ailurus_status(loaded.model).places
+            status = ailurus_status(loaded.model)
         found = fidelity[setting]
-        saved = sum((p.flops or 0.0) - (p.reduced_flops or 0.0) for p in place)
         found.full += flops[shape]
-        found.reduced += flops[shape] - saved
-        found.tokens = f"{place[0].num_tokens} → {place[0].num_clusters}"
+        found.reduced += flops[shape] - status.saved_flops
+        found.tokens = f"{status.places[0].num_tokens} → {status.places[0].num_clusters}"
         found.cosine.append(F.cosine_similarity(plain, reduced, dim=-1).mean().item())
         if has_labels:
             found.agreement.append((plain.argmax(-1) == reduced.argmax(-1)).float().mean().item())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .errors import AiluRusError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_features(features: Tensor, check_finite: bool) -> None:
@@ -13,8 +15,8 @@ def check_features(features: Tensor, check_finite: bool) -> None:
         raise AiluRusError(
             f"features must be a float tensor of shape (B, N, C), got {tuple(features.shape)} of {features.dtype}"
         )
-    if check_finite and not torch.isfinite(features).all():
-        wrong = int((~torch.isfinite(features)).any(-1).sum())
+    if check_finite and not features.isfinite().all():
+        wrong = int((~features.isfinite()).any(-1).sum())
         raise AiluRusError(f"features of {wrong} of {features.shape[0] * features.shape[1]} tokens are not finite")
 
 

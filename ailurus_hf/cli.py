@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import cli_video
+from .config import CLUSTERINGS, RESTORE_PLACES, RESTORES
 from .errors import AiluRusError
 
 if TYPE_CHECKING:
@@ -138,9 +139,9 @@ def _add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> No
     size = group.add_mutually_exclusive_group()
     size.add_argument("--keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
     size.add_argument("--num-clusters", type=int, metavar="M", help="number of tokens to keep")
-    group.add_argument("--clustering", choices=("density_peaks", "local_kmeans", "ward"))
-    group.add_argument("--restore", choices=("copy", "residual", "smooth"), help="what a token gets back")
-    group.add_argument("--restore-at", choices=("backbone", "decoder"), help="where a segmenter unfolds")
+    group.add_argument("--clustering", choices=CLUSTERINGS)
+    group.add_argument("--restore", choices=RESTORES, help="what a token gets back")
+    group.add_argument("--restore-at", choices=RESTORE_PLACES, help="where a segmenter unfolds")
     group.add_argument("--restore-location", type=int, metavar="R", help="layer from which all tokens run again")
     if can_be_off:
         group.add_argument("--no-ailurus", action="store_true", help="run the model as it is")

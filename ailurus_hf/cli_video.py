@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import CLUSTERINGS, FRAMES, SCOPES
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -80,12 +82,12 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
     group.add_argument("--ailurus-keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
     group.add_argument(
         "--ailurus-frames",
-        choices=("each", "joint"),
+        choices=FRAMES,
         help="cluster frame by frame (each, default) or over space and time",
     )
     group.add_argument("--ailurus-min-tokens", type=positive, metavar="N", help="smaller grids run unreduced")
-    group.add_argument("--ailurus-scope", choices=("blocks", "attention"), help="whole blocks or self-attention alone")
-    group.add_argument("--ailurus-clustering", choices=("density_peaks", "local_kmeans", "ward"))
+    group.add_argument("--ailurus-scope", choices=SCOPES, help="whole blocks or self-attention alone")
+    group.add_argument("--ailurus-clustering", choices=CLUSTERINGS)
     group.add_argument("--ailurus-refresh-every", type=positive, metavar="N", help="steps that share an assignment")
     group.add_argument("--ailurus-unreduced-first-steps", type=int, metavar="N")
     group.add_argument("--ailurus-unreduced-last-steps", type=int, metavar="N")

@@ -15,7 +15,7 @@ from .errors import AiluRusError
 
 CLUSTERINGS = ("density_peaks", "local_kmeans", "ward")
 RESTORES = ("copy", "residual", "smooth")
-RESTORE_PLACES = (None, "backbone", "decoder")
+RESTORE_PLACES = ("backbone", "decoder")
 SCOPES = ("blocks", "attention")
 REDUCES = ("qkv", "kv")
 PROJECTIONS = ("all", "merged")
@@ -96,7 +96,8 @@ class AiluRusConfig:
                 raise AiluRusError(f"stages must name one or more stages, 1 the first, got {self.stages}")
         _check_choice("clustering", self.clustering, CLUSTERINGS)
         _check_choice("restore", self.restore, RESTORES)
-        _check_choice("restore_at", self.restore_at, RESTORE_PLACES)
+        if self.restore_at is not None:
+            _check_choice("restore_at", self.restore_at, RESTORE_PLACES)
         if self.restore == "residual" and self.restore_at == "decoder":
             raise AiluRusError("restore='residual' unfolds before a decoder: use restore_at='backbone', got 'decoder'")
         if self.restore_location is not None:
@@ -293,6 +294,6 @@ def _each(value: Any) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise AiluRusError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

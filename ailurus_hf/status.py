@@ -73,8 +73,8 @@ class Place:
     where: the encoder's class; location: L; restored: where all tokens are back.
     num_tokens, num_clusters: N (M of the place before, where there is one) and M of the last forward, None before the first.
     forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
-    flops, reduced_flops: of all transformer layers of the encoder for one image, without and with reduction at all its
-        places; None before the first forward.
+    flops, reduced_flops: of the transformer layers for one image, without and with reduction, up to the encoder's next
+        place; at its first one also of those that run on all tokens. None before the first forward.
     """
 
     where: str
@@ -108,6 +108,11 @@ class Status:
     @property
     def active(self) -> bool:
         return bool(self.places)
+
+    @property
+    def saved_flops(self) -> float:
+        """FLOPs that the last forward saved for one image, at all places; 0 before the first."""
+        return sum((place.flops or 0.0) - (place.reduced_flops or 0.0) for place in self.places)
 
     def to_dict(self) -> dict[str, Any]:
         places = [{**dataclasses.asdict(place), "flops_saved": place.flops_saved} for place in self.places]

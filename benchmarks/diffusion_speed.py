@@ -225,16 +225,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="weights and images of convolutions in that layout"
+    )
+    parser.add_argument("--name", help="of the result file (default: diffusion_speed_MODEL)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
     unet, rows = make_unet(args.model, args.device, DTYPES[args.dtype]), []
+    if args.channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
     for size in args.size or SIZES[args.model]:
         options = {"batch": args.batch, "device": args.device, "dtype": DTYPES[args.dtype]}
         rows += measure(args.model, size, args.methods, args.repeats, unet=unet, **options)
         log.info(markdown(rows[-len(args.methods) :], COLUMNS))
-    save(f"diffusion_speed_{args.model}", rows, environment(args.device, args.dtype))
+    save(args.name or f"diffusion_speed_{args.model}", rows, environment(args.device, args.dtype))
     print(markdown(rows, COLUMNS))
 
 

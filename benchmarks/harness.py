@@ -151,13 +151,12 @@ def reductions_in_turn(
     rows: list[dict[str, Any]] = []
     for config in configs:
         with ailurus_on(model, config):
-            after, places = run(images[0]), ailurus_status(model).places
-        saved = sum((place.flops or 0) - (place.reduced_flops or 0) for place in places)
+            after, status = run(images[0]), ailurus_status(model)
         cosines = [F.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(before, after, strict=True)]
         rows.append(
             {
-                "tokens": ", ".join(f"{place.num_tokens} → {place.num_clusters}" for place in places),
-                "ideal": full / (full - saved),
+                "tokens": ", ".join(f"{place.num_tokens} → {place.num_clusters}" for place in status.places),
+                "ideal": full / (full - status.saved_flops),
                 "cosine": torch.stack(cosines).mean().item(),
             }
         )
@@ -199,13 +198,13 @@ def methods_in_turn(
     plain: Tensor | None = None
     for name, on in methods.items():
         with switched(on):
-            output = step(0).float().flatten(1)
+            outputs: list[Tensor] = []
+            peak = peak_bytes(lambda: outputs.append(step(0)), device)  # noqa: B023
+            output = outputs[0].float().flatten(1)
             plain = output if plain is None else plain
-            peak = peak_bytes(lambda: step(0), device)
             row: dict[str, Any] = {"method": name, "peak_mib": None if peak is None else peak / 2**20}
             if (status := ailurus_status(target)).active:
-                saved = images * sum((place.flops or 0) - (place.reduced_flops or 0) for place in status.places)
-                row["ideal"] = full / (full - saved)
+                row["ideal"] = full / (full - images * status.saved_flops)
                 if beside is not None:
                     works[name] = beside()
         rows[name] = {**row, "cosine": F.cosine_similarity(output, plain).mean().item()}

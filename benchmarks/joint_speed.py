@@ -157,9 +157,8 @@ def measure(
             plain = output if plain is None else plain
             about = {"model": model, "tokens": num_tokens(steps[0], model), "layers": layers, "method": name}
             rows[name] = {**about, "cosine": cosine_similarity(output, plain, 0).item()}
-            places = ailurus_status(network).places
-            if places:
-                rows[name]["ideal"] = full / (full - sum(place.flops - place.reduced_flops for place in places))
+            if (status := ailurus_status(network)).active:
+                rows[name]["ideal"] = full / (full - status.saved_flops)
     contenders = {name: lambda number: network(**steps[number % 2]) for name in rows}
     seconds = interleaved(contenders, repeats, warmup=1, device=device, around=switched_on)
     for name, row in rows.items():

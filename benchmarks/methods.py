@@ -71,9 +71,7 @@ class OurReduction:
         """By the layers alone: what clustering costs is no part of the ideal. Of the last forward, or of `run`."""
         if ailurus_status(self.model).places[0].flops is None:
             run()
-        # All places of an encoder hold that encoder's FLOPs.
-        encoders = {place.where: place for place in ailurus_status(self.model).places}.values()
-        return full - sum((place.flops or 0.0) - (place.reduced_flops or 0.0) for place in encoders)
+        return full - ailurus_status(self.model).saved_flops
 
     def undo(self) -> None:
         remove_ailurus(self.model)

@@ -84,7 +84,7 @@ def by_distance(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tok
     reach = (NEIGHBOURS / math.pi) ** 0.5
 
     def weighted(sigma: Tensor, rank: Tensor, index: Tensor) -> Tensor:
-        places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).to(tokens.device).float()
+        places = _coordinates(grid, tokens.device)
         apart = torch.linalg.vector_norm(places[:, None] - places[index], dim=-1)
         return sigma * ((1 - ALPHA) * apart / reach + ALPHA)
 
@@ -99,8 +99,7 @@ def places_as_features(tokens: Tensor, grid: tuple[int, ...], num_clusters: int,
     """
     tokens = tokens.float()
     spread = (tokens - tokens.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()[:, None, None]
-    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).to(tokens.device).float()
-    places = places * weight * spread / (NEIGHBOURS / math.pi) ** 0.5
+    places = _coordinates(grid, tokens.device) * weight * spread / (NEIGHBOURS / math.pi) ** 0.5
     both = torch.cat([tokens, places], -1) * (1 + len(grid) / tokens.shape[2]) ** 0.5  # σ is divided by √C
     return spatial_density_peaks(both, grid, num_clusters, num_spatial_neighbors=0)
 
@@ -163,6 +162,11 @@ def keys_at(model: nn.Module, location: int, clustering: Clustering) -> Clusteri
         return clustering(layer.attention.k_proj(layer.layernorm_before(tokens)), grid, num_clusters)
 
     return cluster
+
+
+def _coordinates(grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """Tensor[N, dimensions]: row and column of each token."""
+    return torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid)).float()
 
 
 def _by_rank(sigma: Tensor, rank: Tensor, index: Tensor) -> Tensor:

@@ -5,6 +5,18 @@ from itertools import product
 
 import numpy as np
 
+# Grids, odd and of one and three dimensions too, and numbers of clusters.
+GRIDS = [
+    ((6, 8), 12),
+    ((7, 5), 9),
+    ((1, 9), 3),
+    ((11, 1), 4),
+    ((2, 2), 1),
+    ((23, 30), 171),
+    ((4, 6, 5), 13),
+    ((3, 3), 9),
+]
+
 
 class Oracle:
     """One image, features [N, C] as numpy. `assignment` numbers clusters in ascending order of their centre.

@@ -52,8 +52,7 @@ def test_ideal_is_what_torch_counts(monkeypatch):
     for way in ({}, {"projections": "merged"}, {"scope": "attention"}, {"scope": "attention", "reduce": "kv"}, mixed):
         diffusion_speed.apply_ailurus(unet, keep_ratio=0.25, min_tokens=256, **way)
         unet(**step)  # tables of the grid are made once, and are no part of a step
-        places = ailurus_status(unet).places
-        computed = full - sum(place.flops - place.reduced_flops for place in places)
+        computed = full - ailurus_status(unet).saved_flops
         counted = harness.model_flops(lambda: unet(**step))
         counted -= harness.model_flops(diffusion_speed.clustering_steps(unet))
         assert counted == pytest.approx(computed, rel=1e-3)

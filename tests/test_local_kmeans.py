@@ -4,23 +4,13 @@ import math
 
 import pytest
 import torch
+from oracle import GRIDS
 
 from ailurus_hf import AiluRusError, local_kmeans
 from ailurus_hf.clustering.local_kmeans import grid_cells
 
-CASES = [
-    ((6, 8), 12),
-    ((7, 5), 9),
-    ((1, 9), 3),
-    ((11, 1), 4),
-    ((2, 2), 1),
-    ((23, 30), 171),
-    ((4, 6, 5), 13),
-    ((3, 3), 9),
-]
 
-
-@pytest.mark.parametrize("grid, num_cells", CASES)
+@pytest.mark.parametrize("grid, num_cells", GRIDS)
 def test_cells_are_exactly_so_many_and_of_like_size(grid, num_cells):
     cells = grid_cells(grid, num_cells, torch.device("cpu"))
     sizes = cells.start.bincount(minlength=num_cells)
@@ -37,7 +27,7 @@ def test_candidates_are_the_cells_around():
     assert sorted(set(candidates[0, 0].tolist())) == [0, 1, 4, 5]
 
 
-@pytest.mark.parametrize("grid, num_cells", CASES)
+@pytest.mark.parametrize("grid, num_cells", GRIDS)
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_equals_a_plain_loop(grid, num_cells, rounds):
     count = math.prod(grid)

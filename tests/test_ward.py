@@ -6,21 +6,11 @@ import math
 import pytest
 import torch
 from models import images, make_model, run
+from oracle import GRIDS
 
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, local_kmeans, remove_ailurus, spatial_density_peaks
 from ailurus_hf.clustering.ward import adjacent_places, ward
 from benchmarks.variants import exact_ward
-
-CASES = [
-    ((6, 8), 12),
-    ((7, 5), 9),
-    ((1, 9), 3),
-    ((11, 1), 4),
-    ((2, 2), 1),
-    ((23, 30), 171),
-    ((4, 6, 5), 13),
-    ((3, 3), 9),
-]
 
 
 def tokens(grid, batch=1, channels=8):
@@ -37,7 +27,7 @@ def variance(x, clusters):
     return (x - clusters.unmerge(clusters.merge(x))).square().sum().item()
 
 
-@pytest.mark.parametrize("grid, num_clusters", CASES)
+@pytest.mark.parametrize("grid, num_clusters", GRIDS)
 def test_so_many_connected_clusters_the_same_alone_and_in_a_batch(grid, num_clusters):
     x = tokens(grid, 2)
     found = ward(x, grid, num_clusters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..analysis import layers_flops
 from ..status import Place
@@ -27,22 +27,22 @@ def _place(reducer: EncoderReducer, number: int) -> Place:
         restored = "after the last layer"
     if number + 1 < len(locations):
         restored = f"reduced again at {locations[number + 1]}"
-    first = reducer.records[0].last_tokens
-    counts = [record.last_clusters_count for record in reducer.records]
     full = reduced = None
-    if first is not None and None not in counts:
-        full, reduced = (_flops(reducer, first, each) for each in ([first] * len(counts), counts))
+    if (first := reducer.records[0].last_tokens) is not None and record.last_clusters_count is not None:
+        full, reduced = (_flops(reducer, number, first, count) for count in (first, record.last_clusters_count))
     where = type(found.encoder).__name__
     return record.place(where, locations[number], f"{restored} ({config.restore})", full, reduced)
 
 
-def _flops(reducer: EncoderReducer, num_tokens: int, counts: list[Any]) -> float:
-    """FLOPs of all layers for one image: N tokens up to the first location, then M of each to the next."""
+def _flops(reducer: EncoderReducer, number: int, num_tokens: int, num_clusters: int) -> float:
+    """FLOPs for one image from a location to the next; those of layers on all tokens count at the first."""
     found, last = reducer.found, reducer.restore_location
     around = found.prefix + found.suffix
     bounds = [*reducer.config.locations, last]
-    total = layers_flops([*found.layers[: bounds[0]], *found.layers[last:]], num_tokens + around)
-    for start, end, count in zip(bounds, bounds[1:], counts, strict=False):
-        total += layers_flops(found.layers[start:end], count + around)
-    in_decoder = counts[-1] if reducer.through_decoder else num_tokens
-    return total + layers_flops(found.decoder_layers, in_decoder + found.decoder_suffix)
+    total = layers_flops(found.layers[bounds[number] : bounds[number + 1]], num_clusters + around)
+    if number == 0:
+        total += layers_flops([*found.layers[: bounds[0]], *found.layers[last:]], num_tokens + around)
+    if number == len(bounds) - 2:
+        in_decoder = num_clusters if reducer.through_decoder else num_tokens
+        total += layers_flops(found.decoder_layers, in_decoder + found.decoder_suffix)
+    return total
