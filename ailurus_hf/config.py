@@ -294,6 +294,6 @@ def _each(value: Any) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise AiluRusError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
