@@ -9,8 +9,7 @@ Each method's pictures are compared with those of the unreduced model from the s
 SSIM), and read by the rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the
 ControlNet of the folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads.
 
-"Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
-stack clusters its own tokens, every second step where nothing else is said. FLOPs (matrix products and convolutions, as
+The methods' names are explained in diffusion_methods.py. FLOPs (matrix products and convolutions, as
 torch counts them) and time are of whole generations without the autoencoder's decoder, of one picture with guidance. The
 model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
 """
@@ -18,9 +17,10 @@ model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import textwrap
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,111 +32,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.video.measures import psnr, ssim
 from examples.shape_scenes import draw, edge_adherence, edges, random_scene, read
 
-from .diffusion_speed import downsampled_keys
+from .diffusion_methods import METHODS, OURS, TOMESD, switch_on
 from .harness import environment, interleaved, log, markdown, model_flops, save, switched
-from .peers.tomesd import merged_by_tomesd
 
-# Switches itself on for a pipeline and returns what switches it off.
-Switch = Callable[[Any], Callable[[], Any]]
 # Two levels of the model have at least as many tokens.
 MIN_TOKENS = 256
 GUIDANCE = 3.0
 
 
-def ours(**fields: Any) -> Switch:
-    def on(pipe: Any) -> Callable[[], Any]:
-        apply_ailurus(pipe, min_tokens=MIN_TOKENS, **fields)
-        return lambda: remove_ailurus(pipe)
-
-    return on
-
-
-def networks_of(pipe: Any) -> list[Any]:
-    """UNet and ControlNet: given a pipeline, tomesd takes the UNet alone, and AiluRus takes both."""
-    return [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
-
-
-def with_tomesd(**settings: Any) -> Switch:
-    return lambda pipe: merged_by_tomesd(networks_of(pipe), **settings)
-
-
-def keys_downsampled(factor: int) -> Switch:
-    def on(pipe: Any) -> Callable[[], Any]:
-        size = pipe.unet.config.sample_size**2
-        offs = [downsampled_keys(factor)(network, size) for network in networks_of(pipe)]
-        return lambda: [off() for off in offs]
-
-    return on
-
-
-# What tomesd merges beside self-attention; what ours does where each stack clusters, and at two scopes.
-PARTS: dict[str, dict[str, Any]] = {
-    "": {},
-    ", MLP": {"merge_mlp": True},
-    ", cross": {"merge_crossattn": True},
-    ", all": {"merge_mlp": True, "merge_crossattn": True},
-}
-KEYS = {"scope": "attention", "reduce": "kv"}
-STACKS = {"cluster_per": "stack", "refresh_every": 2}
-MIXED = {"scope": {1: "attention", 2: "blocks"}, "reduce": "kv", **STACKS}
-EVERY: dict[str, dict[str, Any]] = {
-    "": {},
-    ", every step": {"refresh_every": 1},
-    ", every 4 steps": {"refresh_every": 4},
-}
-METHODS: dict[str, Switch] = {
-    "plain": lambda pipe: lambda: None,
-    **{
-        f"tomesd {ratio}, max_downsample {most}{parts}": with_tomesd(ratio=ratio, max_downsample=most, **fields)
-        for parts, fields in PARTS.items()
-        for most in (1, 2)
-        for ratio in (0.25, 0.5, 0.75)
-    },
-    "ToDo 2": keys_downsampled(2),
-    "ToDo 4": keys_downsampled(4),
-    **{
-        f"{name} {keep}": ours(keep_ratio=keep, **fields)
-        for name, (keeps, fields) in {
-            "attention": ((0.5, 0.25), {"scope": "attention"}),
-            "keys": ((0.5, 0.25), KEYS),
-            "keys of each stack": ((0.25, 0.125), {**KEYS, **STACKS}),
-            "blocks": ((0.5, 0.35, 0.25, 0.125), {}),
-            "blocks, every 4 steps": ((0.5, 0.35, 0.25, 0.125), {"refresh_every": 4}),
-            "blocks of each stack": ((0.5, 0.25), STACKS),
-        }.items()
-        for keep in keeps
-    },
-    **{
-        f"{name} 0.25": ours(keep_ratio=0.25, **fields)
-        for name, fields in {
-            "blocks, merged projections": {"projections": "merged"},
-            "blocks, density peaks": {"clustering": "density_peaks"},
-            "blocks, first 4 steps whole": {"unreduced_first_steps": 4},
-        }.items()
-    },
-    **{
-        f"keys {keys} at full size{every}": ours(keep_ratio={1: keys}, **{**KEYS, **STACKS, **steps})
-        for every, steps in EVERY.items()
-        for keys in (0.125, 0.0625, 0.03125)
-    },
-    **{
-        f"keys {keys} at full size, {half} at half{every}": ours(
-            keep_ratio={1: keys, 2: keep}, **{**fields, **EVERY[every]}
-        )
-        for half, (keep, fields) in {
-            "0.25": (0.25, {**KEYS, **STACKS}),
-            "blocks 0.5": (0.5, MIXED),
-            "blocks 0.25": (0.25, MIXED),
-            "blocks 0.125": (0.125, MIXED),
-            "merged projections 0.125": (0.125, {**MIXED, "projections": "merged"}),
-        }.items()
-        for keys, every in ((0.0625, ""), (0.03125, ""), (0.03125, ", every 4 steps"))
-    },
-}
 COLUMNS = {
     "method": "method",
     "psnr": "PSNR|{:.2f} dB",
@@ -154,9 +60,9 @@ AGAINST = {
     "fewer_flops": "fewer FLOPs|{:.2f}×",
     "by_flops": "ours, of no more FLOPs",
     "by_flops_gain": "PSNR|{:+.2f} dB",
-    "speed_up": "speed-up|{:.2f}×",
-    "by_time": "ours, no slower",
-    "by_time_gain": "PSNR|{:+.2f} dB",
+    "full_size": "SD 1.5|{:.2f}×",
+    "by_speed": "ours, no slower there",
+    "by_speed_gain": "PSNR|{:+.2f} dB",
 }
 
 
@@ -213,7 +119,7 @@ def image_of(picture: Tensor) -> Image.Image:
 
 
 def switched_on(name: str, pipe: Any) -> AbstractContextManager:
-    return switched(lambda: METHODS[name](pipe))
+    return switched(lambda: switch_on(name, pipe, pipe.unet.config.sample_size**2, min_tokens=MIN_TOKENS))
 
 
 @torch.inference_mode()
@@ -239,16 +145,31 @@ def measure(task: Task, methods: list[str], repeats: int) -> tuple[list[dict[str
     return list(rows.values()), pictures
 
 
-def against_tomesd(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each setting of tomesd the setting of ours nearest to the plain pictures of those that cost no more."""
-    of_ours = [row for row in rows if not row["method"].startswith(("plain", "tomesd", "ToDo"))]
+def speeds_of(result: dict[str, Any], size: int = 512) -> dict[str, float]:
+    """The speed-up of each method in a result of benchmarks.diffusion_speed."""
+    return {row["method"]: row["speed_up"] for row in result["rows"] if row["size"] == size}
+
+
+def against_tomesd(rows: list[dict[str, Any]], full_size: Mapping[str, float]) -> list[dict[str, Any]]:
+    """For each setting of tomesd the setting of ours nearest to the plain pictures of those that cost no more.
+
+    full_size: speed-ups of a network of full size, since steps of this small one are too short to be timed.
+    """
+    costs = {
+        "by_flops": {row["method"]: row["gflops"] for row in rows},
+        "by_speed": {name: 1 / speed_up for name, speed_up in full_size.items()},
+    }
+    of_ours = [row for row in rows if row["method"] in OURS]
     compared = []
     for row in rows:
-        if not row["method"].startswith("tomesd"):
+        name = row["method"]
+        if name not in TOMESD:
             continue
-        found = {key: row.get(key) for key in ("method", "psnr", "fewer_flops", "speed_up")}
-        for key, cost in (("by_flops", "gflops"), ("by_time", "ms")):
-            cheaper = [other for other in of_ours if other[cost] <= row[cost]]
+        found = {"method": name, "psnr": row["psnr"], "fewer_flops": row["fewer_flops"]}
+        found["full_size"] = full_size.get(name)
+        for key, cost in costs.items():
+            known = [other for other in of_ours if other["method"] in cost and name in cost]
+            cheaper = [other for other in known if cost[other["method"]] <= cost[name]]
             best = max(cheaper, key=lambda other: other["psnr"], default=None)
             found[key] = None if best is None else best["method"]
             found[f"{key}_gain"] = None if best is None else best["psnr"] - row["psnr"]
@@ -311,6 +232,9 @@ def main() -> None:
         metavar="METHOD",
         help="methods of the picture, of those measured",
     )
+    parser.add_argument(
+        "--speeds", type=Path, help="a result of benchmarks.diffusion_speed at 512, for what is no slower than tomesd"
+    )
     parser.add_argument("--without-control", action="store_true", help="text to image only")
     parser.add_argument("--output", type=Path, help="folder of the pictures (default: where the results go)")
     args = parser.parse_args()
@@ -318,6 +242,7 @@ def main() -> None:
     folder = Path(args.model)
     output = args.output or folder.parent
     output.mkdir(parents=True, exist_ok=True)
+    speeds = speeds_of(json.loads(args.speeds.read_text())) if args.speeds else {}
     tasks = {"text": False}
     if (folder / "controlnet").is_dir() and not args.without_control:
         tasks["control"] = True
@@ -330,7 +255,7 @@ def main() -> None:
         sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)
         log.info("wrote %s", path)
         columns = COLUMNS if controlled else {key: head for key, head in COLUMNS.items() if key != "edges"}
-        print(f"\n{name}\n\n{markdown(measured, columns)}\n\n{markdown(against_tomesd(measured), AGAINST)}")
+        print(f"\n{name}\n\n{markdown(measured, columns)}\n\n{markdown(against_tomesd(measured, speeds), AGAINST)}")
     about = {"prompts": args.prompts, "seeds": args.seeds, "steps": args.steps}
     save("diffusion_quality", rows, {**environment(torch.device("cpu"), "fp32"), **about})
 

@@ -20,14 +20,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import configured
 from ailurus_hf.diffusion.installation import reducers_of
 from ailurus_hf.diffusion.reducer import cluster_tokens
 
+from .diffusion_methods import METHODS, switch_on
 from .harness import environment, log, markdown, methods_in_turn, model_flops, save
-from .peers.todo import ToDoProcessor
-from .peers.tomesd import merged_by_tomesd
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -49,47 +47,20 @@ SIZES = {"sd15": [512, 768, 1024], "sdxl": [1024]}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def ours(**fields: Any) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
-    def on(unet: UNet2DConditionModel, latent_tokens: int) -> Callable[[], Any]:
-        apply_ailurus(unet, **fields)
-        return lambda: remove_ailurus(unet)
-
-    return on
-
-
-def with_tomesd(**settings: Any) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
-    return lambda unet, latent_tokens: merged_by_tomesd([unet], **settings)
-
-
-def downsampled_keys(factor: int) -> Callable[[UNet2DConditionModel, int], Callable[[], Any]]:
-    def on(unet: UNet2DConditionModel, latent_tokens: int) -> Callable[[], Any]:
-        before = dict(unet.attn_processors)
-        unet.set_attn_processor(ToDoProcessor(latent_tokens, factor))
-        return lambda: unet.set_attn_processor(before)
-
-    return on
-
-
-# Each switches itself on and returns what switches it off.
-METHODS: dict[str, Callable[[UNet2DConditionModel, int], Callable[[], Any]]] = {
-    "plain": lambda unet, latent_tokens: lambda: None,
-    "tomesd 0.5": with_tomesd(ratio=0.5),
-    "tomesd 0.75": with_tomesd(ratio=0.75),
-    "tomesd 0.75, all": with_tomesd(ratio=0.75, max_downsample=2, merge_crossattn=True, merge_mlp=True),
-    "ToDo 2": downsampled_keys(2),
-    "ToDo 4": downsampled_keys(4),
-    "attention 0.5": ours(scope="attention", keep_ratio=0.5),
-    "attention 0.25": ours(scope="attention", keep_ratio=0.25),
-    "keys and values 0.25": ours(scope="attention", reduce="kv", keep_ratio=0.25),
-    "blocks 0.5": ours(keep_ratio=0.5),
-    "blocks 0.25": ours(keep_ratio=0.25),
-    "blocks 0.25, each stack": ours(keep_ratio=0.25, cluster_per="stack"),
-    "keys 0.0625 at full size, blocks 0.25": ours(
-        keep_ratio={1: 0.0625, 2: 0.25, 4: 0.25}, scope={1: "attention"}, reduce="kv", cluster_per="stack"
-    ),
-    "blocks 0.5, merged projections": ours(keep_ratio=0.5, projections="merged"),
-    "blocks 0.25, merged projections": ours(keep_ratio=0.25, projections="merged"),
-}
+# What runs unless others are named.
+SHOWN = (
+    "plain",
+    "tomesd 0.5, max_downsample 1",
+    "tomesd 0.75, max_downsample 2, all",
+    "ToDo 2",
+    "attention 0.25",
+    "keys 0.25",
+    "keys 0.0625 at full size, blocks 0.25 at half",
+    "blocks 0.5",
+    "blocks 0.25",
+    "blocks of each stack 0.25",
+    "blocks 0.25, merged projections",
+)
 COLUMNS = {
     "model": "model",
     "size": "image|{}²",
@@ -191,7 +162,8 @@ def measure(
     methods = ["plain", *(name for name in methods if name != "plain")]
     rows = methods_in_turn(
         unet,
-        {name: partial(METHODS[name], unet, (size // 8) ** 2) for name in methods},
+        # Timestep and all are the same in each turn: clusters are made in each, as in no case they are more often.
+        {name: partial(switch_on, name, unet, (size // 8) ** 2, refresh_every=1) for name in methods},
         lambda number: step_of(unet, steps[number % len(steps)]),
         full_flops(model, size, batch),
         repeats,
@@ -219,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15", choices=MODELS)
     parser.add_argument("--size", nargs="+", type=int, help="image sides in pixels, multiples of 64")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=SHOWN, choices=METHODS, metavar="METHOD")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="2 is one image with guidance")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)

@@ -28,6 +28,7 @@ from . import (
     diffusion_speed,
     families_speed,
     joint_speed,
+    segmenter_quality,
     similarity,
     tables,
     video_quality,
@@ -37,7 +38,7 @@ from .harness import RESULTS, markdown
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md", "docs/tables.md")
-TARGETS = (1.5, 2.0, 2.5)
+TARGETS = (1.5, 2.0, 2.5, 3.0)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -156,9 +157,10 @@ def pictures_table(task: str) -> Callable[[], str]:
         name = "diffusion_quality-cpu-fp32"
         result = load(name)
         rows = [row for row in result["rows"] if row["task"] == task]
-        against = markdown(diffusion_quality.against_tomesd(rows), diffusion_quality.AGAINST)
+        speeds = diffusion_quality.speeds_of(load("diffusion_speed_sd15-cpu-fp32"))
+        against = markdown(diffusion_quality.against_tomesd(rows, speeds), diffusion_quality.AGAINST)
         head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps.\n\n"
-        line = "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost:\n\n"
+        line = "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of this model and by the time of a step of SD 1.5 at 512²:\n\n"
         return head + measured_columns(rows, diffusion_quality.COLUMNS) + line + against + "\n" + source(result, name)
 
     return table
@@ -168,6 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": parts_table,
     "measured": measured_tables,
     "families": supported_models,
+    "peers": rows_as_measured("tab1_camvid-cpu-fp32", segmenter_quality.COLUMNS),
     "speed": rows_as_measured("vit_speed-cpu-fp32", vit_speed.COLUMNS),
     "dense heads": rows_as_measured("families_speed-cpu-fp32", families_speed.COLUMNS),
     "depth": rows_as_measured("families_speed_dpt-cpu-fp32", families_speed.COLUMNS),

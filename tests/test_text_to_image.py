@@ -186,11 +186,15 @@ def test_ours_is_held_against_tomesd_at_no_more_cost():
     pytest.importorskip("skimage")
     from benchmarks.diffusion_quality import against_tomesd
 
-    row = lambda name, psnr, gflops, ms: {"method": name, "psnr": psnr, "gflops": gflops, "ms": ms}  # noqa: E731
-    rows = [row("plain", None, 9, 9), row("tomesd 1", 20.0, 5, 5), row("tomesd 2", 30.0, 2, 9)]
-    rows += [row("blocks 1", 22.0, 5, 6), row("blocks 2", 21.0, 4, 5), row("blocks 3", 27.0, 3, 8)]
-    first, second = against_tomesd(rows)
-    assert (first["by_flops"], first["by_flops_gain"]) == ("blocks 3", 7.0)
-    assert (first["by_time"], first["by_time_gain"]) == ("blocks 2", 1.0)
-    assert second["by_flops"] is None and second["by_flops_gain"] is None
-    assert (second["by_time"], second["by_time_gain"]) == ("blocks 3", -3.0)
+    def row(name, psnr, gflops):
+        return {"method": name, "psnr": psnr, "gflops": gflops, "fewer_flops": 9 / gflops}
+
+    tomesd = [f"tomesd {ratio}, max_downsample 1" for ratio in (0.25, 0.5)]
+    ours = [f"blocks {keep}" for keep in (0.5, 0.35, 0.25)]
+    rows = [row("plain", None, 9), row(tomesd[0], 20.0, 5), row(tomesd[1], 30.0, 2)]
+    rows += [row(name, psnr, gflops) for name, psnr, gflops in zip(ours, (22.0, 21.0, 27.0), (5, 4, 3), strict=True)]
+    speeds = {tomesd[0]: 1.2, ours[0]: 1.1, ours[1]: 1.2}
+    first, second = against_tomesd(rows, speeds)
+    assert (first["by_flops"], first["by_flops_gain"]) == (ours[2], 7.0)
+    assert (first["full_size"], first["by_speed"], first["by_speed_gain"]) == (1.2, ours[1], 1.0)
+    assert second["by_flops"] is second["by_flops_gain"] is second["full_size"] is second["by_speed"] is None
