@@ -1,7 +1,8 @@
 """The registry of methods for diffusion: by name, what reduces the networks of a pipeline, or one network alone.
 
 "Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
-stack clusters its own tokens, every second step where nothing else is said. "All": tomesd merges cross-attention and MLP too.
+stack clusters its own tokens, every second step where nothing else is said. "All pairs": density peaks without the spatial
+term, every fourth step. "All": tomesd merges cross-attention and MLP too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ TODO = {"ToDo 2": 2, "ToDo 4": 4}
 KEYS = {"scope": "attention", "reduce": "kv"}
 STACKS = {"cluster_per": "stack", "refresh_every": 2}
 MIXED = {"scope": {1: "attention", 2: "blocks"}, "reduce": "kv", **STACKS}
+# Tokens far apart on the grid may share a cluster: their own place says little to an attention that looks everywhere.
+ALL_PAIRS = {"clustering": "density_peaks", "num_spatial_neighbors": 0, "cluster_per": "stack", "refresh_every": 4}
 EVERY: dict[str, dict[str, Any]] = {
     "": {},
     ", every step": {"refresh_every": 1},
@@ -63,6 +66,14 @@ OURS: dict[str, dict[str, Any]] = {
             "first 4 steps whole": {"unreduced_first_steps": 4},
         }.items()
         for keep in (0.5, 0.25)
+    },
+    **{
+        f"{name}, all pairs": {**fields, **ALL_PAIRS}
+        for name, fields in {
+            "attention 0.25": {"scope": "attention", "keep_ratio": 0.25},
+            "attention 0.25 at full size": {"scope": "attention", "keep_ratio": {1: 0.25}},
+            "keys 0.0625 at full size, 0.25 at half": {**KEYS, "keep_ratio": {1: 0.0625, 2: 0.25}},
+        }.items()
     },
     **{
         f"keys {keys} at full size{every}": {"keep_ratio": {1: keys}, **KEYS, **STACKS, **steps}

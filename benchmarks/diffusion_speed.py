@@ -3,6 +3,11 @@
     python -m benchmarks.diffusion_speed                                   # SD 1.5 at 512, 768 and 1024, fp32, CPU
     python -m benchmarks.diffusion_speed --model sdxl --size 1024 --dtype bf16
     python -m benchmarks.diffusion_speed --device cuda --dtype bf16 --batch 2
+    python -m benchmarks.diffusion_speed --device cuda --dtype bf16 --steps 50             # whole generations
+    python -m benchmarks.diffusion_speed --device cuda --dtype bf16 --steps 50 --compile
+
+A whole generation is of one prompt under guidance, without text encoder and autoencoder. Compiled, every method has a UNet of
+its own on the same weights, because a graph holds what was on when it was made.
 
 Random weights: speed does not depend on them. Fidelity here is the cosine to the plain UNet's output on noise, a lower
 bound; quality is measured on a trained model. Every contender is undone before the next one's turn.
@@ -17,15 +22,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from ailurus_hf.clustering import configured
 from ailurus_hf.diffusion.installation import reducers_of
 from ailurus_hf.diffusion.reducer import cluster_tokens
 
-from .diffusion_methods import METHODS, switch_on
-from .harness import environment, log, markdown, methods_in_turn, model_flops, save
+from .diffusion_methods import METHODS, OURS, switch_on
+from .harness import environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -64,8 +69,9 @@ SHOWN = (
 COLUMNS = {
     "model": "model",
     "size": "image|{}²",
+    "steps": "steps",
     "method": "method",
-    "ms": "step|{:.0f} ms",
+    "ms": "time|{:.0f} ms",
     "speed_up": "speed-up|{:.2f}×",
     "ideal": "FLOPs-ideal|{:.2f}×",
     "share_of_ideal": "share|{:.3f}",
@@ -105,6 +111,40 @@ def step_of(unet: UNet2DConditionModel, arguments: dict[str, Any]) -> Tensor:
     named = {name: value for name, value in arguments.items() if name not in ("sample", "timestep")}
     result: Tensor = unet(arguments["sample"], arguments["timestep"], **named).sample
     return result
+
+
+def pipeline_of(model: str, unet: Any) -> Any:
+    """Stable Diffusion's own pipeline around a UNet, for embeddings in the place of prompts and latents as output."""
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "feature_extractor"))
+    if model == "sdxl":
+        parts |= dict.fromkeys(("text_encoder_2", "tokenizer_2", "image_encoder"))
+        pipe = StableDiffusionXLPipeline(**parts, unet=unet, scheduler=DDIMScheduler(), add_watermarker=False)
+    else:
+        parts["safety_checker"] = None
+        pipe = StableDiffusionPipeline(**parts, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generation(pipe: Any, arguments: dict[str, Any], steps: int) -> Tensor:
+    """Latents of a whole generation from one step's arguments."""
+    sample, embeds = arguments["sample"], arguments["encoder_hidden_states"]
+    pooled = {}
+    if "added_cond_kwargs" in arguments:
+        text = arguments["added_cond_kwargs"]["text_embeds"]
+        pooled = {"pooled_prompt_embeds": text, "negative_pooled_prompt_embeds": -text}
+    height, width = (8 * side for side in sample.shape[-2:])
+    made: Tensor = pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=-embeds,
+        **pooled,
+        latents=sample,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        output_type="latent",
+    ).images
+    return made
 
 
 def full_flops(model: str, size: int, batch: int) -> int:
@@ -149,30 +189,74 @@ def measure(
     methods: list[str],
     repeats: int,
     *,
-    unet: UNet2DConditionModel | None = None,
+    unet: UNet2DConditionModel,
     batch: int = 1,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    steps: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a method. Methods share the UNet: each is on during its own turn only."""
-    device = device or torch.device("cpu")
-    if unet is None:
-        unet = make_unet(model, device, dtype)
-    steps = [moved(inputs(model, size, batch, number), device, dtype) for number in range(2)]
+    """One row a method. Methods share the UNet: each is on during its own turn only.
+
+    steps: times whole generations of so many, not single steps.
+    """
+    given = [moved(inputs(model, size, batch, number), unet.device, unet.dtype) for number in range(2)]
     methods = ["plain", *(name for name in methods if name != "plain")]
+    pipe = pipeline_of(model, unet) if steps else None
+    # In single steps, timestep and all are the same in each turn: clusters are made in each, more often than in any use.
+    more = {} if steps else {"refresh_every": 1}
     rows = methods_in_turn(
         unet,
-        # Timestep and all are the same in each turn: clusters are made in each, as in no case they are more often.
-        {name: partial(switch_on, name, unet, (size // 8) ** 2, refresh_every=1) for name in methods},
-        lambda number: step_of(unet, steps[number % len(steps)]),
+        {name: partial(switch_on, name, pipe or unet, (size // 8) ** 2, **more) for name in methods},
+        lambda number: step_of(unet, given[number % len(given)]),
         full_flops(model, size, batch),
         repeats,
-        device,
+        unet.device,
         images=batch,
-        beside=lambda: clustering_steps(unet),
+        timed=(lambda number: generation(pipe, given[number % len(given)], steps)) if steps else None,
+        beside=None if steps else lambda: clustering_steps(unet),
     )
-    about = {"model": model, "size": size, "batch": batch}
+    about = {"model": model, "size": size, "batch": batch, "steps": steps}
     return [{**about, "ms": 1e3 * row.pop("seconds"), **row} for row in rows.values()]
+
+
+@torch.inference_mode()
+def measure_compiled(
+    model: str,
+    size: int,
+    methods: list[str],
+    repeats: int,
+    *,
+    unet: UNet2DConditionModel,
+    batch: int = 1,
+    steps: int | None = None,
+) -> list[dict[str, Any]]:
+    """As `measure`, in time alone, of UNets of their own that share weights, each compiled with its method on.
+
+    Plain and ours as one graph; the others may break it.
+    """
+    given = [moved(inputs(model, size, batch, number), unet.device, unet.dtype) for number in range(2)]
+    contenders: dict[str, Callable[[int], Any]] = {}
+    for name in ["plain", *(name for name in methods if name != "plain")]:
+        twin = twin_of(model, unet)
+        switch_on(name, twin, (size // 8) ** 2)
+        compiled = torch.compile(twin, fullgraph=name == "plain" or name in OURS)
+        if steps:
+            pipe = pipeline_of(model, compiled)
+            contenders[name] = lambda n, pipe=pipe: generation(pipe, given[n % len(given)], steps)
+        else:
+            contenders[name] = lambda n, compiled=compiled: step_of(compiled, given[n % len(given)])
+    seconds = interleaved(contenders, repeats, warmup=2, device=unet.device)
+    about = {"model": model, "size": size, "batch": batch, "steps": steps, "compiled": True}
+    return [
+        {**about, "method": name, "ms": 1e3 * taken, "speed_up": seconds["plain"] / taken}
+        for name, taken in seconds.items()
+    ]
+
+
+def twin_of(model: str, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Another UNet on the same weights."""
+    with torch.device("meta"):
+        twin = UNet2DConditionModel(**MODELS[model]).eval()
+    twin.load_state_dict(unet.state_dict(), assign=True)
+    return twin
 
 
 def make_unet(model: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -200,7 +284,9 @@ def main() -> None:
     parser.add_argument(
         "--channels-last", action="store_true", help="weights and images of convolutions in that layout"
     )
-    parser.add_argument("--name", help="of the result file (default: diffusion_speed_MODEL)")
+    parser.add_argument("--steps", type=int, help="time whole generations of so many steps")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile; times alone")
+    parser.add_argument("--name", help="of the result file (default: diffusion_speed_MODEL and what was asked for)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
@@ -208,12 +294,15 @@ def main() -> None:
     unet, rows = make_unet(args.model, args.device, DTYPES[args.dtype]), []
     if args.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
+    options = {"unet": unet, "batch": args.batch, "steps": args.steps}
     for size in args.size or SIZES[args.model]:
-        options = {"batch": args.batch, "device": args.device, "dtype": DTYPES[args.dtype]}
-        rows += measure(args.model, size, args.methods, args.repeats, unet=unet, **options)
-        log.info(markdown(rows[-len(args.methods) :], COLUMNS))
-    save(args.name or f"diffusion_speed_{args.model}", rows, environment(args.device, args.dtype))
-    print(markdown(rows, COLUMNS))
+        run = measure_compiled if args.compile else measure
+        new = run(args.model, size, args.methods, args.repeats, **options)
+        log.info(measured_columns(new, COLUMNS))
+        rows += new
+    kind = "_whole" * bool(args.steps) + "_compiled" * args.compile
+    save(args.name or f"diffusion_speed_{args.model}{kind}", rows, environment(args.device, args.dtype))
+    print(measured_columns(rows, COLUMNS))
 
 
 if __name__ == "__main__":

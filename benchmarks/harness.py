@@ -31,6 +31,7 @@ __all__ = [
     "interleaved",
     "log",
     "markdown",
+    "measured_columns",
     "methods_in_turn",
     "model_flops",
     "peak_bytes",
@@ -124,6 +125,11 @@ def peak_on_shapes(run: Callable[[], Any]) -> int:
     with torch.no_grad(), FusedAttention(), StorageWatch() as watch:
         run()
     return watch.most
+
+
+def measured_columns(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows under the headings of the benchmark that made them, where anything was measured."""
+    return markdown(rows, {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)})
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from . import (
     video_quality,
     vit_speed,
 )
-from .harness import RESULTS, markdown
+from .harness import RESULTS, markdown, measured_columns
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md", "docs/tables.md")
@@ -53,11 +53,6 @@ def source(result: dict[str, Any], name: str) -> str:
         f"benchmarks/results/{name}.json, "
         f"`{result['command']}`."
     )
-
-
-def measured_columns(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Rows under the headings of the benchmark that made them, where anything was measured."""
-    return markdown(rows, {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)})
 
 
 def rows_as_measured(name: str, columns: dict[str, str]) -> Callable[[], str]:

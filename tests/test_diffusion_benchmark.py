@@ -42,6 +42,40 @@ def test_every_method_takes_its_turn_and_is_undone(monkeypatch):
     assert ideal["blocks 0.25"] > ideal["keys 0.0625 at full size, blocks 0.25 at half"] > ideal["keys 0.25"] > 1
 
 
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_whole_generations(model, monkeypatch):
+    """With what SDXL's UNet takes beside the prompt, too."""
+    fields = {
+        **UNET,
+        **UP,
+        "attention_head_dim": 2,
+        "cross_attention_dim": diffusion_speed.MODELS[model]["cross_attention_dim"],
+    }
+    if model == "sdxl":
+        added = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        fields |= {name: diffusion_speed.MODELS[model][name] for name in added}
+    monkeypatch.setitem(diffusion_speed.MODELS, model, fields)
+    unet = diffusion_speed.make_unet(model, torch.device("cpu"), torch.float32)
+    calls = []
+    unet.register_forward_hook(lambda *args: calls.append(args[1][0].shape[0]))
+    before = traces(unet)
+    plain, ours = diffusion_speed.measure(model, 256, ["keys 0.25"], 1, unet=unet, steps=3)
+    assert traces(unet) == before and calls.count(2) == 3 * 2 * 2  # warmed up and timed; the others are single steps
+    assert plain["steps"] == ours["steps"] == 3 and ours["ideal"] > 1
+
+
+def test_compiled_unets_of_their_own_share_weights(monkeypatch):
+    monkeypatch.setitem(diffusion_speed.MODELS, "sd15", {**UNET, **UP, "attention_head_dim": 2})
+    unet = diffusion_speed.make_unet("sd15", torch.device("cpu"), torch.float32)
+    graphs = []
+    monkeypatch.setattr(torch, "compile", lambda twin, fullgraph: graphs.append((twin, fullgraph)) or twin)
+    rows = diffusion_speed.measure_compiled("sd15", 256, ["blocks 0.5", "ToDo 2"], 1, unet=unet)
+    assert [row["method"] for row in rows] == ["plain", "blocks 0.5", "ToDo 2"] and rows[0]["speed_up"] == 1
+    assert [fullgraph for _, fullgraph in graphs] == [True, True, False]
+    assert {twin.conv_in.weight.data_ptr() for twin, _ in graphs} == {unet.conv_in.weight.data_ptr()}
+    assert [ailurus_status(twin).active for twin, _ in graphs] == [False, True, False]
+
+
 def test_ideal_is_what_torch_counts(monkeypatch):
     fields = {**UNET, **UP, "attention_head_dim": 2}
     monkeypatch.setitem(diffusion_speed.MODELS, "tiny", fields)
