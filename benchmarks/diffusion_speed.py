@@ -115,13 +115,14 @@ def step_of(unet: UNet2DConditionModel, arguments: dict[str, Any]) -> Tensor:
 
 def pipeline_of(model: str, unet: Any) -> Any:
     """Stable Diffusion's own pipeline around a UNet, for embeddings in the place of prompts and latents as output."""
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "feature_extractor"))
     if model == "sdxl":
         parts |= dict.fromkeys(("text_encoder_2", "tokenizer_2", "image_encoder"))
-        pipe = StableDiffusionXLPipeline(**parts, unet=unet, scheduler=DDIMScheduler(), add_watermarker=False)
+        pipe = StableDiffusionXLPipeline(**parts, unet=unet, scheduler=scheduler, add_watermarker=False)
     else:
         parts["safety_checker"] = None
-        pipe = StableDiffusionPipeline(**parts, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
