@@ -36,11 +36,12 @@ from ailurus_hf.video.measures import psnr, ssim
 from examples.shape_scenes import draw, edge_adherence, edges, random_scene, read
 
 from .diffusion_methods import METHODS, OURS, TOMESD, switch_on
-from .harness import environment, interleaved, log, markdown, model_flops, save, switched
+from .harness import environment, interleaved, log, markdown, measured_columns, model_flops, save, switched
 
 # Two levels of the model have at least as many tokens.
 MIN_TOKENS = 256
 GUIDANCE = 3.0
+TASKS = ("text", "control")
 
 
 COLUMNS = {
@@ -136,12 +137,14 @@ def measure(task: Task, methods: list[str], repeats: int) -> tuple[list[dict[str
             flops = model_flops(lambda: one(0)) / task.steps
         rows[name] = {"method": name, **task.scores(pictures[name], pictures["plain"]), "gflops": flops / 1e9}
     rows["plain"] |= {"psnr": None, "ssim": None}
-    seconds = interleaved(
-        dict.fromkeys(methods, one), repeats, warmup=1, around=lambda name: switched_on(name, task.pipe)
-    )
-    for name, row in rows.items():
-        row["ms"], row["speed_up"] = 1e3 * seconds[name] / task.steps, seconds["plain"] / seconds[name]
+    for row in rows.values():
         row["fewer_flops"] = rows["plain"]["gflops"] / row["gflops"]
+    if repeats:
+        seconds = interleaved(
+            dict.fromkeys(methods, one), repeats, warmup=1, around=lambda name: switched_on(name, task.pipe)
+        )
+        for name, row in rows.items():
+            row["ms"], row["speed_up"] = 1e3 * seconds[name] / task.steps, seconds["plain"] / seconds[name]
     return list(rows.values()), pictures
 
 
@@ -213,7 +216,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=5, help="of whole generations, for the time of a step")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of whole generations, for the time of a step; 0: not timed"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument(
         "--shown",
@@ -235,7 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--speeds", type=Path, help="a result of benchmarks.diffusion_speed at 512, for what is no slower than tomesd"
     )
-    parser.add_argument("--without-control", action="store_true", help="text to image only")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="from text, from text and edges")
     parser.add_argument("--output", type=Path, help="folder of the pictures (default: where the results go)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -243,21 +248,18 @@ def main() -> None:
     output = args.output or folder.parent
     output.mkdir(parents=True, exist_ok=True)
     speeds = speeds_of(json.loads(args.speeds.read_text())) if args.speeds else {}
-    tasks = {"text": False}
-    if (folder / "controlnet").is_dir() and not args.without_control:
-        tasks["control"] = True
-    rows: list[dict[str, Any]] = []
-    for name, controlled in tasks.items():
+    about = {"prompts": args.prompts, "seeds": args.seeds, "steps": args.steps}
+    for name in args.tasks:
+        controlled = name == "control"
         task = Task(load(args.model, controlled), args.prompts, args.seeds, args.steps)
         measured, pictures = measure(task, args.methods, args.repeats)
-        rows += [{"task": name, **row} for row in measured]
         path = output / f"{folder.name}-{name}-reduced.png"
         sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)
         log.info("wrote %s", path)
-        columns = COLUMNS if controlled else {key: head for key, head in COLUMNS.items() if key != "edges"}
-        print(f"\n{name}\n\n{markdown(measured, columns)}\n\n{markdown(against_tomesd(measured, speeds), AGAINST)}")
-    about = {"prompts": args.prompts, "seeds": args.seeds, "steps": args.steps}
-    save("diffusion_quality", rows, {**environment(torch.device("cpu"), "fp32"), **about})
+        print(
+            f"\n{name}\n\n{measured_columns(measured, COLUMNS)}\n\n{markdown(against_tomesd(measured, speeds), AGAINST)}"
+        )
+        save(f"diffusion_quality_{name}", measured, {**environment(torch.device("cpu"), "fp32"), **about})
 
 
 if __name__ == "__main__":

@@ -149,9 +149,9 @@ def pictures_table(task: str) -> Callable[[], str]:
     """What each method does to the pictures of the trained text-to-image model, and ours against each setting of tomesd."""
 
     def table() -> str:
-        name = "diffusion_quality-cpu-fp32"
+        name = f"diffusion_quality_{task}-cpu-fp32"
         result = load(name)
-        rows = [row for row in result["rows"] if row["task"] == task]
+        rows = result["rows"]
         speeds = diffusion_quality.speeds_of(load("diffusion_speed_sd15-cpu-fp32"))
         against = markdown(diffusion_quality.against_tomesd(rows, speeds), diffusion_quality.AGAINST)
         head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps.\n\n"

@@ -215,11 +215,12 @@ def test_pictures_are_shown_by_task_and_beside_tomesd(tmp_path, monkeypatch):
     row = {"ssim": 0.9, "facts": 0.8, "gflops": 2.0, "fewer_flops": 2.0, "ms": 5.0, "speed_up": 2.0, "edges": None}
     tomesd = "tomesd 0.5, max_downsample 1"
     of = {"plain": None, tomesd: 20.0, "keys 0.25": 23.0}
-    rows = [{"task": "text", "method": name, "psnr": psnr, **row} for name, psnr in of.items()]
-    rows += [{"task": "control", "method": "keys 0.5", "psnr": 30.0, **row, "edges": 0.7}]
+    rows = [{"method": name, "psnr": psnr, **row} for name, psnr in of.items()]
     about = {"device": "a CPU", "precision": "fp32", "versions": {}, "date": "today", "command": "python"}
-    result = {**about, "prompts": 12, "seeds": 1, "steps": 20, "rows": rows}
-    (tmp_path / "diffusion_quality-cpu-fp32.json").write_text(json.dumps(result))
+    about = {**about, "prompts": 12, "seeds": 1, "steps": 20}
+    controlled = [{"method": "keys 0.5", "psnr": 30.0, **row, "edges": 0.7}]
+    for task, of_task in (("text", rows), ("control", controlled)):
+        (tmp_path / f"diffusion_quality_{task}-cpu-fp32.json").write_text(json.dumps({**about, "rows": of_task}))
     speeds = [{"method": name, "size": 512, "speed_up": 1.2} for name in (tomesd, "keys 0.25")]
     (tmp_path / "diffusion_speed_sd15-cpu-fp32.json").write_text(json.dumps({"rows": speeds}))
     text = report.rewritten(marked)
