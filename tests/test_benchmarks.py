@@ -215,17 +215,20 @@ def test_pictures_are_shown_by_task_and_beside_tomesd(tmp_path, monkeypatch):
     row = {"ssim": 0.9, "facts": 0.8, "gflops": 2.0, "fewer_flops": 2.0, "ms": 5.0, "speed_up": 2.0, "edges": None}
     tomesd = "tomesd 0.5, max_downsample 1"
     of = {"plain": None, tomesd: 20.0, "keys 0.25": 23.0}
-    rows = [{"method": name, "psnr": psnr, **row} for name, psnr in of.items()]
+    rows = [{"method": name, "psnr": psnr, "psnr_of_all": psnr, **row} for name, psnr in of.items()]
     about = {"device": "a CPU", "precision": "fp32", "versions": {}, "date": "today", "command": "python"}
     about = {**about, "prompts": 12, "seeds": 1, "steps": 20}
-    controlled = [{"method": "keys 0.5", "psnr": 30.0, **row, "edges": 0.7}]
+    controlled = [{"method": "keys 0.5", "psnr": 30.0, "psnr_of_all": 29.0, **row, "edges": 0.7}]
     for task, of_task in (("text", rows), ("control", controlled)):
         (tmp_path / f"diffusion_quality_{task}-cpu-fp32.json").write_text(json.dumps({**about, "rows": of_task}))
     speeds = [{"method": name, "size": 512, "speed_up": 1.2} for name in (tomesd, "keys 0.25")]
     (tmp_path / "diffusion_speed_sd15-cpu-fp32.json").write_text(json.dumps({"rows": speeds}))
     text = report.rewritten(marked)
-    assert "| keys 0.25 | 23.00 dB |" in text and "edges" not in text and "keys 0.5" not in text
-    assert f"| {tomesd} | 20.00 dB | 2.00× | keys 0.25 | +3.00 dB | 1.20× | keys 0.25 | +3.00 dB |" in text
+    assert "| keys 0.25 | 23.00 dB | 23.00 dB |" in text and "edges" not in text and "keys 0.5" not in text
+    assert (
+        f"| {tomesd} | 20.00 dB | 2.00× | keys 0.25 | +3.00 dB | +3.00 dB | 1.20× | keys 0.25 | +3.00 dB | +3.00 dB |"
+        in text
+    )
     assert (
         "| keys 0.5 |" in (both := report.rewritten(marked.replace("text", "text and edges"))) and "| 0.700 |" in both
     )
