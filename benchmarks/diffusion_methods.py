@@ -2,7 +2,8 @@
 
 "Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
 stack clusters its own tokens, every second step where nothing else is said. "All pairs": density peaks without the spatial
-term, every fourth step. "All": tomesd merges cross-attention and MLP too.
+term, every fourth step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
+cross-attention and MLP too.
 """
 
 from __future__ import annotations
@@ -73,6 +74,18 @@ OURS: dict[str, dict[str, Any]] = {
             "attention 0.25": {"scope": "attention", "keep_ratio": 0.25},
             "attention 0.25 at full size": {"scope": "attention", "keep_ratio": {1: 0.25}},
             "keys 0.0625 at full size, 0.25 at half": {**KEYS, "keep_ratio": {1: 0.0625, 2: 0.25}},
+        }.items()
+    },
+    **{
+        f"{name}, halves apart": {**fields, "share_cfg": False}
+        for name, fields in {
+            "keys 0.03125 at full size, 0.25 at half": {**KEYS, **STACKS, "keep_ratio": {1: 0.03125, 2: 0.25}},
+            "keys 0.0625 at full size, blocks 0.35 at half": {**MIXED, "keep_ratio": {1: 0.0625, 2: 0.35}},
+            "keys 0.03125 at full size, merged projections 0.2 at half": {
+                **MIXED,
+                "keep_ratio": {1: 0.03125, 2: 0.2},
+                "projections": "merged",
+            },
         }.items()
     },
     **{
