@@ -152,10 +152,10 @@ def pictures_table(task: str) -> Callable[[], str]:
         name = f"diffusion_quality_{task}-cpu-fp32"
         result = load(name)
         rows = result["rows"]
-        speeds = diffusion_quality.speeds_of(load("diffusion_speed_sd15-cpu-fp32"))
+        speeds = diffusion_quality.speeds_of(load("diffusion_speed_methods_sd15-cpu-bf16"))
         against = markdown(diffusion_quality.against_tomesd(rows, speeds), diffusion_quality.AGAINST)
         head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps.\n\n"
-        line = "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of this model and by the time of a step of SD 1.5 at 512²:\n\n"
+        line = "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of this model and by the time of a step of SD 1.5 at 512² in half precision:\n\n"
         return head + measured_columns(rows, diffusion_quality.COLUMNS) + line + against + "\n" + source(result, name)
 
     return table
@@ -174,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "detection": rows_as_measured("detection_speed-cpu-fp32", detection_speed.COLUMNS),
     "diffusion": rows_as_measured("diffusion_speed_sd15-cpu-fp32", diffusion_speed.COLUMNS),
     "diffusion in half precision": rows_as_measured("diffusion_speed_sd15-cpu-bf16", diffusion_speed.COLUMNS),
+    "settings in half precision": rows_as_measured("diffusion_speed_methods_sd15-cpu-bf16", diffusion_speed.COLUMNS),
     "diffusion at 1024": rows_as_measured("diffusion_speed_1024_sd15-cpu-fp32", diffusion_speed.COLUMNS),
     "SDXL": rows_as_measured("diffusion_speed_sdxl-cpu-bf16", diffusion_speed.COLUMNS),
     "pictures from text": pictures_table("text"),

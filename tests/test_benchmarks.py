@@ -222,7 +222,7 @@ def test_pictures_are_shown_by_task_and_beside_tomesd(tmp_path, monkeypatch):
     for task, of_task in (("text", rows), ("control", controlled)):
         (tmp_path / f"diffusion_quality_{task}-cpu-fp32.json").write_text(json.dumps({**about, "rows": of_task}))
     speeds = [{"method": name, "size": 512, "speed_up": 1.2} for name in (tomesd, "keys 0.25")]
-    (tmp_path / "diffusion_speed_sd15-cpu-fp32.json").write_text(json.dumps({"rows": speeds}))
+    (tmp_path / "diffusion_speed_methods_sd15-cpu-bf16.json").write_text(json.dumps({"rows": speeds}))
     text = report.rewritten(marked)
     assert "| keys 0.25 | 23.00 dB | 23.00 dB |" in text and "edges" not in text and "keys 0.5" not in text
     assert (
