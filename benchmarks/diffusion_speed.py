@@ -183,6 +183,21 @@ def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
     return run
 
 
+def inputs_for(unet: UNet2DConditionModel, model: str, size: int, batch: int) -> list[dict[str, Any]]:
+    """Arguments of two different steps, where the UNet is and in its precision."""
+    return [moved(inputs(model, size, batch, number), unet.device, unet.dtype) for number in range(2)]
+
+
+def runner(target: Any, given: list[dict[str, Any]], steps: int | None = None) -> Callable[[int], Tensor]:
+    """A step of a UNet on the inputs of a number, or a whole generation of a pipeline."""
+    run = partial(generation, steps=steps) if steps else step_of
+    return lambda number: run(target, given[number % len(given)])
+
+
+def plain_first(methods: list[str]) -> list[str]:
+    return ["plain", *(name for name in methods if name != "plain")]
+
+
 @torch.inference_mode()
 def measure(
     model: str,
@@ -198,20 +213,19 @@ def measure(
 
     steps: times whole generations of so many, not single steps.
     """
-    given = [moved(inputs(model, size, batch, number), unet.device, unet.dtype) for number in range(2)]
-    methods = ["plain", *(name for name in methods if name != "plain")]
-    pipe = pipeline_of(model, unet) if steps else None
+    given = inputs_for(unet, model, size, batch)
+    target = pipeline_of(model, unet) if steps else unet
     # In single steps, timestep and all are the same in each turn: clusters are made in each, more often than in any use.
     more = {} if steps else {"refresh_every": 1}
     rows = methods_in_turn(
         unet,
-        {name: partial(switch_on, name, pipe or unet, (size // 8) ** 2, **more) for name in methods},
-        lambda number: step_of(unet, given[number % len(given)]),
+        {name: partial(switch_on, name, target, (size // 8) ** 2, **more) for name in plain_first(methods)},
+        runner(unet, given),
         full_flops(model, size, batch),
         repeats,
         unet.device,
         images=batch,
-        timed=(lambda number: generation(pipe, given[number % len(given)], steps)) if steps else None,
+        timed=runner(target, given, steps),
         beside=None if steps else lambda: clustering_steps(unet),
     )
     about = {"model": model, "size": size, "batch": batch, "steps": steps}
@@ -233,17 +247,13 @@ def measure_compiled(
 
     Plain and ours as one graph; the others may break it.
     """
-    given = [moved(inputs(model, size, batch, number), unet.device, unet.dtype) for number in range(2)]
+    given = inputs_for(unet, model, size, batch)
     contenders: dict[str, Callable[[int], Any]] = {}
-    for name in ["plain", *(name for name in methods if name != "plain")]:
+    for name in plain_first(methods):
         twin = twin_of(model, unet)
         switch_on(name, twin, (size // 8) ** 2)
         compiled = torch.compile(twin, fullgraph=name == "plain" or name in OURS)
-        if steps:
-            pipe = pipeline_of(model, compiled)
-            contenders[name] = lambda n, pipe=pipe: generation(pipe, given[n % len(given)], steps)
-        else:
-            contenders[name] = lambda n, compiled=compiled: step_of(compiled, given[n % len(given)])
+        contenders[name] = runner(pipeline_of(model, compiled) if steps else compiled, given, steps)
     # All twins run the same code, of which torch keeps no more than 8 graphs unless told otherwise.
     with torch._dynamo.config.patch(recompile_limit=8 * len(contenders)):
         seconds = interleaved(contenders, repeats, warmup=2, device=unet.device)

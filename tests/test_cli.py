@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
-from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, doctor
+from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, config, doctor
 from ailurus_hf.cli import AILURUS_FIELDS, build_parser, main
 from ailurus_hf.comparison import confusion, mean_iou
 from ailurus_hf.segmenter import sliding_window_logits
@@ -306,8 +306,10 @@ def test_no_traceback_in_a_process_of_its_own() -> None:
     ]
 
 
-def test_the_fields_of_the_configuration_have_options() -> None:
+def test_the_choices_are_those_of_the_configuration() -> None:
     usage = build_parser()._subparsers._group_actions[0].choices["segment"].format_help()
+    for choices in (config.CLUSTERINGS, config.RESTORES, config.RESTORE_PLACES):
+        assert "{" + ",".join(choices) + "}" in usage
     assert {f"--{name.replace('_', '-')}" for name in AILURUS_FIELDS} <= set(re.findall(r"--[\w-]+", usage))
 
 

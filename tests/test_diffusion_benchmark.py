@@ -11,7 +11,7 @@ from diffusion_models import UNET, UP
 from test_diffusion_behaviours import traces
 
 from ailurus_hf import ailurus_status, apply_ailurus
-from benchmarks import diffusion_speed, harness
+from benchmarks import diffusion_methods, diffusion_speed, harness
 from benchmarks.peers.todo import ToDoProcessor
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +40,21 @@ def test_every_method_takes_its_turn_and_is_undone(monkeypatch):
     assert ideal["blocks 0.25"] > ideal["blocks 0.5"]
     assert ideal["blocks of each stack 0.25"] == ideal["blocks 0.25"]
     assert ideal["blocks 0.25"] > ideal["keys 0.0625 at full size, blocks 0.25 at half"] > ideal["keys 0.25"] > 1
+
+
+def test_every_method_of_the_registry_runs_and_is_undone(monkeypatch):
+    monkeypatch.setitem(diffusion_speed.MODELS, "tiny", {**UNET, **UP, "attention_head_dim": 2})
+    unet = diffusion_speed.make_unet("tiny", torch.device("cpu"), torch.float32)
+    before, step = traces(unet), diffusion_speed.inputs("tiny", 256, 1, 0)
+    with torch.no_grad():
+        plain = diffusion_speed.step_of(unet, step)
+        for name in diffusion_methods.METHODS[1:]:
+            off = diffusion_methods.switch_on(name, unet, 32 * 32, min_tokens=256)
+            changes = not torch.equal(diffusion_speed.step_of(unet, step), plain)
+            assert changes or "first 4 steps whole" in name, name
+            off()
+            assert traces(unet) == before, name
+        assert torch.equal(diffusion_speed.step_of(unet, step), plain)
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])

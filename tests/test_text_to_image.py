@@ -193,12 +193,15 @@ def test_ours_is_held_against_tomesd_at_no_more_cost():
     def row(name, psnr, gflops):
         return {"method": name, "psnr": psnr, "psnr_of_all": psnr, "gflops": gflops, "fewer_flops": 9 / gflops}
 
-    tomesd = [f"tomesd {ratio}, max_downsample 1" for ratio in (0.25, 0.5)]
+    tomesd = [f"tomesd {ratio}, max_downsample 1" for ratio in (0.25, 0.5, 0.75)]
     ours = [f"blocks {keep}" for keep in (0.5, 0.35, 0.25)]
-    rows = [row("plain", None, 9), row(tomesd[0], 20.0, 5), row(tomesd[1], 30.0, 2)]
+    rows = [row("plain", None, 9), row(tomesd[0], 20.0, 5), row(tomesd[1], 30.0, 2), row(tomesd[2], 30.0, 3)]
     rows += [row(name, psnr, gflops) for name, psnr, gflops in zip(ours, (22.0, 21.0, 27.0), (5, 4, 3), strict=True)]
-    speeds = {tomesd[0]: 1.2, ours[0]: 1.1, ours[1]: 1.2}
-    first, second = against_tomesd(rows, speeds)
+    speeds = {tomesd[0]: 1.2, tomesd[1]: 1.1, ours[0]: 1.1, ours[1]: 1.2}
+    first, second, untimed = against_tomesd(rows, speeds)
     assert (first["by_flops"], first["by_flops_psnr"]) == (ours[2], 7.0)
     assert (first["full_size"], first["by_speed"], first["by_speed_psnr"]) == (1.2, ours[1], 1.0)
-    assert second["by_flops"] is second["by_flops_psnr"] is second["full_size"] is second["by_speed"] is None
+    assert second["by_flops"] is None and second["by_flops_psnr"] is None
+    assert (second["by_speed"], second["by_speed_psnr"]) == (ours[0], -8.0)
+    assert untimed["by_flops"] == ours[2]
+    assert untimed["full_size"] is untimed["by_speed"] is untimed["by_speed_psnr"] is None
