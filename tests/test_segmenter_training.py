@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-import ailurus_hf.segmenter  # noqa: F401  registers Segmenter
+from ailurus_hf.segmenter import SegmenterForSemanticSegmentation
 
 pytest.importorskip("accelerate")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,6 +25,7 @@ from camvid_data import (  # noqa: E402
     training_batch,
     window_positions,
 )
+from widen_segmenter import widened  # noqa: E402
 
 
 def run(script, *args):
@@ -109,3 +110,28 @@ def test_scores_are_of_the_whole_confusion_matrix():
     assert result["iou"]["sky"] == 75.0 and result["iou"]["building"] == 66.67
     assert result["miou"] == 70.83  # classes that occur nowhere do not count
     assert result["pixel_accuracy"] == 83.33
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_widened_segmenter_computes_the_same(factor):
+    narrow = SegmenterForSemanticSegmentation.from_pretrained(EXAMPLES / "assets" / "segmenter-camvid").eval()
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 160, 240)
+    with torch.no_grad():
+        before = narrow(image).logits
+        same = widened(narrow, factor).eval()
+        torch.testing.assert_close(same(image).logits, before, atol=1e-4, rtol=1e-4)
+        noisy = widened(narrow, factor, noise=0.02).eval()
+        assert 1e-3 < (noisy(image).logits - before).abs().mean() < 0.2 * before.std()
+    assert same.config.encoder_config.hidden_size == factor * 192
+    assert same.config.encoder_config.num_attention_heads == factor * 3
+
+
+def test_training_goes_on_from_a_widened_segmenter(camvid, tmp_path):
+    source = EXAMPLES / "assets" / "segmenter-camvid"
+    run("widen_segmenter.py", "--model", source, "--output", tmp_path / "wide")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "wide").size == {"shortest_edge": 720}
+    train = ["--data", camvid, "--batch-size", 1, "--max-minutes", 1e9, "--epochs", 0.5]
+    run("train_segmenter.py", *train, "--init", tmp_path / "wide", "--output", tmp_path / "run")
+    trained = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run" / "best")
+    assert trained.config.encoder_config.hidden_size == 384
