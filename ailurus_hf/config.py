@@ -181,7 +181,8 @@ class AiluRusDiffusionConfig:
     scope: "blocks" (whole stacks of transformer blocks run on M tokens: self-attention with counts, cross-attention and
         MLP; each token then adds what its representative gained) or "attention" (self-attention alone). Or, for UNets, a
         dict from resolutions, as in keep_ratio, to these: those that it leaves out are of scope "blocks".
-    reduce: with scope="attention", "qkv", or "kv" (every token still asks; only keys and values are merged).
+    reduce: with scope="attention", "qkv", or "kv" (every token still asks; only keys and values are merged). Or a dict from
+        resolutions to these, for UNets: those that it leaves out are of "qkv".
     cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged at the
         output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and one block
         more is a small share of what they have: 1 is the default. In UNets convolutions come first.
@@ -204,7 +205,7 @@ class AiluRusDiffusionConfig:
     keep_ratio: float | Mapping[int, float] = 0.5
     min_tokens: int = 1024
     scope: str | Mapping[int, str] = "blocks"
-    reduce: str = "qkv"
+    reduce: str | Mapping[int, str] = "qkv"
     cluster_location: int = 1
     cluster_per: str = "resolution"
     projections: str = "all"
@@ -220,7 +221,7 @@ class AiluRusDiffusionConfig:
     check_finite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("keep_ratio", "scope"):
+        for name in ("keep_ratio", "scope", "reduce"):
             if isinstance(value := getattr(self, name), Mapping):
                 # JSON knows no whole numbers as keys.
                 levels = {int(level): of_level for level, of_level in value.items()}
@@ -228,7 +229,7 @@ class AiluRusDiffusionConfig:
                 wrong = sorted(level for level in levels if level < 1 or level & (level - 1))
                 if wrong or not levels:
                     raise AiluRusError(f"{name}'s keys must be of 1, 2, 4, 8, ..., got {wrong or 'none'}")
-        for ratio in self.keep_ratio.values() if isinstance(self.keep_ratio, Mapping) else [self.keep_ratio]:
+        for ratio in _of_levels(self.keep_ratio):
             if not 0 < ratio <= 1:
                 raise AiluRusError(f"keep_ratio must be above 0 and at most 1, got {ratio}")
         for name, least in (("min_tokens", 1), ("refresh_every", 1), ("cluster_location", 0)):
@@ -238,14 +239,15 @@ class AiluRusDiffusionConfig:
             if getattr(self, name) < 0:
                 raise AiluRusError(f"{name} must be 0 or more, got {getattr(self, name)}")
         check_settings(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
-        for scope in self.scope.values() if isinstance(self.scope, Mapping) else [self.scope]:
+        for scope in _of_levels(self.scope):
             _check_choice("scope", scope, SCOPES)
+        for reduce in _of_levels(self.reduce):
+            _check_choice("reduce", reduce, REDUCES)
         _check_choice("cluster_per", self.cluster_per, CLUSTER_PER)
-        _check_choice("reduce", self.reduce, REDUCES)
         _check_choice("projections", self.projections, PROJECTIONS)
         _check_choice("frames", self.frames, FRAMES)
         _check_choice("clustering", self.clustering, CLUSTERINGS)
-        if self.reduce == "kv" and not self.has_scope("attention"):
+        if "kv" in _of_levels(self.reduce) and not self.has_scope("attention"):
             raise AiluRusError(f"reduce='kv' keeps every token's query: use scope='attention', got {self.scope!r}")
 
     def clusters_for(self, num_tokens: int, level: int) -> int:
@@ -258,6 +260,10 @@ class AiluRusDiffusionConfig:
     def scope_at(self, level: int) -> str:
         """The scope at a grid whose sides are `level` times smaller than the latents'."""
         return self.scope.get(level, "blocks") if isinstance(self.scope, Mapping) else self.scope
+
+    def merges_queries(self, level: int) -> bool:
+        """Whether self-attention at such a grid, if it alone is reduced, asks for M tokens and not for all N."""
+        return (self.reduce.get(level, "qkv") if isinstance(self.reduce, Mapping) else self.reduce) == "qkv"
 
     def has_scope(self, scope: str) -> bool:
         """Whether some resolution may be of this scope."""
@@ -292,6 +298,11 @@ def _each(value: Any) -> tuple:
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
+
+
+def _of_levels(value: Any) -> list:
+    """One value a level, or the value of all."""
+    return list(value.values()) if isinstance(value, Mapping) else [value]
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:

@@ -219,6 +219,24 @@ def test_a_ratio_for_each_level():
     assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(63, 8), (20, 10)}
 
 
+@pytest.mark.parametrize("name", ["UNet", "ControlNet", "UNetMotionModel"])
+def test_queries_are_merged_at_the_levels_that_say_so(name):
+    network, x = make_network(name), sample(name)
+    plain = predict(network, name, x)
+
+    def reduced(reduce):
+        out = predict(apply_ailurus(network, **SETTINGS, scope="attention", reduce=reduce), name, x)
+        return out, sum(place.reduced_flops for place in ailurus_status(network).places)
+
+    (merged, fewest), (keys, most) = reduced("qkv"), reduced("kv")
+    mixed, between = reduced({2: "kv"})
+    assert fewest < between < most
+    assert not torch.allclose(mixed, merged) and not torch.allclose(mixed, keys)
+    assert torch.equal(reduced({1: "kv", 2: "kv"})[0], keys)
+    assert torch.equal(reduced({16: "kv"})[0], merged)
+    assert torch.equal(predict(remove_ailurus(network), name, x), plain)
+
+
 @pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "ControlNet", "UNetMotionModel"])
 @pytest.mark.parametrize("projections", ["all", "merged"])
 def test_a_scope_for_each_level(name, projections):
@@ -381,6 +399,9 @@ def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
         ({"projections": "some"}, "'some'"),
         ({"reduce": "q", "scope": "attention"}, "'q'"),
         ({"reduce": "kv"}, "scope='attention'"),
+        ({"reduce": {1: "kv"}}, "scope='attention'"),
+        ({"reduce": {1: "kv", 2: "q"}, "scope": "attention"}, "'q'"),
+        ({"reduce": {3: "kv"}, "scope": "attention"}, "reduce's keys.*3"),
         ({"clustering": "k-means"}, "'k-means'"),
         ({"alpha": 2}, "2"),
         ({"keep": 0.5}, "keep_ratio"),
@@ -397,7 +418,9 @@ def test_wrong_settings_name_the_number_and_leave_the_network_as_it_was(fields, 
 def test_the_config_survives_json():
     import json
 
-    config = AiluRusDiffusionConfig(keep_ratio={1: 0.25, 2: 0.5}, scope={1: "attention"}, refresh_every=3)
+    config = AiluRusDiffusionConfig(
+        keep_ratio={1: 0.25, 2: 0.5}, scope={1: "attention"}, reduce={1: "kv"}, refresh_every=3
+    )
     assert AiluRusDiffusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 

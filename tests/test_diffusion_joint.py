@@ -243,9 +243,10 @@ def test_calls_that_cannot_be_followed_are_refused(name):
 
 
 @on_both
-def test_a_scope_for_each_level_is_refused(name):
-    with pytest.raises(AiluRusError, match=r"one resolution.*\{2: 'attention'\}"):
-        apply_ailurus(make_network(name), **SETTINGS, scope={2: "attention"})
+@pytest.mark.parametrize("fields", [{"scope": {2: "attention"}}, {"scope": "attention", "reduce": {2: "kv"}}])
+def test_other_ways_for_each_level_are_refused(name, fields):
+    with pytest.raises(AiluRusError, match=r"one resolution.*\{2: '"):
+        apply_ailurus(make_network(name), **SETTINGS, **fields)
 
 
 def test_a_cache_of_block_outputs_is_refused():

@@ -37,8 +37,10 @@ class CrossFrameProcessor(AiluRusProcessor):
         frames_at_once: int | None = None,
         stands_for: AiluRusProcessor | None = None,
     ) -> None:
-        reduce = "qkv" if stands_for is None else stands_for.config.reduce
-        super().__init__(reduce=reduce, assign=_no_clusters if stands_for is None else stands_for.assign)
+        super().__init__(
+            assign=_no_clusters if stands_for is None else stands_for.assign,
+            merges_queries=None if stands_for is None else stands_for.merges_queries,
+        )
         if frames_at_once is not None and frames_at_once < 1:
             raise AiluRusError(f"frames_at_once must be at least 1, got {frames_at_once}")
         self.frames = frames or Frames.attending("own", [0])

@@ -64,7 +64,9 @@ def _install_stacks(reducer: NetworkReducer, config: AiluRusDiffusionConfig) -> 
         StackHooks(reducer, stack).install()
     if config.has_scope("attention"):
         fields = {name: value for name, value in config.to_dict().items() if name in AiluRusProcessor.FIELDS}
-        reducer.set_processor(AiluRusProcessor(**fields, assign=reducer.assign_current))
+        reducer.set_processor(
+            AiluRusProcessor(**fields, assign=reducer.assign_current, merges_queries=reducer.merges_queries)
+        )
 
 
 def uninstall(target: Any) -> None:
@@ -108,7 +110,8 @@ def status(target: Any) -> Status:
 
 def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Place:
     record, config = reducer.records[stack.name], reducer.config
-    scope = reducer.last_scopes.get(stack.name, config.scope)
+    level = reducer.last_levels.get(stack.name)
+    scope = config.scope if level is None else config.scope_at(level)
     if scope == "attention":
         restored = "after self-attention (copy)"
     else:
@@ -124,7 +127,7 @@ def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Pla
     elif record.last_tokens is not None and record.last_clusters_count is not None:
         tokens, clusters = record.last_tokens, record.last_clusters_count
         others = tokens if scope == "attention" else clusters
-        queries = tokens if scope == "attention" and config.reduce == "kv" else clusters
+        queries = tokens if scope == "attention" and level and not config.merges_queries(level) else clusters
         projected = clusters if scope == "blocks" and config.projections == "merged" else tokens
         whole = [block_flops(block, tokens, tokens, tokens, record.attended) for block in stack.blocks]
         first = reducer.first_reduced(stack)

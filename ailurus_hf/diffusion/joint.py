@@ -58,10 +58,10 @@ class JointReducer(NetworkReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.config.scope, str):
+        if not (isinstance(self.config.scope, str) and isinstance(self.config.reduce, str)):
             raise AiluRusError(
-                f"{type(self.network).__name__} has one resolution: scope must be 'blocks' or 'attention', "
-                f"got {self.config.scope}"
+                f"{type(self.network).__name__} has one resolution: scope and reduce must be one for all, "
+                f"got {self.config.scope!r} and {self.config.reduce!r}"
             )
         self.is_flux = isinstance(self.network, FluxTransformer2DModel)
         self.text_tokens = 0

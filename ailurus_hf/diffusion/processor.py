@@ -8,6 +8,7 @@ scope="attention" makes one that shares assignments.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,10 +51,13 @@ class AiluRusProcessor:
         grid: Sequence[int] | None = None,
         *,
         assign: Assign | None = None,
+        merges_queries: Callable[[], bool] | None = None,
         **config_fields: Any,
     ) -> None:
-        if assign is None and isinstance(keep_ratio, Mapping):
-            raise AiluRusError(f"a processor knows no resolutions: keep_ratio must be one number, got {keep_ratio!r}")
+        if assign is None:
+            for name, value in {"keep_ratio": keep_ratio, "reduce": config_fields.get("reduce")}.items():
+                if isinstance(value, Mapping):
+                    raise AiluRusError(f"a processor knows no resolutions: {name} must be one for all, got {value!r}")
         unknown = sorted(set(config_fields) - set(self.FIELDS))
         if unknown:
             raise AiluRusError(f"AiluRusProcessor has no fields {unknown}; it has grid, {', '.join(self.FIELDS)}")
@@ -63,6 +67,7 @@ class AiluRusProcessor:
         self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
         self.clustering = configured(self.config)
         self.assign = assign or self.cluster
+        self.merges_queries = merges_queries or functools.partial(self.config.merges_queries, 1)
 
     def __call__(
         self,
@@ -87,15 +92,16 @@ class AiluRusProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         clusters, asking, answering = None, hidden_states, encoder_hidden_states
+        unfolds = False
         if answering is None:
             clusters = self.assign(hidden_states) if attention_mask is None else None
             answering = hidden_states if clusters is None else clusters.merge(hidden_states)
-            if self.config.reduce == "qkv":
-                asking = answering
+            unfolds = clusters is not None and self.merges_queries()
+            asking = answering if unfolds else asking
         elif attn.norm_cross:
             answering = attn.norm_encoder_hidden_states(answering)
         hidden_states = self._attention(attn, asking, answering, attention_mask, clusters)
-        if clusters is not None and self.config.reduce == "qkv":
+        if clusters is not None and unfolds:
             hidden_states = clusters.unmerge(hidden_states)
 
         if residual.ndim == 4:

@@ -45,7 +45,7 @@ class NetworkReducer:
     """Hooks on one network. `pipeline` knows the schedule and whether guidance is on; it may be gone, or never was.
 
     processor, previous_processors: with scope="attention", what self-attention runs on now, and what it ran on before.
-    last_scopes: of each stack, in the last forward.
+    last_levels: of each stack's grid, in the last forward.
     """
 
     network: nn.Module
@@ -58,7 +58,7 @@ class NetworkReducer:
     processor: Any = None
     previous_processors: dict[str, Any] = field(default_factory=dict)
     lost_processors: list[str] = field(default_factory=list)
-    last_scopes: dict[str, str] = field(default_factory=dict)
+    last_levels: dict[str, int] = field(default_factory=dict)
     said_nothing: bool = False
 
     def __post_init__(self) -> None:
@@ -191,6 +191,12 @@ class NetworkReducer:
             self.leave(run, stack, tokens.shape[1])
             return None
         return self.assign(run, stack, grid, tokens)
+
+    def merges_queries(self) -> bool:
+        """For the processor: whether the stack that is running asks for its clusters alone."""
+        run = self.store.run
+        assert run is not None and isinstance(run.current, Attending)
+        return self.config.merges_queries(level_of(run, run.current.grid))
 
     def leave(self, run: Run, stack: Stack, num_tokens: int) -> None:
         """A stack runs unreduced."""

@@ -79,9 +79,10 @@ class StackHooks:
         # Plain numbers also where torch.compile would keep sizes symbolic.
         height, width = (int(side) // self.stack.patch for side in hidden_states.shape[-2:])
         grid, run.current = (height, width), None
-        scope = self.reducer.config.scope_at(level_of(run, grid))
+        level = level_of(run, grid)
+        scope = self.reducer.config.scope_at(level)
         if not torch.compiler.is_compiling():
-            self.reducer.last_scopes[self.stack.name] = scope
+            self.reducer.last_levels[self.stack.name] = level
         if scope == "attention":
             # The processor asks for the clusters of the stack that is running.
             run.current = Attending(self.stack, grid) if self.stack.on_maps else Arriving(grid, scope)
