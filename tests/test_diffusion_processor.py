@@ -86,6 +86,8 @@ def test_grids_are_inferred_given_or_refused():
         AiluRusProcessor(grid=(8, 8, 8))
     with pytest.raises(AiluRusError, match=r"\{1: 0.5\}"):
         AiluRusProcessor({1: 0.5})
+    with pytest.raises(AiluRusError, match=r"reduce.*\{1: 'kv'\}"):
+        AiluRusProcessor(reduce={1: "kv"})
     with pytest.raises(AiluRusError, match="scope"):
         AiluRusProcessor(scope="blocks")
     with pytest.raises(UnsupportedModelError, match="added text keys"):
