@@ -13,7 +13,7 @@ from typing import Any
 from .checks import check_settings
 from .errors import AiluRusError
 
-CLUSTERINGS = ("density_peaks", "local_kmeans", "ward")
+CLUSTERINGS = ("density_peaks", "local_kmeans", "nearest_center", "ward")
 RESTORES = ("copy", "residual", "smooth")
 RESTORE_PLACES = ("backbone", "decoder")
 SCOPES = ("blocks", "attention")

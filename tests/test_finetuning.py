@@ -59,7 +59,7 @@ def settings(output, **given):
     """No clipping: it would hide gradients that are a multiple of what they should be."""
     fields = {
         "output": str(output), "epochs": 1, "batch_size": 4, "accumulate": 1, "precision": "fp32", "lr": 0.1,
-        "weight_decay": 0.0, "warmup_steps": 0, "max_grad_norm": 1e9, "resume": False, "seed": 0,
+        "weight_decay": 0.0, "warmup_steps": 0, "max_grad_norm": 1e9, "resume": False, "seed": 0, "whole_share": 0.0,
     }  # fmt: skip
     return argparse.Namespace(**{**fields, **given})
 
@@ -199,6 +199,17 @@ def test_bfloat16_keeps_weights_in_float32_and_learns_about_the_same(loop, tmp_p
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in half_precision.values())
     # Not nearer: under bfloat16 some tokens come to another cluster.
     assert torch.cosine_similarity(*steps, dim=0) > 0.6
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_last_steps_may_be_on_all_tokens(loop, tmp_path):
+    seen = []
+
+    def watch(model):
+        model.register_forward_pre_hook(lambda module, args: seen.append(ailurus_status(module).active))
+
+    trained(loop, tmp_path, prepare=watch, batch_size=1, whole_share=0.5)
+    assert seen == [True, True, False, False]
 
 
 @pytest.mark.parametrize("loop", LOOPS)

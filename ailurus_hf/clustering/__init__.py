@@ -11,6 +11,7 @@ from ..clusters import TokenClusters
 from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from .density_peaks import spatial_density_peaks
 from .local_kmeans import local_kmeans
+from .nearest_center import nearest_center
 from .nested import merge_clusters
 from .ward import ward
 
@@ -23,10 +24,9 @@ Nesting = Callable[[TokenClusters, Tensor, tuple[int, ...], int], TokenClusters]
 
 def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:
     """The clustering that a config asks for, with its settings."""
-    if config.clustering == "local_kmeans":
-        return partial(local_kmeans, check_finite=config.check_finite)
-    if config.clustering == "ward":
-        return partial(ward, check_finite=config.check_finite)
+    without_settings = {"local_kmeans": local_kmeans, "nearest_center": nearest_center, "ward": ward}
+    if config.clustering in without_settings:
+        return partial(without_settings[config.clustering], check_finite=config.check_finite)
     return partial(
         spatial_density_peaks,
         num_spatial_neighbors=config.num_spatial_neighbors,
@@ -53,6 +53,7 @@ __all__ = [
     "configured_nesting",
     "local_kmeans",
     "merge_clusters",
+    "nearest_center",
     "spatial_density_peaks",
     "ward",
 ]
