@@ -48,7 +48,7 @@ def gathered(folders: list[Path]) -> list[dict[str, Any]]:
             rows.insert(0, {"method": "plain", **row})
         else:
             method = f"{args['clustering']}, {args['restore']}"
-            if share := args["whole_share"]:
+            if share := args.get("whole_share"):
                 method += f", the last {share:.0%} of the steps whole"
             places = {"location": args["location"], "keep_ratio": args["keep"], "plain_miou": metrics["plain"]["miou"]}
             rows.append({"method": method, **places, **row})
