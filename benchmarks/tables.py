@@ -76,7 +76,12 @@ class Entry:
 
 CAMVID, CIFAR, IMAGENET = "{data}/camvid", "{data}/cifar10", "{data}/imagenet"
 KEPT = (0.25, 0.36, 0.5625)
-RUNS = ("runs/finetune-plain", *(f"runs/finetune-{keep:g}" for keep in KEPT), "runs/finetune-ward", "runs/finetune-ward-whole")
+RUNS = (
+    "runs/finetune-plain",
+    *(f"runs/finetune-{keep:g}" for keep in KEPT),
+    "runs/finetune-ward",
+    "runs/finetune-ward-whole",
+)
 WARD = "--clustering ward --restore smooth"
 TINY = "{weights}/classifier-cifar10"
 VIT_L, VIT_B = "segmenter-vit-l-ade20k", "segmenter-vit-b-ade20k"
