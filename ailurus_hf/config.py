@@ -13,7 +13,7 @@ from typing import Any
 from .checks import check_settings
 from .errors import AiluRusError
 
-CLUSTERINGS = ("density_peaks", "local_kmeans", "nearest_center", "ward")
+CLUSTERINGS = ("density_peaks", "local_kmeans", "kmeans", "ward")
 RESTORES = ("copy", "residual", "smooth")
 RESTORE_PLACES = ("backbone", "decoder")
 SCOPES = ("blocks", "attention")
@@ -33,8 +33,9 @@ class AiluRusConfig:
         numbers as there are locations, descending. An image of at most M tokens runs unreduced.
     min_keep_ratio: with it each image keeps between this share of its tokens and keep_ratio, the more the more detail it
         has (clustering/budget.py); None: all keep keep_ratio. For one location, batches of one image, and not compiled.
-    clustering: "density_peaks" (the paper), "local_kmeans", which keeps more where few tokens are kept, or "ward", which keeps
-        most and costs most; it breaks a compiled graph, and cannot be exported.
+    clustering: "density_peaks" (the paper), "local_kmeans", which keeps more where few tokens are kept, "kmeans", whose clusters
+        are spread over the whole image and which is for diffusion's self-attention, or "ward", which keeps most and costs
+        most; it breaks a compiled graph, and cannot be exported.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
     restore: "copy" (the paper: a token takes its representative's value), "smooth" (a token takes a mean of the
         representatives around it, by likeness), or "residual" (a token keeps its own value at L and adds what its

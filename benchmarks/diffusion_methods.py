@@ -1,8 +1,8 @@
 """The registry of methods for diffusion: by name, what reduces the networks of a pipeline, or one network alone.
 
 "Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
-stack clusters its own tokens, every second step where nothing else is said. "All pairs": density peaks without the spatial
-term, every fourth step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
+stack clusters its own tokens, every second step where nothing else is said. "k-means": over the whole image, every fourth
+step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
 cross-attention and MLP too.
 """
 
@@ -38,8 +38,8 @@ TODO = {"ToDo 2": 2, "ToDo 4": 4}
 KEYS = {"scope": "attention", "reduce": "kv"}
 STACKS = {"cluster_per": "stack", "refresh_every": 2}
 MIXED = {"scope": {1: "attention", 2: "blocks"}, "reduce": "kv", **STACKS}
-# Tokens far apart on the grid may share a cluster: their own place says little to an attention that looks everywhere.
-ALL_PAIRS = {"clustering": "density_peaks", "num_spatial_neighbors": 0, "cluster_per": "stack", "refresh_every": 4}
+# Keys far apart on the grid may share a cluster: their own place says little to an attention that looks everywhere.
+ANYWHERE = {"clustering": "kmeans", "cluster_per": "stack", "refresh_every": 4}
 EVERY: dict[str, dict[str, Any]] = {
     "": {},
     ", every step": {"refresh_every": 1},
@@ -69,10 +69,10 @@ OURS: dict[str, dict[str, Any]] = {
         for keep in (0.5, 0.25)
     },
     **{
-        f"{name}, all pairs": {**fields, **ALL_PAIRS}
+        f"{name}, k-means": {**fields, **ANYWHERE}
         for name, fields in {
-            "attention 0.25": {"scope": "attention", "keep_ratio": 0.25},
             "attention 0.25 at full size": {"scope": "attention", "keep_ratio": {1: 0.25}},
+            **{f"keys {keys} at full size": {**KEYS, "keep_ratio": {1: keys}} for keys in (0.125, 0.0625, 0.03125)},
             "keys 0.0625 at full size, 0.25 at half": {**KEYS, "keep_ratio": {1: 0.0625, 2: 0.25}},
         }.items()
     },

@@ -2,7 +2,7 @@
 
     python -m benchmarks.finetune_quality runs/finetune-plain runs/finetune-0.25 runs/finetune-0.36
 
-Time of an epoch and mIoU at its end; "mIoU, plain" is that of the same weights with the reduction taken off again. Runs
+Time of training and mIoU at its end; "mIoU, plain" is that of the same weights with the reduction taken off again. Runs
 follow one another and do not take turns: the time of a training step, in turns, is what benchmarks.finetune_speed has.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ COLUMNS = {
     "method": "method",
     "location": "L",
     "keep_ratio": "keep",
-    "epochs": "epochs",
-    "seconds": "an epoch|{:.1f} s",
+    "epochs": "epochs|{:g}",
+    "seconds": "training|{:.1f} s",
     "share_of_plain": "of plain|{:.3f}",
     "miou": "mIoU|{:.2f}",
     "lost": "lost|{:+.2f}",
@@ -40,7 +39,7 @@ def gathered(folders: list[Path]) -> list[dict[str, Any]]:
         args, reduced = metrics["args"], metrics["reduced"]
         row = {
             "epochs": args["epochs"],
-            "seconds": statistics.median(metrics["seconds_per_epoch"]),
+            "seconds": sum(metrics["seconds_per_epoch"]),
             "miou": (reduced or metrics["plain"])["miou"],
             "precision": args["precision"],
         }
@@ -48,8 +47,6 @@ def gathered(folders: list[Path]) -> list[dict[str, Any]]:
             rows.insert(0, {"method": "plain", **row})
         else:
             method = f"{args['clustering']}, {args['restore']}"
-            if share := args.get("whole_share"):
-                method += f", the last {share:.0%} of the steps whole"
             places = {"location": args["location"], "keep_ratio": args["keep"], "plain_miou": metrics["plain"]["miou"]}
             rows.append({"method": method, **places, **row})
     plain = rows[0]

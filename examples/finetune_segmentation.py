@@ -7,8 +7,7 @@
 
 Any of transformers' segmentation models would do in place of the Segmenter: AiluRus is one call before training starts.
 --loop trainer is transformers' Trainer, --loop accelerate a training loop of one's own; mixed precision, gradient
-accumulation, gradient checkpointing and --resume are the same in both. --whole-share 0.2 trains the last fifth of the steps
-on all tokens. Whole photographs, mirrored and scaled at random.
+accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at random.
 run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches them on
 again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on val with
 the reduction on and off.
@@ -17,6 +16,7 @@ the reduction on and off.
 import argparse
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -68,32 +68,6 @@ class EpochClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def switch_on(model: nn.Module, args: argparse.Namespace) -> None:
-    """AiluRus as the arguments say."""
-    if args.keep < 1:
-        apply_ailurus(
-            model,
-            cluster_location=args.location,
-            keep_ratio=args.keep,
-            clustering=args.clustering,
-            restore=args.restore,
-        )
-
-
-class WholeAtTheEnd(TrainerCallback):
-    """Switches AiluRus off for the last share of the steps."""
-
-    def __init__(self, model: nn.Module, share: float):
-        self.model, self.share = model, share
-
-    def at(self, step: int, steps: int) -> None:
-        if step >= (1 - self.share) * steps:
-            remove_ailurus(self.model)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.at(state.global_step, state.max_steps)
-
-
 def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> list[float]:
     """Trains with transformers' Trainer; returns the seconds of each epoch."""
     clock = EpochClock()
@@ -123,8 +97,7 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
         # warn of missing keys and go on with the weights of the start.
         saved = type(model).from_pretrained(get_last_checkpoint(args.output), dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
-    callbacks = [clock, WholeAtTheEnd(model, args.whole_share)]
-    trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
+    trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=[clock])
     trainer.train(resume_from_checkpoint=args.resume)
     return clock.seconds
 
@@ -138,20 +111,21 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
     )
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    whole = WholeAtTheEnd(model, args.whole_share)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = args.epochs * -(-len(loader) // args.accumulate)
+    batches = math.ceil(args.epochs * len(loader))
+    steps = math.ceil(args.epochs * -(-len(loader) // args.accumulate))
     scheduler = get_scheduler("cosine", optimizer, args.warmup_steps, steps)
     accelerator.register_for_checkpointing(scheduler)
     state, first, seconds = Path(args.output) / "state", 0, []
     if args.resume:
         accelerator.load_state(state)
         first = json.loads((state / "epoch.json").read_text())
-    for epoch in range(first, args.epochs):
+    for epoch in range(first, math.ceil(args.epochs)):
         started = time.perf_counter()
         model.train()
         for number, batch in enumerate(loader):
-            whole.at(epoch * len(loader) + number, args.epochs * len(loader))
+            if epoch * len(loader) + number >= batches:
+                break
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -179,7 +153,14 @@ def main() -> None:
     enlarge = args.enlarge or max(round(size.get("shortest_edge", 0) / 360), 1)
     data, val = CamVid(folder, "train", enlarge), CamVid(folder, "val", enlarge)
     set_position_grid(model, data.grid)
-    switch_on(model, args)
+    if args.keep < 1:
+        apply_ailurus(
+            model,
+            cluster_location=args.location,
+            keep_ratio=args.keep,
+            clustering=args.clustering,
+            restore=args.restore,
+        )
     if args.checkpointing:
         model.activation_checkpointing_enable()
     run = {"trainer": with_trainer, "accelerate": with_accelerate}[args.loop]
@@ -187,7 +168,6 @@ def main() -> None:
 
     if int(torch.distributed.is_initialized() and torch.distributed.get_rank()) > 0:
         return
-    switch_on(model, args)
     result = {"seconds_per_epoch": seconds, "reduced": None}
     write(model, enlarge, output / "model")
     if args.keep < 1:
@@ -224,9 +204,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.25, help="M / N; 1 trains without AiluRus")
     parser.add_argument("--clustering", default="density_peaks", choices=CLUSTERINGS)
     parser.add_argument("--restore", default="copy", choices=RESTORES, help="copy is the paper's")
-    parser.add_argument("--whole-share", type=float, default=0.0, help="of the steps, the last, on all tokens")
     parser.add_argument("--enlarge", type=int, help="of the photographs (default: as the model's processor does)")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=3, help="1.5 stops half way through the second")
     parser.add_argument("--batch-size", type=int, default=4, help="photographs a process and step")
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")
     parser.add_argument(

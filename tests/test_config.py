@@ -18,7 +18,10 @@ from ailurus_hf import AiluRusConfig, AiluRusError
         ({"num_clusters": 0}, "at least 1, got 0"),
         ({"keep_ratio": 0.5, "cluster_location": -1}, "got -1"),
         ({"keep_ratio": 0.5, "alpha": 2.0}, "between 0 and 1, got 2.0"),
-        ({"keep_ratio": 0.5, "clustering": "kmeans"}, "'density_peaks', 'local_kmeans', 'ward', got 'kmeans'"),
+        (
+            {"keep_ratio": 0.5, "clustering": "dbscan"},
+            "'density_peaks', 'local_kmeans', 'kmeans', 'ward', got 'dbscan'",
+        ),
         ({"keep_ratio": 0.5, "restore": "mean"}, "got 'mean'"),
         ({"keep_ratio": 0.5, "restore": "residual", "restore_at": "decoder"}, "use restore_at='backbone'"),
         ({"keep_ratio": 0.5, "cluster_location": 4, "restore_location": 4}, "past cluster_location 4, got 4"),

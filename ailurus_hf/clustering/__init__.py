@@ -10,8 +10,8 @@ from torch import Tensor
 from ..clusters import TokenClusters
 from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from .density_peaks import spatial_density_peaks
+from .kmeans import kmeans
 from .local_kmeans import local_kmeans
-from .nearest_center import nearest_center
 from .nested import merge_clusters
 from .ward import ward
 
@@ -24,7 +24,7 @@ Nesting = Callable[[TokenClusters, Tensor, tuple[int, ...], int], TokenClusters]
 
 def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:
     """The clustering that a config asks for, with its settings."""
-    without_settings = {"local_kmeans": local_kmeans, "nearest_center": nearest_center, "ward": ward}
+    without_settings = {"kmeans": kmeans, "local_kmeans": local_kmeans, "ward": ward}
     if config.clustering in without_settings:
         return partial(without_settings[config.clustering], check_finite=config.check_finite)
     return partial(
@@ -51,9 +51,9 @@ __all__ = [
     "Nesting",
     "configured",
     "configured_nesting",
+    "kmeans",
     "local_kmeans",
     "merge_clusters",
-    "nearest_center",
     "spatial_density_peaks",
     "ward",
 ]

@@ -1,0 +1,77 @@
+"""k-means: started from one token of each cell of a regular grid; a token joins the most similar mean, wherever that is.
+
+Not in the paper. Meant for self-attention alone, which looks everywhere: keys that are far apart but alike may be one there,
+as in ToMe's matching for Stable Diffusion (Bolya and Hoffman 2023, arXiv 2303.17604).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_features, check_num_clusters
+from ..clusters import TokenClusters
+from ..errors import AiluRusError
+from .local_kmeans import grid_cells
+from .neighbours import Grid, check_grid
+from .tables import grid_table
+
+# Pairs of a token and a mean that are compared at once: 64 MB of fp32 an image.
+PAIRS_AT_ONCE = 2**24
+
+
+@torch.no_grad()
+def kmeans(
+    features: Tensor, grid: Sequence[int], num_clusters: int, *, num_rounds: int = 3, check_finite: bool = False
+) -> TokenClusters:
+    """Assigns each token to the most similar of M means, for a few rounds; N · M distances are computed in each.
+
+    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
+    grid: (H, W), or (T, H, W) for video; its product is N.
+    num_clusters: M, in [1, N]: the grid is divided into so many cells, and the middle tokens are the first means.
+    num_rounds: rounds of assignment.
+    check_finite: raise on NaN or infinite features; this waits for the device.
+
+    Returns TokenClusters without centres; a cluster may end up empty: count 0, no weight in attention.
+    Raises AiluRusError on a grid that does not match N and on settings out of range.
+    """
+    if num_rounds < 1:
+        raise AiluRusError(f"num_rounds must be at least 1, got {num_rounds}")
+    check_features(features, check_finite)
+    grid = check_grid(grid, features.shape[1])
+    check_num_clusters(num_clusters, math.prod(grid))
+    features = features.float()
+    # Relative to the image's mean: what all tokens share would only cost precision.
+    features = features - features.mean(1, keepdim=True)
+    means = features[:, middles(grid, num_clusters, features.device)]
+    clusters = TokenClusters.from_assignment(_nearest(features, means, None), num_clusters)
+    for _ in range(num_rounds - 1):
+        # A cluster that lost all its tokens has no mean to be near to.
+        nearest = _nearest(features, clusters.merge(features), clusters.counts == 0)
+        clusters = TokenClusters.from_assignment(nearest, num_clusters)
+    return clusters
+
+
+def _nearest(features: Tensor, means: Tensor, empty: Tensor | None) -> Tensor:
+    """LongTensor[B, N]: the nearest of the means, Tensor[B, M, C], that is not empty."""
+    # |x|² is the same for all of a token's distances.
+    norms = means.square().sum(-1)[:, None]
+    norms = norms if empty is None else norms.masked_fill(empty[:, None], math.inf)
+    rows = max(PAIRS_AT_ONCE // means.shape[1], 1)
+    ends = means.transpose(1, 2)
+    return torch.cat([torch.baddbmm(norms, part, ends, alpha=-2).argmin(-1) for part in features.split(rows, 1)], 1)
+
+
+@grid_table
+def middles(grid: Grid, num_cells: int, device: torch.device) -> Tensor:
+    """LongTensor[M]: of each cell of `grid_cells`, the place nearest to its middle, the first of several."""
+    start = grid_cells(grid, num_cells, torch.device("cpu")).start
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).double()
+    cells = TokenClusters.from_assignment(start[None], num_cells)
+    apart = torch.linalg.vector_norm(places - cells.unmerge(cells.merge(places[None]))[0], dim=-1)
+    order = apart.argsort(stable=True)
+    first = torch.full((num_cells,), len(start)).scatter_reduce(0, start[order], torch.arange(len(start)), "amin")
+    return order[first].to(device)
