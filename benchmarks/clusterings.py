@@ -30,7 +30,7 @@ from .methods import EVERY, PAPER, Setting
 from .segmenter_quality import SHIPPED, at_size, segmentation
 from .variants import CLUSTERINGS, OF_MODEL
 
-WAYS = ("density peaks", "local k-means", "Ward", "random centres", "grid pooling", *CLUSTERINGS, *OF_MODEL)
+WAYS = ("density peaks", "local k-means", "k-means", "Ward", "random centres", "grid pooling", *CLUSTERINGS, *OF_MODEL)
 COLUMNS = {
     "method": "method",
     "location": "L",

@@ -31,6 +31,7 @@ from .peers.hooks import Applied
 # A call of the model on one input, without arguments.
 Run = Callable[[], Any]
 PAPER = "density peaks, copy (the paper)"
+RESTORED = ("copy", "smooth", "residual")
 # Halvings of a knob's range.
 STEPS = 8
 
@@ -201,14 +202,12 @@ def _pairs(turn: float, num_tokens: int) -> dict[str, Any]:
 # merged before it for the same FLOPs. "Last values" (EViT) and residuals are there before a decoder only.
 METHODS: dict[str, Ours | Direct | Matched] = {
     PAPER: Ours("density_peaks", "copy"),
-    "density peaks, smooth": Ours("density_peaks", "smooth"),
-    "density peaks, residual": Ours("density_peaks", "residual"),
-    "local k-means, copy": Ours("local_kmeans", "copy"),
-    "local k-means, smooth": Ours("local_kmeans", "smooth"),
-    "local k-means, residual": Ours("local_kmeans", "residual"),
-    "Ward, copy": Ours("ward", "copy"),
-    "Ward, smooth": Ours("ward", "smooth"),
-    "Ward, residual": Ours("ward", "residual"),
+    **{f"density peaks, {restore}": Ours("density_peaks", restore) for restore in ("smooth", "residual")},
+    **{
+        f"{name}, {restore}": Ours(clustering, restore)
+        for name, clustering in {"local k-means": "local_kmeans", "k-means": "kmeans", "Ward": "ward"}.items()
+        for restore in RESTORED
+    },
     "random centres, copy": Ours("density_peaks", "copy", random_centers),
     "random centres, residual": Ours("density_peaks", "residual", random_centers),
     "grid pooling, copy": Ours("density_peaks", "copy", grid_pooling),
@@ -228,7 +227,6 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     "ACT": Matched(act, lambda turn, num_tokens: {"interval": 10 ** (4 * turn - 1)}, adaptive=True),
 }
 # Other ways to choose clusters (variants.py), to compare with: no benchmark runs them unasked.
-RESTORED = ("copy", "smooth", "residual")
 VARIANTS: dict[str, Ours | Direct | Matched] = {
     **{f"{name}, {r}": Ours("density_peaks", r, c) for name, c in variants.CLUSTERINGS.items() for r in RESTORED},
     **{f"{n}, {r}": Ours("density_peaks", r, of_model=make) for n, make in variants.OF_MODEL.items() for r in RESTORED},

@@ -21,12 +21,15 @@ from typing import Any
 from ailurus_hf.vision.supported import supported_models
 
 from . import (
+    classification_quality,
     clustering_cost,
+    clusterings,
     controlvideo_speed,
     detection_speed,
     diffusion_quality,
     diffusion_speed,
     families_speed,
+    finetune_quality,
     joint_speed,
     segmenter_quality,
     similarity,
@@ -185,6 +188,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "video quality": rows_as_measured("video_quality-cpu-fp32", video_quality.COLUMNS),
     "joint flops": rows_as_measured("joint_flops-cpu-fp32", joint_speed.COLUMNS),
     "cost": rows_as_measured("clustering_cost-cpu-fp32", clustering_cost.COLUMNS),
+    "clusters of CamVid": rows_as_measured("clusterings_smooth-cpu-fp32", clusterings.COLUMNS),
+    "clusters of CIFAR": rows_as_measured("clusterings_cifar10-cpu-fp32", clusterings.COLUMNS),
+    "classification": rows_as_measured("tab8_cifar10-cpu-fp32", classification_quality.COLUMNS),
+    "fine tuning": rows_as_measured("tab5_finetuning-cpu-bf16", finetune_quality.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,
 }

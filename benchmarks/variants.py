@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ailurus_hf import TokenClusters, spatial_density_peaks
-from ailurus_hf.clustering import Clustering, local_kmeans
+from ailurus_hf.clustering import Clustering, kmeans, local_kmeans
 from ailurus_hf.clustering.density_peaks import density_peaks
 from ailurus_hf.clustering.neighbours import grid_neighbours, nearest_marked, neighbour_distances
 from ailurus_hf.clustering.ward import adjacent_places
@@ -194,5 +194,6 @@ CLUSTERINGS: dict[str, Clustering] = {
 }
 OF_MODEL: dict[str, Callable[[nn.Module, int], Clustering]] = {
     "peaks of keys": functools.partial(keys_at, clustering=spatial_density_peaks),
-    "k-means of keys": functools.partial(keys_at, clustering=local_kmeans),
+    "local k-means of keys": functools.partial(keys_at, clustering=local_kmeans),
+    "k-means of keys": functools.partial(keys_at, clustering=kmeans),
 }
