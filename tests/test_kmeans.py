@@ -71,6 +71,9 @@ def test_an_empty_cluster_has_no_weight():
     clusters = kmeans(torch.ones(1, 48, 4), (6, 8), 12)
     assert clusters.counts[0].tolist() == [48] + [0] * 11
     assert clusters.log_counts()[0, 1:].eq(-math.inf).all()
+    # Nor has it a mean, which zeros would be: the tokens between the two kinds stay with those.
+    between = kmeans(torch.tensor([1, 0.2, 1, -0.2, -1, 0.1, -1, -0.1]).view(1, 8, 1), (1, 8), 4)
+    assert between.counts[0].tolist() == [4, 0, 4, 0]
 
 
 def test_bad_input_is_told():
