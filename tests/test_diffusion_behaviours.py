@@ -16,7 +16,7 @@ WAYS = {
     "blocks": {},
     "merged projections": {"projections": "merged"},
     "attention": {"scope": "attention"},
-    "keys and values": {"scope": "attention", "reduce": "kv"},
+    "keys and values": {"scope": "attention", "reduce": "kv", "clustering": "kmeans"},
     "density peaks": {"clustering": "density_peaks"},
     "each stack": {"cluster_per": "stack"},
 }
