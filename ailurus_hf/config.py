@@ -52,7 +52,7 @@ class AiluRusConfig:
     num_clusters: int | tuple[int, ...] | None = None
     keep_ratio: float | tuple[float, ...] | None = None
     min_keep_ratio: float | None = None
-    clustering: str = "density_peaks"
+    clustering: str = "local_kmeans"
     alpha: float = 0.9
     num_spatial_neighbors: int = 50
     num_density_neighbors: int = 1

@@ -48,15 +48,16 @@ COLUMNS = {
 }
 
 
-def chosen_methods(restore: str, location: int, keep: float, depth: int) -> list[str]:
-    """Names for the registry: every way to choose; then two reductions, last layers on all tokens, and M by content."""
+def chosen_methods(restore: str, location: int, keep: float, depth: int, batch_size: int) -> list[str]:
+    """Names for the registry: every way to choose; two reductions; last layers on all tokens; M by content, image by image."""
     names = [PAPER if (way, restore) == ("density peaks", "copy") else f"{way}, {restore}" for way in WAYS]
     between = (location + depth) // 2
+    by_content = [f"local k-means, {restore}:min_keep_ratio={keep / 2},keep_ratio={min(1.5 * keep, 0.99)}"]
     return [
         *(name for name in names if name in EVERY),
         f"{names[0]}:cluster_location=({location},{between}),keep_ratio=({min(1.2 * keep, 1)},{0.6 * keep})",
         f"local k-means, {restore}:restore_location={depth - 1}",
-        f"local k-means, {restore}:min_keep_ratio={keep / 2},keep_ratio={min(1.5 * keep, 0.99)}",
+        *(by_content if batch_size == 1 else []),
     ]
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for location in args.locations:
         for keep in args.keep:
-            names = args.methods or chosen_methods(args.restore, location, keep, depth)
+            names = args.methods or chosen_methods(args.restore, location, keep, depth, task.batch_size)
             found = measure(loaded, task, inputs, names, Setting(location, keep), args.repeats)
             rows += found[1:] if rows else found
     about = {"dataset": args.dataset, "images": len(data), "looked_at": len(inputs), "size": args.size}

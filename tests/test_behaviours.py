@@ -25,15 +25,19 @@ from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus, remove_ailu
 from ailurus_hf.vision.finding import find_encoders
 
 CONFIGS = {
-    "paper": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="copy", restore_at="decoder"),
+    "paper": AiluRusConfig(
+        cluster_location=1, keep_ratio=0.25, clustering="density_peaks", restore="copy", restore_at="decoder"
+    ),
     "from the embeddings": AiluRusConfig(cluster_location=0, keep_ratio=0.25),
     "residual": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="residual"),
     "copy at backbone": AiluRusConfig(cluster_location=2, keep_ratio=0.25, restore="copy", restore_at="backbone"),
     "restored early": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="residual", restore_location=3),
     "smooth": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="smooth"),
-    "local k-means": AiluRusConfig(cluster_location=1, keep_ratio=0.25, clustering="local_kmeans"),
+    "density peaks": AiluRusConfig(cluster_location=1, keep_ratio=0.25, clustering="density_peaks"),
 }
-CONFIGS["two places"] = AiluRusConfig(cluster_location=(1, 2), keep_ratio=(0.5, 0.25), restore="residual")
+CONFIGS["two places"] = AiluRusConfig(
+    cluster_location=(1, 2), keep_ratio=(0.5, 0.25), clustering="density_peaks", restore="residual"
+)
 # What hooks do is the same in all models, so a few are tested with all settings, and the others with some.
 SOME = ("paper", "two places")
 WAYS = [(name, way) for name, case in CASES.items() for way in (CONFIGS if case.every_way else SOME)]

@@ -110,7 +110,9 @@ def test_keys_of_the_layer_behind_the_location():
 
 @pytest.mark.parametrize("restore", ["copy", "smooth", "residual"])
 def test_methods_of_the_table_are_in_the_registry(restore):
-    names = clusterings.chosen_methods(restore, 2, 0.25, 8)
+    names = clusterings.chosen_methods(restore, 2, 0.25, 8, batch_size=1)
+    together = clusterings.chosen_methods(restore, 2, 0.25, 8, batch_size=16)
+    assert [name for name in names if "min_keep_ratio" not in name] == together != names
     assert len(names) >= 13 and all(methods.parsed(name) for name in names)
 
 
