@@ -23,6 +23,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ailurus_hf import AiluRusError
+
 matplotlib.use("Agg")
 Row = dict[str, Any]
 
@@ -93,6 +95,7 @@ def sizes(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
 def pareto(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
     """Methods by colour; the front over all of them in black, plain models included."""
     score = score_of(rows)
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for name, own in by_method(rows).items():
         axes.plot([row["images_per_second"] for row in own], [row[score] for row in own], ".", label=name)
     plain = [row for row in rows if row["method"] == "plain"]
@@ -129,6 +132,9 @@ def draw(kind: str, files: Sequence[Path], location: int = 2, keep: float = 0.25
     """Writes one plot of the rows of result files, named as the first; returns its path."""
     results, file = [json.loads(each.read_text()) for each in files], files[0]
     result = results[0]
+    scored_on = {(each.get("dataset"), each.get("images")) for each in results}
+    if len(scored_on) > 1:
+        raise AiluRusError(f"results on different images cannot share a plot, got {sorted(scored_on, key=str)}")
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.add_subplot()
     KINDS[kind](axes, [row for each in results for row in each["rows"]], location, keep)

@@ -1,10 +1,12 @@
 """The list of tables and figures: complete, runnable where everything is there, and plain about what is not."""
 
 import importlib.util
+import json
 import shlex
 
 import pytest
 
+from ailurus_hf import AiluRusError
 from benchmarks import harness, methods, plots, tables
 
 TABLES = {f"Tab. {i}" for i in range(1, 16)} | {f"Fig. {i}" for i in (2, 3, 4, 5, 6, 7, 8, 9)}
@@ -78,6 +80,10 @@ def test_plots_from_a_result_file(kind, tmp_path):
     about = {"device": "a CPU", "precision": "fp32", "versions": {"torch": "2"}}
     file = harness.save("x", rows if kind != "sizes" else rows[1:], about, tmp_path)
     assert plots.draw(kind, [file, file]).stat().st_size > 5000
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(file.read_text()), "images": 7}))
+    with pytest.raises(AiluRusError, match=r"different images.*7"):
+        plots.draw(kind, [file, other])
 
 
 def test_the_front_holds_no_row_that_another_equals_and_surpasses():
