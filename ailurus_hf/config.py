@@ -253,18 +253,18 @@ class AiluRusDiffusionConfig:
 
     def clusters_for(self, num_tokens: int, level: int) -> int:
         """M for a grid of N tokens whose sides are `level` times smaller than the latents'; N where it runs unreduced."""
-        ratio = self.keep_ratio.get(level, 1.0) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
         if num_tokens < self.min_tokens:
             return num_tokens
-        return rounded_share(ratio, num_tokens)
+        return rounded_share(_at_level(self.keep_ratio, level, 1.0), num_tokens)
 
     def scope_at(self, level: int) -> str:
         """The scope at a grid whose sides are `level` times smaller than the latents'."""
-        return self.scope.get(level, "blocks") if isinstance(self.scope, Mapping) else self.scope
+        scope: str = _at_level(self.scope, level, "blocks")
+        return scope
 
     def merges_queries(self, level: int) -> bool:
         """Whether self-attention at such a grid, if it alone is reduced, asks for M tokens and not for all N."""
-        return (self.reduce.get(level, "qkv") if isinstance(self.reduce, Mapping) else self.reduce) == "qkv"
+        return bool(_at_level(self.reduce, level, "qkv") == "qkv")
 
     def has_scope(self, scope: str) -> bool:
         """Whether some resolution may be of this scope."""
@@ -299,6 +299,11 @@ def _each(value: Any) -> tuple:
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
+
+
+def _at_level(value: Any, level: int, left_out: Any) -> Any:
+    """The level's value, `left_out` where a dict has none for it, or the value of all."""
+    return value.get(level, left_out) if isinstance(value, Mapping) else value
 
 
 def _of_levels(value: Any) -> list:

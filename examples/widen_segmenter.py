@@ -14,7 +14,6 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoImageProcessor
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation
@@ -47,10 +46,6 @@ def widened(
     return wide
 
 
-def parameters_in_millions(model: nn.Module) -> float:
-    return sum(p.numel() for p in model.parameters()) / 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Segmenter folder")
@@ -65,7 +60,7 @@ def main() -> None:
     wide = widened(narrow, args.factor, args.noise)
     wide.save_pretrained(Path(args.output))
     AutoImageProcessor.from_pretrained(args.model).save_pretrained(args.output)
-    log.info("%.1f to %.1f M parameters", parameters_in_millions(narrow), parameters_in_millions(wide))
+    log.info("%.1f to %.1f M parameters", narrow.num_parameters() / 1e6, wide.num_parameters() / 1e6)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_features, check_num_clusters, check_settings
+from ..checks import check_settings
 from ..clusters import TokenClusters, stable_argsort
-from .neighbours import check_grid, grid_neighbours, nearest_marked, neighbour_distances
+from .neighbours import check_input, grid_neighbours, nearest_marked, neighbour_distances
 
 
 @torch.no_grad()
@@ -38,10 +38,8 @@ def spatial_density_peaks(
     Raises AiluRusError on a grid that does not match N and on settings out of range.
     """
     check_settings(num_spatial_neighbors, alpha, num_density_neighbors)
-    check_features(features, check_finite)
-    grid = check_grid(grid, features.shape[1])
-    batch, tokens, channels = features.shape[0], math.prod(grid), features.shape[2]
-    check_num_clusters(num_clusters, tokens)
+    grid = check_input(features, grid, num_clusters, check_finite)
+    batch, tokens, channels = features.shape
     if num_clusters == tokens:
         every = torch.arange(tokens, device=features.device).expand(batch, -1)
         return TokenClusters(every, every, torch.ones(batch, tokens, device=features.device))

@@ -12,11 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_features, check_num_clusters
 from ..clusters import TokenClusters
-from ..errors import AiluRusError
-from .local_kmeans import grid_cells
-from .neighbours import Grid, check_grid
+from .local_kmeans import grid_cells, prepared
+from .neighbours import Grid
 from .tables import grid_table
 
 # Pairs of a token and a mean that are compared at once: 64 MB of fp32 an image.
@@ -38,14 +36,7 @@ def kmeans(
     Returns TokenClusters without centres; a cluster may end up empty: count 0, no weight in attention.
     Raises AiluRusError on a grid that does not match N and on settings out of range.
     """
-    if num_rounds < 1:
-        raise AiluRusError(f"num_rounds must be at least 1, got {num_rounds}")
-    check_features(features, check_finite)
-    grid = check_grid(grid, features.shape[1])
-    check_num_clusters(num_clusters, math.prod(grid))
-    features = features.float()
-    # Relative to the image's mean: what all tokens share would only cost precision.
-    features = features - features.mean(1, keepdim=True)
+    features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
     means = features[:, middles(grid, num_clusters, features.device)]
     clusters = TokenClusters.from_assignment(_nearest(features, means, None), num_clusters)
     for _ in range(num_rounds - 1):

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_features, check_num_clusters
 from ..clusters import TokenClusters
 from ..errors import AiluRusError
-from .neighbours import Grid, TilePlan, candidate_scores, check_grid, tile_plan
+from .neighbours import Grid, TilePlan, candidate_scores, check_input, tile_plan
 from .tables import grid_table
 
 
@@ -34,16 +33,9 @@ def local_kmeans(
     Returns TokenClusters without centres; a cell may end up empty: count 0, no weight in attention.
     Raises AiluRusError on a grid that does not match N and on settings out of range.
     """
-    if num_rounds < 1:
-        raise AiluRusError(f"num_rounds must be at least 1, got {num_rounds}")
-    check_features(features, check_finite)
-    grid = check_grid(grid, features.shape[1])
-    batch, tokens = features.shape[0], math.prod(grid)
-    check_num_clusters(num_clusters, tokens)
+    features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
+    batch = features.shape[0]
     cells = grid_cells(grid, num_clusters, features.device)
-    features = features.float()
-    # Relative to the image's mean: what all tokens share would only cost precision.
-    features = features - features.mean(1, keepdim=True)
     clusters = TokenClusters.from_assignment(cells.start.expand(batch, -1), num_clusters)
     for _ in range(num_rounds):
         scores = candidate_scores(features, clusters.merge(features), cells.candidates, cells.plan)
@@ -54,6 +46,18 @@ def local_kmeans(
         chosen = cells.candidates.expand(batch, -1, -1).gather(2, nearest).squeeze(-1)
         clusters = TokenClusters.from_assignment(chosen, num_clusters)
     return clusters
+
+
+def prepared(
+    features: Tensor, grid: Sequence[int], num_clusters: int, num_rounds: int, check_finite: bool
+) -> tuple[Tensor, Grid]:
+    """What k-means are given, checked: features in fp32 relative to their image's mean, and the grid."""
+    if num_rounds < 1:
+        raise AiluRusError(f"num_rounds must be at least 1, got {num_rounds}")
+    grid = check_input(features, grid, num_clusters, check_finite)
+    features = features.float()
+    # What all tokens share would only cost precision.
+    return features - features.mean(1, keepdim=True), grid
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_features, check_num_clusters
 from ..clusters import stable_argsort
 from ..errors import AiluRusError
 from .tables import grid_table
@@ -42,6 +43,14 @@ def check_grid(grid: Sequence[int], num_tokens: int) -> Grid:
     if math.prod(checked) != num_tokens:
         raise AiluRusError(f"grid {checked} has {math.prod(checked)} places, but there are {num_tokens} tokens")
     return checked
+
+
+def check_input(features: Tensor, grid: Sequence[int], num_clusters: int, check_finite: bool) -> Grid:
+    """The grid, if it is that of features Tensor[B, N, C] and M is in [1, N]."""
+    check_features(features, check_finite)
+    grid = check_grid(grid, features.shape[1])
+    check_num_clusters(num_clusters, math.prod(grid))
+    return grid
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Ward's clustering on the grid graph, in rounds: adjacent clusters join where that adds least variance.
 
-Not in the paper. Regions of any shape and size come out, of less variance inside than by the other two ways, for some ten
+Not in the paper. Regions of any shape and size come out, of less variance inside than by density peaks and local k-means, for some ten
 rounds of which each waits for the device: it costs several times more, breaks a compiled graph and cannot be exported.
 """
 
@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_features, check_num_clusters
 from ..clusters import TokenClusters
 from ..errors import AiluRusError
-from .neighbours import Grid, check_grid
+from .neighbours import Grid, check_input
 from .tables import grid_table
 
 # Of the unions that are still to be made, the share that one round makes at most: less is nearer to Ward, and slower.
@@ -40,9 +39,7 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
     """
     if torch.compiler.is_compiling():
         raise AiluRusError("clustering='ward' waits for the device in every round: compile with 'local_kmeans' instead")
-    check_features(features, check_finite)
-    grid = check_grid(grid, features.shape[1])
-    check_num_clusters(num_clusters, features.shape[1])
+    grid = check_input(features, grid, num_clusters, check_finite)
     pairs = adjacent_places(grid, features.device)
     images = [_join(image, pairs, num_clusters) for image in features.float()]
     return TokenClusters.from_assignment(torch.stack(images), num_clusters)
