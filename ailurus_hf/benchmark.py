@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "local-kmeans": {"clustering": "local_kmeans", "restore": "residual"},
     "local-kmeans-smooth": {"clustering": "local_kmeans", "restore": "smooth"},
     "local-kmeans-copy": {"clustering": "local_kmeans", "restore": "copy"},
+    "pairs": {"clustering": "pairs", "restore": "residual"},
     "ward": {"clustering": "ward", "restore": "residual"},
     "ward-smooth": {"clustering": "ward", "restore": "smooth"},
     "ward-copy": {"clustering": "ward", "restore": "copy"},

@@ -32,6 +32,7 @@ from .peers.hooks import Applied
 Run = Callable[[], Any]
 PAPER = "density peaks, copy (the paper)"
 RESTORED = ("copy", "smooth", "residual")
+OTHER_CLUSTERINGS = {"local k-means": "local_kmeans", "k-means": "kmeans", "pairs": "pairs", "Ward": "ward"}
 # Halvings of a knob's range.
 STEPS = 8
 
@@ -205,7 +206,7 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     **{f"density peaks, {restore}": Ours("density_peaks", restore) for restore in ("smooth", "residual")},
     **{
         f"{name}, {restore}": Ours(clustering, restore)
-        for name, clustering in {"local k-means": "local_kmeans", "k-means": "kmeans", "Ward": "ward"}.items()
+        for name, clustering in OTHER_CLUSTERINGS.items()
         for restore in RESTORED
     },
     "random centres, copy": Ours("density_peaks", "copy", random_centers),

@@ -34,13 +34,14 @@ from . import (
     segmenter_quality,
     similarity,
     tables,
+    trained_models,
     video_quality,
     vit_speed,
 )
 from .harness import RESULTS, markdown, measured_columns
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md", "docs/tables.md")
+DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md", "docs/tables.md", "docs/training.md")
 TARGETS = (1.5, 2.0, 2.5, 3.0)
 
 
@@ -191,6 +192,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "clusters of CamVid": rows_as_measured("clusterings_smooth-cpu-fp32", clusterings.COLUMNS),
     "clusters of CIFAR": rows_as_measured("clusterings_cifar10-cpu-fp32", clusterings.COLUMNS),
     "classification": rows_as_measured("tab8_cifar10-cpu-fp32", classification_quality.COLUMNS),
+    "trained models": rows_as_measured("trained_models-cpu-fp32", trained_models.COLUMNS),
+    "a wider Segmenter": rows_as_measured("segmenter_quality_s_like-cpu-fp32", segmenter_quality.COLUMNS),
     "fine tuning": rows_as_measured("tab5_finetuning-cpu-bf16", finetune_quality.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,

@@ -83,7 +83,7 @@ def test_where_all_tokens_are_kept_the_relative_bias_is_the_models(grid):
 
 
 @pytest.mark.parametrize("grid", [(6, 8), (5, 7), (2, 9)])
-@pytest.mark.parametrize("clustering", ["density_peaks", "local_kmeans"])
+@pytest.mark.parametrize("clustering", ["density_peaks", "local_kmeans", "pairs"])
 def test_the_clusters_of_a_second_place_are_unions_of_the_firsts(grid, clustering):
     count = math.prod(grid)
     config = AiluRusConfig(cluster_location=(1, 2), num_clusters=(count // 2, 4), clustering=clustering)

@@ -38,6 +38,7 @@ CONFIGS = {
 CONFIGS["two places"] = AiluRusConfig(
     cluster_location=(1, 2), keep_ratio=(0.5, 0.25), clustering="density_peaks", restore="residual"
 )
+CONFIGS["two places, pairs"] = AiluRusConfig(cluster_location=(1, 2), keep_ratio=(0.5, 0.25), clustering="pairs")
 # What hooks do is the same in all models, so a few are tested with all settings, and the others with some.
 SOME = ("paper", "two places")
 WAYS = [(name, way) for name, case in CASES.items() for way in (CONFIGS if case.every_way else SOME)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ def test_results_say_where_they_come_from(tmp_path):
     stored = json.loads(path.read_text())
     assert path.name == "x-cpu-fp32.json" and stored["rows"] == [{"ms": 1.5}]
     assert stored["versions"]["torch"] == torch.__version__ and stored["device"] and stored["command"]
+
+
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_result_file_says_so_and_names_no_folder_of_a_machine(path):
+    stored = json.loads(path.read_text())
+    assert all(stored[key] for key in ("device", "precision", "versions", "date", "command", "rows"))
+    assert not re.search(r"""["' =]/\w""", path.read_text())
 
 
 @pytest.mark.parametrize("control", [grid_pooling, random_centers])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from benchmarks import classification_quality, datasets, methods, quality
+from benchmarks import classification_quality, datasets, methods, quality, trained_models
 
 pytest.importorskip("accelerate")
 pyarrow = pytest.importorskip("pyarrow")
@@ -50,10 +50,13 @@ def test_train_resume_score_load_and_benchmark(cifar, tmp_path):
     run(*train, "--max-minutes", 1e9, "--epochs", 2, "--resume")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [evaluation["step"] for evaluation in metrics["history"]] == [3, 6]
+    row = trained_models.gathered("small", tmp_path)
+    assert (row["score"], row["score_name"], row["width"]) == (metrics["best"], "accuracy", 64)
     run(*train, "--score")
     score = json.loads((tmp_path / "best" / "metrics.json").read_text())
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "best").eval()
+    assert row["parameters"] == model.num_parameters() / 1e6
     processor = AutoImageProcessor.from_pretrained(tmp_path / "best")
     data = datasets.ClassificationData("cifar10", cifar)
     # What a user does with the folder is what was scored: the processor rounds to bytes, training does not.
@@ -61,6 +64,7 @@ def test_train_resume_score_load_and_benchmark(cifar, tmp_path):
     torch.testing.assert_close(seen, cifar_data.Cifar10(cifar, "validation").batch(range(6)), atol=0.01, rtol=0)
 
     names = [methods.PAPER, "local k-means, residual", "grid pooling, copy", "Expedite", "ToMe", "EViT:keep=0.5"]
+    names.append("pairs, copy:cluster_location=(0,1),keep_ratio=(0.7,0.4)")
     contenders = {name: (name, 1, 0.5, None) for name in names}
     plain, *rows = quality.measure(
         model, classification_quality.classification(model, processor, data, 4), contenders, repeats=1

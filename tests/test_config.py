@@ -20,7 +20,7 @@ from ailurus_hf import AiluRusConfig, AiluRusError
         ({"keep_ratio": 0.5, "alpha": 2.0}, "between 0 and 1, got 2.0"),
         (
             {"keep_ratio": 0.5, "clustering": "dbscan"},
-            "'density_peaks', 'local_kmeans', 'kmeans', 'ward', got 'dbscan'",
+            "'density_peaks', 'local_kmeans', 'kmeans', 'pairs', 'ward', got 'dbscan'",
         ),
         ({"keep_ratio": 0.5, "restore": "mean"}, "got 'mean'"),
         ({"keep_ratio": 0.5, "restore": "residual", "restore_at": "decoder"}, "use restore_at='backbone'"),

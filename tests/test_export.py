@@ -13,6 +13,7 @@ SETTINGS = {
     "density peaks, copy": {"clustering": "density_peaks", "restore": "copy"},
     "local k-means, smooth": {"clustering": "local_kmeans", "restore": "smooth"},
     "local k-means, residual": {"clustering": "local_kmeans", "restore": "residual"},
+    "pairs, residual": {"clustering": "pairs", "restore": "residual"},
 }
 
 

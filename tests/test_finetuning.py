@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import AutoModelForSemanticSegmentation
 
 from ailurus_hf import AiluRusModelForSemanticSegmentation, ailurus_status, apply_ailurus
+from benchmarks import finetune_quality, trained_models
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -226,6 +227,10 @@ def test_the_example_from_start_to_a_model_that_loads(loop, camvid, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((output / "metrics.json").read_text())
     assert len(metrics["seconds_per_epoch"]) == 1
+    row = trained_models.gathered("small", output)
+    assert (row["score"], row["score_name"]) == (metrics["plain"]["miou"], "mIoU")
+    (row,) = finetune_quality.gathered([output])
+    assert (row["miou"], row["plain_miou"]) == (metrics["reduced"]["miou"], metrics["plain"]["miou"])
 
     reduced = AiluRusModelForSemanticSegmentation.from_pretrained(output / "model").eval()
     plain = AutoModelForSemanticSegmentation.from_pretrained(output / "model").eval()

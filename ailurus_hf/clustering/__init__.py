@@ -13,6 +13,7 @@ from .density_peaks import spatial_density_peaks
 from .kmeans import kmeans
 from .local_kmeans import local_kmeans
 from .nested import merge_clusters
+from .pairs import join_clusters, pairs
 from .ward import ward
 
 # From Tensor[B, N, C], the grid and M.
@@ -24,7 +25,7 @@ Nesting = Callable[[TokenClusters, Tensor, tuple[int, ...], int], TokenClusters]
 
 def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:
     """The clustering that a config asks for, with its settings."""
-    without_settings = {"kmeans": kmeans, "local_kmeans": local_kmeans, "ward": ward}
+    without_settings = {"kmeans": kmeans, "local_kmeans": local_kmeans, "pairs": pairs, "ward": ward}
     if config.clustering in without_settings:
         return partial(without_settings[config.clustering], check_finite=config.check_finite)
     return partial(
@@ -37,7 +38,9 @@ def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:
 
 
 def configured_nesting(config: AiluRusConfig) -> Nesting:
-    """The clustering of clusters at every place but the first, with a config's settings for density peaks."""
+    """The clustering of clusters at every place but the first: by pairs if the first is, else by density peaks."""
+    if config.clustering == "pairs":
+        return join_clusters
     return partial(
         merge_clusters,
         num_spatial_neighbors=config.num_spatial_neighbors,
@@ -51,9 +54,11 @@ __all__ = [
     "Nesting",
     "configured",
     "configured_nesting",
+    "join_clusters",
     "kmeans",
     "local_kmeans",
     "merge_clusters",
+    "pairs",
     "spatial_density_peaks",
     "ward",
 ]

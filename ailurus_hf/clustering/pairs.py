@@ -1,0 +1,95 @@
+"""Pairs: the clusters that are cheapest to join do so, wherever on the grid they are, and at most half of them in a round.
+
+Not in the paper. Meant for classification, whose head reads the image as a whole, and for several small reductions behind
+one another: what is unlike all else stays alone, as in ToMe (Bolya et al. 2023, arXiv 2210.09461) and with Ward's criterion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import check_num_clusters
+from ..clusters import TokenClusters, stable_argsort
+from .neighbours import EQUALITY_TOLERANCE, Grid, check_input
+
+# Of two clusters that are not each other's cheapest, so many times the cost: such unions make chains.
+CHAIN_PENALTY = 4.0
+
+
+@torch.no_grad()
+def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_finite: bool = False) -> TokenClusters:
+    """Joins tokens, each to the one that is cheapest to join, from the cheapest on; rounds until M are left.
+
+    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
+    grid: (H, W), or (T, H, W) for video; its product is N. Where tokens are does not matter.
+    num_clusters: M, in [1, N]. One round is enough for half of the tokens.
+    check_finite: raise on NaN or infinite features; this waits for the device.
+
+    To join clusters a and b costs |a − b|² · √(m n / (m + n)), by their means and numbers of tokens m and n. All pairs are
+    compared, in O(N²) memory. Returns TokenClusters without centres; none is empty. Raises AiluRusError on a grid that does
+    not match N and on settings out of range.
+    """
+    check_input(features, grid, num_clusters, check_finite)
+    sizes = torch.ones(features.shape[:2], device=features.device)
+    return TokenClusters.from_assignment(_joined(features.float(), sizes, num_clusters), num_clusters)
+
+
+@torch.no_grad()
+def join_clusters(clusters: TokenClusters, tokens: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
+    """Joins M clusters to fewer in the same way; tokens: Tensor[B, N, C], of which only the clusters' means matter.
+
+    Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster. Empty ones cost nothing to join.
+    """
+    check_num_clusters(num_clusters, clusters.num_clusters)
+    joined = _joined(clusters.merge(tokens.float()), clusters.counts, num_clusters)
+    return TokenClusters.from_assignment(joined.gather(1, clusters.assignment), num_clusters)
+
+
+def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
+    """The new cluster of each of Tensor[B, n, C] that stands for `sizes` tokens: LongTensor[B, n]."""
+    # Relative to the image's mean: what all share would only cost precision.
+    means = means - means.mean(1, keepdim=True)
+    assignment = torch.arange(means.shape[1], device=means.device).expand(means.shape[:2])
+    while (count := means.shape[1]) > num_clusters:
+        # Everyone's cheapest partner makes at least half as many edges as there are clusters, and no cycle.
+        left = max(num_clusters, count - count // 2)
+        step = _round(means, sizes, count - left)
+        into = TokenClusters.from_assignment(step, left)
+        totals = torch.zeros_like(into.counts).scatter_add(1, step, sizes)
+        weights = sizes / totals.gather(1, step).clamp_min(1)
+        means = into.merge(means * weights[..., None]) * into.counts[..., None]
+        sizes, assignment = totals, step.gather(1, assignment)
+    return assignment
+
+
+def _round(means: Tensor, sizes: Tensor, unions: int) -> Tensor:
+    """So many unions of n clusters: LongTensor[B, n] to n - unions."""
+    batch, count, _ = means.shape
+    itself = torch.arange(count, device=means.device)
+    cost, partner = _costs(means, sizes).min(-1)
+    mutual = partner.gather(1, partner) == itself
+    # Of a pair that is each other's cheapest, one edge: the higher index joins the lower. NaN stays before the other.
+    edges = torch.where(mutual, cost, cost * CHAIN_PENALTY).nan_to_num(torch.finfo(cost.dtype).max)
+    edges = edges.masked_fill(mutual & (itself < partner), torch.inf)
+    joins = torch.zeros(batch, count, dtype=torch.bool, device=means.device)
+    joins = joins.scatter(1, stable_argsort(edges)[:, :unions], True)
+    root = torch.where(joins, partner, itself)
+    for _ in range(count.bit_length()):
+        root = root.gather(1, root)
+    return ((~joins).cumsum(1) - 1).gather(1, root)
+
+
+def _costs(means: Tensor, sizes: Tensor) -> Tensor:
+    """What it costs to join each two clusters, Tensor[B, n, n]; infinite with itself, 0 with an empty one."""
+    norms = means.square().sum(-1)
+    scale = norms[:, :, None] + norms[:, None]
+    # What is less than rounding counts as equal.
+    squared = torch.baddbmm(scale, means, means.transpose(1, 2), beta=1 - EQUALITY_TOLERANCE, alpha=-2).clamp_min(0)
+    # Exactly symmetric, or rounding could make three clusters each other's cheapest in a circle.
+    squared = torch.minimum(squared, squared.transpose(1, 2))
+    inverse = 1 / sizes
+    cost = squared * (inverse[:, :, None] + inverse[:, None]).rsqrt()
+    return cost.masked_fill(torch.eye(cost.shape[1], dtype=torch.bool, device=cost.device), torch.inf)

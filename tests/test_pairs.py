@@ -1,0 +1,133 @@
+"""Clustering by pairs against plain loops, its invariants on any tokens, and several places behind one another."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import GRIDS
+
+from ailurus_hf import AiluRusError, TokenClusters
+from ailurus_hf.clustering import join_clusters, pairs
+from ailurus_hf.clustering.pairs import CHAIN_PENALTY
+
+
+def slow_pairs(points, num_clusters, clusters=None):
+    """The partition of float64 [n, C] as sets of indices, and whether float32 could decide otherwise somewhere."""
+    clusters, fragile = [frozenset([i]) for i in range(len(points))] if clusters is None else list(clusters), False
+
+    def cost(a, b):
+        difference = points[list(a)].mean(0) - points[list(b)].mean(0)
+        return float(difference @ difference) * math.sqrt(len(a) * len(b) / (len(a) + len(b)))
+
+    while len(clusters) > num_clusters:
+        partner, edges = {}, []
+        for a in clusters:
+            costs = sorted((cost(a, b), i) for i, b in enumerate(clusters) if b != a)
+            partner[a] = clusters[costs[0][1]], costs[0][0]
+            fragile |= len(costs) > 1 and costs[1][0] < costs[0][0] * (1 + 1e-5)
+        for a in clusters:
+            b, price = partner[a]
+            if partner[b][0] != a:
+                edges.append((price * CHAIN_PENALTY, a, b))
+            elif clusters.index(a) > clusters.index(b):
+                edges.append((price, a, b))
+        edges.sort(key=lambda edge: edge[0])
+        unions = min(len(clusters) // 2, len(clusters) - num_clusters)
+        fragile |= len(edges) > unions and edges[unions][0] < edges[unions - 1][0] * (1 + 1e-5)
+        for _, a, b in edges[:unions]:
+            # Either may have joined another by now.
+            holds_a, holds_b = (next(c for c in clusters if part <= c) for part in (a, b))
+            clusters[clusters.index(holds_b)] = holds_a | holds_b
+            clusters.remove(holds_a)
+        clusters.sort(key=min)
+    return set(clusters), fragile
+
+
+def partition(assignment):
+    return {frozenset((assignment == cluster).nonzero().flatten().tolist()) for cluster in assignment.unique()}
+
+
+@pytest.mark.parametrize("grid, num_clusters", GRIDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_plain_loops(grid, num_clusters, seed):
+    count = min(math.prod(grid), 150)
+    x = torch.randn(2, count, 6, generator=torch.Generator().manual_seed(seed))
+    num_clusters = min(num_clusters, count)
+    found = pairs(x, (1, count), num_clusters)
+    assert found.centers is None and found.counts.min() >= 1
+    for image in range(2):
+        want, fragile = slow_pairs(x[image].double(), num_clusters)
+        assert not fragile, "take another seed"
+        assert partition(found.assignment[image]) == want
+
+
+def test_a_second_place_goes_on_where_the_first_ended():
+    x = torch.randn(1, 60, 5, generator=torch.Generator().manual_seed(3))
+    first = pairs(x, (6, 10), 40)
+    second = join_clusters(first, x, (6, 10), 14)
+    want, fragile = slow_pairs(x[0].double(), 14, sorted(partition(first.assignment[0]), key=min))
+    assert not fragile and partition(second.assignment[0]) == want
+    # An empty cluster, as other ways leave them, is the first to go.
+    padded = TokenClusters.from_assignment(first.assignment, 41)
+    assert partition(join_clusters(padded, x, (6, 10), 40).assignment[0]) == partition(first.assignment[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_so_many_clusters_of_any_tokens_and_equal_ones_first(data):
+    count = data.draw(st.integers(1, 40))
+    # Few whole numbers: equal tokens and ties of every kind.
+    values = data.draw(st.lists(st.integers(0, 3), min_size=2 * count, max_size=2 * count))
+    x = torch.tensor(values, dtype=torch.float32).view(1, count, 2)
+    kinds = len(set(map(tuple, x[0].tolist())))
+    num_clusters = data.draw(st.integers(1, count))
+    found = pairs(x, (1, count), num_clusters)
+    assert found.num_clusters == num_clusters
+    assert found.counts.min() >= 1 and found.counts.sum() == count
+    assert int(found.assignment.max()) == num_clusters - 1
+    if num_clusters >= kinds:
+        assert torch.equal(found.unmerge(found.merge(x)), x)
+
+
+def test_what_is_unlike_all_else_stays_alone_and_what_is_alike_joins_wherever_it_is():
+    x = 0.01 * torch.randn(1, 196, 8, generator=torch.Generator().manual_seed(0))
+    x[0, [5, 77]] += torch.eye(8)[:2]
+    x[0, [40, 190]] -= torch.eye(8)[:1]
+    clusters = pairs(x, (14, 14), 20)
+    assert clusters.counts[0, clusters.assignment[0, [5, 77, 40, 190]]].tolist() == [1, 1, 2, 2]
+    assert clusters.assignment[0, 40] == clusters.assignment[0, 190]
+
+
+def test_same_alone_and_in_a_batch_and_in_one_graph():
+    x = torch.randn(3, 196, 16, generator=torch.Generator().manual_seed(0))
+    together = pairs(x, (14, 14), 60)
+    for image in range(3):
+        assert torch.equal(pairs(x[image : image + 1], (14, 14), 60).assignment[0], together.assignment[image])
+    compiled = torch.compile(pairs, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, (14, 14), 60).assignment, together.assignment)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 3e38])
+def test_what_is_no_number_gives_some_clusters(wrong):
+    x = torch.randn(2, 48, 4, generator=torch.Generator().manual_seed(0))
+    x[0, 3, 1] = wrong
+    x[0, 7] = wrong
+    found = pairs(x, (6, 8), 10)
+    assert found.counts.sum(1).tolist() == [48, 48] and found.counts.min() >= 1
+    assert torch.equal(found.assignment[1:], pairs(x[1:], (6, 8), 10).assignment)
+
+
+def test_bad_input_names_the_number():
+    x = torch.randn(1, 48, 4, generator=torch.Generator().manual_seed(0))
+    found = pairs(x, (6, 8), 12)
+    x[0, 3] = math.nan
+    with pytest.raises(AiluRusError, match="1 of 48 tokens"):
+        pairs(x, (6, 8), 12, check_finite=True)
+    with pytest.raises(AiluRusError, match="between 1 and the 48 tokens, got 0"):
+        pairs(x, (6, 8), 0)
+    with pytest.raises(AiluRusError, match="48"):
+        pairs(x, (6, 9), 12)
+    with pytest.raises(AiluRusError, match="between 1 and the 12 tokens, got 13"):
+        join_clusters(found, x, (6, 8), 13)
