@@ -10,7 +10,7 @@ from oracle import GRIDS
 
 from ailurus_hf import AiluRusError, TokenClusters
 from ailurus_hf.clustering import join_clusters, pairs
-from ailurus_hf.clustering.pairs import CHAIN_PENALTY
+from ailurus_hf.clustering.pairs import CHAIN_PENALTY, _costs
 
 
 def slow_pairs(points, num_clusters, clusters=None):
@@ -69,9 +69,9 @@ def test_a_second_place_goes_on_where_the_first_ended():
     second = join_clusters(first, x, (6, 10), 14)
     want, fragile = slow_pairs(x[0].double(), 14, sorted(partition(first.assignment[0]), key=min))
     assert not fragile and partition(second.assignment[0]) == want
-    # An empty cluster, as other ways leave them, is the first to go.
+    # An empty cluster, as other ways leave them, is the first to go, however far the others are from 0.
     padded = TokenClusters.from_assignment(first.assignment, 41)
-    assert partition(join_clusters(padded, x, (6, 10), 40).assignment[0]) == partition(first.assignment[0])
+    assert partition(join_clusters(padded, x + 10, (6, 10), 40).assignment[0]) == partition(first.assignment[0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,6 +98,13 @@ def test_what_is_unlike_all_else_stays_alone_and_what_is_alike_joins_wherever_it
     clusters = pairs(x, (14, 14), 20)
     assert clusters.counts[0, clusters.assignment[0, [5, 77, 40, 190]]].tolist() == [1, 1, 2, 2]
     assert clusters.assignment[0, 40] == clusters.assignment[0, 190]
+
+
+def test_costs_of_nearly_equal_tokens_are_symmetric_and_not_negative():
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(1, 1, 192, generator=generator) + 1e-4 * torch.randn(2, 196, 192, generator=generator)
+    costs = _costs(x, torch.ones(2, 196))
+    assert torch.equal(costs, costs.transpose(1, 2)) and costs.min() >= 0
 
 
 def test_same_alone_and_in_a_batch_and_in_one_graph():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters, stable_argsort
-from .neighbours import EQUALITY_TOLERANCE, Grid, check_input
+from .neighbours import Grid, check_input
 
 # Of two clusters that are not each other's cheapest, so many times the cost: such unions make chains.
 CHAIN_PENALTY = 4.0
@@ -86,8 +86,7 @@ def _costs(means: Tensor, sizes: Tensor) -> Tensor:
     """What it costs to join each two clusters, Tensor[B, n, n]; infinite with itself, 0 with an empty one."""
     norms = means.square().sum(-1)
     scale = norms[:, :, None] + norms[:, None]
-    # What is less than rounding counts as equal.
-    squared = torch.baddbmm(scale, means, means.transpose(1, 2), beta=1 - EQUALITY_TOLERANCE, alpha=-2).clamp_min(0)
+    squared = torch.baddbmm(scale, means, means.transpose(1, 2), alpha=-2).clamp_min(0)
     # Exactly symmetric, or rounding could make three clusters each other's cheapest in a circle.
     squared = torch.minimum(squared, squared.transpose(1, 2))
     inverse = 1 / sizes
