@@ -23,6 +23,7 @@ from ailurus_hf.vision.supported import supported_models
 from . import (
     classification_quality,
     clustering_cost,
+    clustering_overhead,
     clusterings,
     controlvideo_speed,
     detection_speed,
@@ -189,6 +190,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "video quality": rows_as_measured("video_quality-cpu-fp32", video_quality.COLUMNS),
     "joint flops": rows_as_measured("joint_flops-cpu-fp32", joint_speed.COLUMNS),
     "cost": rows_as_measured("clustering_cost-cpu-fp32", clustering_cost.COLUMNS),
+    "overhead": rows_as_measured("clustering_overhead-cpu-fp32", clustering_overhead.COLUMNS),
     "clusters of CamVid": rows_as_measured("clusterings_smooth-cpu-fp32", clusterings.COLUMNS),
     "clusters of CIFAR": rows_as_measured("clusterings_cifar10-cpu-fp32", clusterings.COLUMNS),
     "classification": rows_as_measured("tab8_cifar10-cpu-fp32", classification_quality.COLUMNS),

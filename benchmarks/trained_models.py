@@ -28,7 +28,7 @@ COLUMNS = {
     "images": "images seen",
     "minutes": "minutes|{:.0f}",
     "score": "score|{:.2f}",
-    "score_name": "",
+    "score_name": "measure",
     "course": "on the way",
 }
 
