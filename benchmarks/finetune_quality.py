@@ -2,8 +2,9 @@
 
     python -m benchmarks.finetune_quality runs/finetune-plain runs/finetune-0.25 runs/finetune-0.36
 
-Time of training and mIoU at its end; "mIoU, plain" is that of the same weights with the reduction taken off again. Runs
-follow one another and do not take turns: the time of a training step, in turns, is what benchmarks.finetune_speed has.
+Time of training and mIoU at its end, means over runs that differ only in their seeds; "mIoU, plain" is that of the same
+weights with the reduction taken off again. Runs follow one another and do not take turns: the time of a training step, in
+turns, is what benchmarks.finetune_speed has.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +25,60 @@ COLUMNS = {
     "location": "L",
     "keep_ratio": "keep",
     "epochs": "epochs|{:g}",
+    "runs": "runs",
     "seconds": "training|{:.1f} s",
     "share_of_plain": "of plain|{:.3f}",
     "miou": "mIoU|{:.2f}",
+    "spread": "spread|{:.2f}",
     "lost": "lost|{:+.2f}",
     "plain_miou": "mIoU, plain|{:.2f}",
 }
+# What runs of one row share; they differ in their seeds.
+SHARED = ("method", "location", "keep_ratio", "epochs", "precision")
 
 
 def gathered(folders: list[Path]) -> list[dict[str, Any]]:
-    """A row a run, that without reduction first; the others are compared with it."""
-    rows: list[dict[str, Any]] = []
+    """A row for each way of training, means over its runs, that without reduction first; the others are compared with it.
+
+    spread: the best mIoU of a row's runs less the worst, None of one run.
+    """
+    ways: dict[tuple, list[dict[str, Any]]] = {}
     for folder in folders:
         metrics = json.loads((folder / "metrics.json").read_text())
-        args, reduced = metrics["args"], metrics["reduced"]
-        row = {
-            "epochs": args["epochs"],
-            "seconds": sum(metrics["seconds_per_epoch"]),
-            "miou": (reduced or metrics["plain"])["miou"],
-            "precision": args["precision"],
-        }
-        if reduced is None:
-            rows.insert(0, {"method": "plain", **row})
-        else:
-            method = f"{args['clustering']}, {args['restore']}"
-            places = {"location": args["location"], "keep_ratio": args["keep"], "plain_miou": metrics["plain"]["miou"]}
-            rows.append({"method": method, **places, **row})
-    plain = rows[0]
-    if plain["method"] == "plain":
+        row = _row(metrics["args"], metrics["reduced"], metrics["plain"], sum(metrics["seconds_per_epoch"]))
+        ways.setdefault(tuple(row[key] for key in SHARED), []).append(row)
+    rows = [_mean(runs) for runs in ways.values()]
+    rows.sort(key=lambda row: row["method"] != "plain")
+    if rows[0]["method"] == "plain":
         for row in rows:
-            row["share_of_plain"] = row["seconds"] / plain["seconds"]
-            row["lost"] = plain["miou"] - row["miou"]
+            row["share_of_plain"] = row["seconds"] / rows[0]["seconds"]
+            row["lost"] = rows[0]["miou"] - row["miou"]
     return rows
+
+
+def _row(args: dict[str, Any], reduced: dict | None, plain: dict, seconds: float) -> dict[str, Any]:
+    is_reduced = reduced is not None
+    return {
+        "method": f"{args['clustering']}, {args['restore']}" if is_reduced else "plain",
+        "location": args["location"] if is_reduced else None,
+        "keep_ratio": args["keep"] if is_reduced else None,
+        "epochs": args["epochs"],
+        "precision": args["precision"],
+        "seconds": seconds,
+        "miou": (reduced or plain)["miou"],
+        "plain_miou": plain["miou"] if is_reduced else None,
+    }
+
+
+def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = [run["miou"] for run in runs]
+    measured = {
+        key: statistics.fmean(run[key] for run in runs)
+        for key in ("seconds", "miou", "plain_miou")
+        if runs[0][key] is not None
+    }
+    spread = max(scores) - min(scores) if len(runs) > 1 else None
+    return {**runs[0], **measured, "runs": len(runs), "spread": spread}
 
 
 def main() -> None:

@@ -41,10 +41,10 @@ QUALITY = "-m benchmarks.segmenter_quality"
 ABLATION = [f"'{PAPER}:alpha={a}'" for a in (0.6, 0.7, 0.8, 0.9, 1.0)]
 ABLATION += [f"'{PAPER}:num_spatial_neighbors={n}'" for n in (0, 20, 30, 70)]
 ABLATION += [f"'{PAPER}:num_density_neighbors={k}'" for k in (2, 3, 4)]
-# Tab. 8's nearest: several small steps of ours beside ToMe, as it comes out and at their speed.
+# Tab. 8's nearest: several small steps of ours beside ToMe, at their FLOPs and at their speed.
 STEPS = "'local k-means, copy' 'pairs, copy'"
 STEPS += " 'pairs, copy:cluster_location=(1,3),keep_ratio=(0.65,0.37)'"
-STEPS += " 'pairs, copy:cluster_location=(1,2,3,4),keep_ratio=(0.8,0.61,0.43,0.33)' ToMe ToMe:r=25 EViT"
+STEPS += " 'pairs, copy:cluster_location=(1,2,3,4),keep_ratio=(0.8,0.61,0.43,0.33)' ToMe ToMe:r=30 EViT"
 # Spatial forms: by rank (the paper), by distance, a window alone, none, places as features.
 FORMS = [f"'{name}'" for name in (PAPER, "by distance, copy", f"{PAPER}:alpha=1.0", f"{PAPER}:num_spatial_neighbors=0")]
 FORMS += ["'places as features, copy'"]

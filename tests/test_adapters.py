@@ -89,7 +89,7 @@ def test_the_clusters_of_a_second_place_are_unions_of_the_firsts(grid, clusterin
     config = AiluRusConfig(cluster_location=(1, 2), num_clusters=(count // 2, 4), clustering=clustering)
     tokens = torch.randn(2, count, 8, generator=torch.Generator().manual_seed(1))
     first = configured(config)(tokens, grid, count // 2)
-    second = configured_nesting(config)(first, tokens, grid, 4)
+    second = configured_nesting(config)(first, first.merge(tokens), tokens, grid, 4)
     assert second.num_clusters == 4 and second.counts.min() >= 1
     assert torch.equal(second.counts.sum(1), torch.full((2,), float(count)))
     for image in range(2):

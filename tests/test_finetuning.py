@@ -229,8 +229,18 @@ def test_the_example_from_start_to_a_model_that_loads(loop, camvid, tmp_path):
     assert len(metrics["seconds_per_epoch"]) == 1
     row = trained_models.gathered("small", output)
     assert (row["score"], row["score_name"]) == (metrics["plain"]["miou"], "mIoU")
-    (row,) = finetune_quality.gathered([output])
-    assert (row["miou"], row["plain_miou"]) == (metrics["reduced"]["miou"], metrics["plain"]["miou"])
+    other = {**metrics, "reduced": {"miou": metrics["reduced"]["miou"] + 2}, "args": {**metrics["args"], "seed": 1}}
+    whole = {**metrics, "reduced": None, "seconds_per_epoch": [1e3]}
+    for name, changed in (("other", other), ("whole", whole)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(changed))
+    plain, row = finetune_quality.gathered([output, tmp_path / "other", tmp_path / "whole"])
+    assert (plain["method"], plain["runs"], plain["lost"], plain["spread"]) == ("plain", 1, 0, None)
+    assert (row["runs"], row["spread"]) == (2, pytest.approx(2))
+    assert (
+        row["miou"] == pytest.approx(metrics["reduced"]["miou"] + 1) and row["plain_miou"] == metrics["plain"]["miou"]
+    )
+    assert row["share_of_plain"] == pytest.approx(metrics["seconds_per_epoch"][0] / 1e3)
 
     reduced = AiluRusModelForSemanticSegmentation.from_pretrained(output / "model").eval()
     plain = AutoModelForSemanticSegmentation.from_pretrained(output / "model").eval()

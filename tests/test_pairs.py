@@ -66,12 +66,13 @@ def test_equals_plain_loops(grid, num_clusters, seed):
 def test_a_second_place_goes_on_where_the_first_ended():
     x = torch.randn(1, 60, 5, generator=torch.Generator().manual_seed(3))
     first = pairs(x, (6, 10), 40)
-    second = join_clusters(first, x, (6, 10), 14)
+    second = join_clusters(first, first.merge(x), x, (6, 10), 14)
     want, fragile = slow_pairs(x[0].double(), 14, sorted(partition(first.assignment[0]), key=min))
     assert not fragile and partition(second.assignment[0]) == want
     # An empty cluster, as other ways leave them, is the first to go, however far the others are from 0.
     padded = TokenClusters.from_assignment(first.assignment, 41)
-    assert partition(join_clusters(padded, x + 10, (6, 10), 40).assignment[0]) == partition(first.assignment[0])
+    again = join_clusters(padded, padded.merge(x + 10), x + 10, (6, 10), 40)
+    assert partition(again.assignment[0]) == partition(first.assignment[0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,4 +138,4 @@ def test_bad_input_names_the_number():
     with pytest.raises(AiluRusError, match="48"):
         pairs(x, (6, 9), 12)
     with pytest.raises(AiluRusError, match="between 1 and the 12 tokens, got 13"):
-        join_clusters(found, x, (6, 8), 13)
+        join_clusters(found, found.merge(x), x, (6, 8), 13)

@@ -19,8 +19,8 @@ from .ward import ward
 # From Tensor[B, N, C], the grid and M.
 Clustering = Callable[[Tensor, tuple[int, ...], int], TokenClusters]
 
-# From the clusters so far, Tensor[B, N, C], the grid and a smaller M.
-Nesting = Callable[[TokenClusters, Tensor, tuple[int, ...], int], TokenClusters]
+# From the clusters so far, their representatives Tensor[B, M, C], all tokens Tensor[B, N, C], the grid and a smaller M.
+Nesting = Callable[[TokenClusters, Tensor, Tensor, tuple[int, ...], int], TokenClusters]
 
 
 def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:

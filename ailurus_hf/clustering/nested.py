@@ -16,6 +16,7 @@ from .neighbours import DIRECT_DISTANCE_LIMIT, EQUALITY_TOLERANCE
 @torch.no_grad()
 def merge_clusters(
     clusters: TokenClusters,
+    representatives: Tensor,
     tokens: Tensor,
     grid: tuple[int, ...],
     num_clusters: int,
@@ -24,9 +25,10 @@ def merge_clusters(
     alpha: float = 0.9,
     num_density_neighbors: int = 1,
 ) -> TokenClusters:
-    """Joins M clusters to fewer by density peaks among their means, of which each stands at its cluster's centroid.
+    """Joins M clusters to fewer by density peaks among representatives, of which each stands at its cluster's centroid.
 
-    clusters: of the grid's N tokens. tokens: Tensor[B, N, C]; only the clusters' means matter.
+    clusters: of the grid's N tokens, with their representatives, Tensor[B, M, C]. tokens: Tensor[B, N, C], for how far they
+        are from those.
     num_clusters: clusters to leave, in [1, M]. The other settings are those of `spatial_density_peaks`.
 
     Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster, and counts add up. The new
@@ -36,7 +38,7 @@ def merge_clusters(
     channels = tokens.shape[2]
     count = clusters.num_clusters
     check_num_clusters(num_clusters, count)
-    means = clusters.merge(tokens.float())
+    means = representatives.float()
     centroids = clusters.centroids(grid)
 
     itself = torch.eye(count, dtype=torch.bool, device=tokens.device)

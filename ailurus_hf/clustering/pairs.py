@@ -38,13 +38,15 @@ def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fin
 
 
 @torch.no_grad()
-def join_clusters(clusters: TokenClusters, tokens: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
-    """Joins M clusters to fewer in the same way; tokens: Tensor[B, N, C], of which only the clusters' means matter.
+def join_clusters(
+    clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
+) -> TokenClusters:
+    """Joins M clusters to fewer in the same way; by representatives, Tensor[B, M, C]. Tokens and grid do not matter.
 
     Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster. Empty ones cost nothing to join.
     """
     check_num_clusters(num_clusters, clusters.num_clusters)
-    joined = _joined(clusters.merge(tokens.float()), clusters.counts, num_clusters)
+    joined = _joined(representatives.float(), clusters.counts, num_clusters)
     return TokenClusters.from_assignment(joined.gather(1, clusters.assignment), num_clusters)
 
 

@@ -214,31 +214,33 @@ class EncoderReducer:
         target, record, location = run.targets[place], self.records[place], self.config.locations[place]
         before = run.stage
         left = run.num_tokens if before is None else before.clusters.num_clusters
-        if before is not None and location - 1 not in run.between:
-            hidden_states = run.unfold(hidden_states, before, self.config.restore)
-        self._check_length(run, hidden_states, location)
+        # Behind a layer whose output the model reads on the grid there are all patches again.
+        patches = left if location - 1 not in run.between else run.num_tokens
+        self._check_length(run, hidden_states, patches, location)
         if target is None:
             record.unreduced(left)
-            return hidden_states if before is None else run.merge(hidden_states, before)
-        _, tokens, _ = run.split(hidden_states, run.num_tokens)
+            return hidden_states if before is None or patches == left else run.merge(hidden_states, before)
+        front, tokens, suffix = run.split(hidden_states, patches)
         if before is None:
             clusters = self.clustering(tokens, run.grid, target)
         else:
-            clusters = self.nesting(before.clusters, tokens, run.grid, target)
+            representatives = tokens if patches == left else before.clusters.merge(tokens)
+            tokens = before.unfold(tokens, self.config.restore) if patches == left else tokens
+            clusters = self.nesting(before.clusters, representatives, tokens, run.grid, target)
         # Also where the output is copied: the hidden state at L itself was never reduced.
         run.stages.append(Stage(location, run.grid, clusters, tokens, clusters.merge(tokens)))
         record.reduced(left, clusters.num_clusters, clusters, run.grid)
-        front, _, suffix = run.split(hidden_states, run.num_tokens)
         return torch.cat([front, run.stages[-1].merged, suffix], 1)
 
-    def _check_length(self, run: Run, hidden_states: Tensor, location: int) -> None:
-        """Whether the sequence is prefix + grid + suffix; queries that have joined count to the prefix."""
+    def _check_length(self, run: Run, hidden_states: Tensor, patches: int, location: int) -> None:
+        """Whether the sequence is prefix + patches + suffix; queries that have joined count to the prefix."""
         around, queries = self.found.prefix + run.suffix, self.found.family.queries
         length = hidden_states.shape[1] - around
         joined = 0 if queries is None else int(getattr(self.found.encoder.config, queries))
-        if length not in (run.num_tokens, run.num_tokens + joined):
+        if length not in (patches, patches + joined):
             raise AiluRusError(
-                f"grid {run.grid} has {run.num_tokens} places, but there are {length} tokens at location {location}"
+                f"grid {run.grid} has {run.num_tokens} places, for which {patches} tokens should come to location {location}, "
+                f"but there are {length}"
             )
 
     def leave_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
