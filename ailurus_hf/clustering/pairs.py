@@ -54,17 +54,24 @@ def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
     """The new cluster of each of Tensor[B, n, C] that stands for `sizes` tokens: LongTensor[B, n]."""
     # Relative to the image's mean: what all share would only cost precision.
     means = means - means.mean(1, keepdim=True)
-    assignment = torch.arange(means.shape[1], device=means.device).expand(means.shape[:2])
-    while (count := means.shape[1]) > num_clusters:
+    count = means.shape[1]
+    assignment = torch.arange(count, device=means.device).expand(means.shape[:2])
+    while count > num_clusters:
         # Everyone's cheapest partner makes at least half as many edges as there are clusters, and no cycle.
         left = max(num_clusters, count - count // 2)
         step = _round(means, sizes, count - left)
-        into = TokenClusters.from_assignment(step, left)
-        totals = torch.zeros_like(into.counts).scatter_add(1, step, sizes)
-        weights = sizes / totals.gather(1, step).clamp_min(1)
-        means = into.merge(means * weights[..., None]) * into.counts[..., None]
-        sizes, assignment = totals, step.gather(1, assignment)
+        assignment, count = step.gather(1, assignment), left
+        if count > num_clusters:
+            means, sizes = _merged(means, sizes, step, count)
     return assignment
+
+
+def _merged(means: Tensor, sizes: Tensor, step: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means and sizes of what LongTensor[B, n] makes of n clusters, so many."""
+    into = TokenClusters.from_assignment(step, count)
+    totals = torch.zeros_like(into.counts).scatter_add(1, step, sizes)
+    weights = sizes / totals.gather(1, step).clamp_min(1)
+    return into.merge(means * weights[..., None]) * into.counts[..., None], totals
 
 
 def _round(means: Tensor, sizes: Tensor, unions: int) -> Tensor:
