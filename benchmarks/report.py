@@ -193,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": rows_as_measured("clustering_overhead-cpu-fp32", clustering_overhead.COLUMNS),
     "clusters of CamVid": rows_as_measured("clusterings_smooth-cpu-fp32", clusterings.COLUMNS),
     "clusters of CIFAR": rows_as_measured("clusterings_cifar10-cpu-fp32", clusterings.COLUMNS),
+    "classification in steps": rows_as_measured("tab8_cifar10_all-cpu-fp32", classification_quality.COLUMNS),
     "classification": rows_as_measured("tab8_cifar10-cpu-fp32", classification_quality.COLUMNS),
     "trained models": rows_as_measured("trained_models-cpu-fp32", trained_models.COLUMNS),
     "a wider Segmenter": rows_as_measured("segmenter_quality_s_like-cpu-fp32", segmenter_quality.COLUMNS),
