@@ -157,6 +157,7 @@ ENTRIES = [
     official_similarity("Fig. 7", "assignments", VIT_L, f"--methods '{PAPER}' --locations 2 --keep 0.25 0.36 0.5", "fig7_ade20k"),
     Entry("Tab. 11, 12, 13, 14, Fig. 7", "similarity by layer, pairs, latency split, assignments", f"-m benchmarks.similarity --images {CAMVID}/val/images --methods '{PAPER}' Expedite CTM --locations 2 --keep 0.25 0.36 0.5 --name tab11_similarity", (CAMVID,), 30),
     Entry("Fig. 2", "assignments and reconstructed images", f"-m ailurus_hf.cli visualize --model {SHIPPED} --cluster-location 2 --keep-ratio 0.25 --clustering density_peaks --restore copy --fill mean --output runs/figure2 {CAMVID}/val/images", (CAMVID,), 5),
+    Entry("Fig. 2", "the same of one picture, by ways of clustering", "-m benchmarks.cluster_pictures", (), 1),
     Entry("Fig. 3, 4, 5, 6", "mIoU and speed over L and M", f"{QUALITY} --data {CAMVID} {BOTH} --locations 1 2 3 4 5 6 --keep 0.12 0.18 0.25 0.36 0.5 --name curves", (CAMVID,), 70),
     official("Fig. 3, 4, 6", "mIoU and speed over L and M", VIT_L, f"{BOTH} --locations 2 4 6 8 10 --keep {SHARES_L}", "curves_vit_l"),
     official("Fig. 3, 4, 5, 6", "mIoU and speed over L and M", VIT_B, f"{BOTH} --locations 1 2 3 4 5 6 --keep {SHARES_B}", "curves_vit_b"),

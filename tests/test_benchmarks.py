@@ -10,9 +10,10 @@ import torch
 from models import DECODER, SIZES, images, make_model, run, segmenter
 from PIL import Image
 
-from ailurus_hf import AiluRusError, SegmenterImageProcessor
+from ailurus_hf import AiluRusError, SegmenterImageProcessor, ailurus_status
 from ailurus_hf.cli_support import load_model
 from benchmarks import (
+    cluster_pictures,
     clustering_cost,
     datasets,
     detection_speed,
@@ -206,6 +207,19 @@ def test_quality_in_windows_is_that_of_their_average(tmp_path):
         model, segmenter_quality.segmentation(model, SegmenterImageProcessor(), data), contenders, repeats=1
     )
     assert whole["num_clusters"] == 16 and whole["ideal"] == row["ideal"] > 1
+
+
+def test_clusters_are_drawn_with_what_is_left_of_the_picture():
+    model = segmenter("vit", decoder_config=DECODER, num_labels=11).eval()
+    x = images()
+    image = Image.fromarray((255 * x[0].permute(1, 2, 0).clamp(0, 1)).byte().numpy())
+    settings = {name: {"cluster_location": 1, "num_clusters": 24, "clustering": name} for name in ("ward", "pairs")}
+    figure = cluster_pictures.draw(model, x, image, settings)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["ward, 96 to 24", "pairs, 96 to 24", "", ""]
+    assigned, rebuilt = (np.asarray(figure.axes[i].images[0].get_array()) for i in (0, 2))
+    assert assigned.shape == rebuilt.shape == (*x.shape[-2:], 3) and not np.array_equal(assigned, rebuilt)
+    assert not ailurus_status(model).active
 
 
 def test_tables_in_the_documents_are_what_the_result_files_say():
