@@ -109,8 +109,8 @@ def plot(kind: str, *names: str) -> str:
     return f"-m benchmarks.plots {kind} {' '.join(results(*names))}"
 
 
-def finetuning(run: str, options: str, epochs: float = 1) -> str:
-    return f"examples/finetune_segmentation.py --data {CAMVID} --model {SHIPPED} --output runs/{run} --batch-size 2 --epochs {epochs:g} {options}"
+def finetuning(run: str, options: str, epochs: float = 1, start: str = SHIPPED) -> str:
+    return f"examples/finetune_segmentation.py --data {CAMVID} --model {start} --output runs/{run} --batch-size 2 --epochs {epochs:g} {options}"
 
 
 def official(names: str, what: str, model: str, options: str, name: str, data: str = "ade20k") -> Entry:
@@ -141,6 +141,8 @@ ENTRIES = [
     Entry("Tab. 5, 6", "fine-tuning on CamVid, 0.25 of the tokens, other clusters", finetuning("finetune-ward", f"--keep 0.25 {WARD}"), (CAMVID,), 6),
     Entry("Tab. 5, 6", "fine-tuning on CamVid, the same, for longer", finetuning("finetune-ward-long", f"--keep 0.25 {WARD}", epochs=1.35), (CAMVID,), 7),
     Entry("Tab. 5, 6", "fine-tuning on CamVid, compared", f"-m benchmarks.finetune_quality {' '.join(RUNS)} --name tab5_finetuning", tuple(f"{run}/metrics.json" for run in RUNS), 1),
+    *(Entry("Tab. 5, 6", f"fine-tuning for one more epoch, {what}", finetuning(run, f"{options} --seed 1", start=f"{RUNS[0]}/model"), (CAMVID, f"{RUNS[0]}/model"), 11) for run, what, options in (("again-plain", "plain", "--keep 1"), ("again-ward", "0.25 of the tokens", f"--keep 0.25 {WARD}"))),
+    Entry("Tab. 5, 6", "one more epoch, compared", "-m benchmarks.finetune_quality runs/again-plain runs/again-ward --name tab5_finetuning_again", ("runs/again-plain/metrics.json", "runs/again-ward/metrics.json"), 1),
     Entry("Tab. 7", "alpha, lambda, k", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(ABLATION)} --name tab7_ablation", (CAMVID,), 20),
     official("Tab. 7", "alpha, lambda, k", VIT_L, f"--locations 2 --keep 0.25 --methods {' '.join(ABLATION)}", "tab7_ade20k"),
     Entry("Tab. 8", "classification, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods '{PAPER}' 'local k-means, copy' 'Ward, copy' 'random centres, copy' Expedite ToMe EViT --locations 1 2 --keep 0.5 0.35 --name tab8_cifar10", (CIFAR, TINY), 20),
