@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..clusters import TokenClusters
+from ..precision import without_autocast
 from .local_kmeans import grid_cells, prepared
 from .neighbours import Grid
 from .tables import grid_table
@@ -46,6 +47,7 @@ def kmeans(
     return clusters
 
 
+@without_autocast
 def _nearest(features: Tensor, means: Tensor, empty: Tensor | None) -> Tensor:
     """LongTensor[B, N]: the nearest of the means, Tensor[B, M, C], that is not empty."""
     # |x|² is the same for all of a token's distances.

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import check_features, check_num_clusters
 from ..clusters import stable_argsort
 from ..errors import AiluRusError
+from ..precision import without_autocast
 from .tables import grid_table
 
 Grid = tuple[int, ...]
@@ -181,6 +182,7 @@ def _tile_starts(side: int) -> list[int]:
     return [min(start, last) for start in range(0, side, TILE_SIDE)]
 
 
+@without_autocast
 def _tile_products(
     tokens: Tensor, others: Tensor, plan: TilePlan, origin: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters
+from ..precision import without_autocast
 from .density_peaks import density_peaks
 from .neighbours import DIRECT_DISTANCE_LIMIT, EQUALITY_TOLERANCE
 
@@ -65,6 +66,7 @@ def merge_clusters(
     return TokenClusters.from_assignment(joined.assignment.gather(1, clusters.assignment), num_clusters, centers)
 
 
+@without_autocast
 def _distances(points: Tensor) -> Tensor:
     """Euclidean distances of all pairs, Tensor[B, M, C] to [B, M, M]; by products where there are many (see neighbours.py)."""
     if points.shape[1] ** 2 * points.shape[2] <= DIRECT_DISTANCE_LIMIT:

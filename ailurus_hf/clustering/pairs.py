@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters, stable_argsort
+from ..precision import without_autocast
 from .neighbours import Grid, check_input
 
 # Of two clusters that are not each other's cheapest, so many times the cost: such unions make chains.
@@ -91,6 +92,7 @@ def _round(means: Tensor, sizes: Tensor, unions: int) -> Tensor:
     return ((~joins).cumsum(1) - 1).gather(1, root)
 
 
+@without_autocast
 def _costs(means: Tensor, sizes: Tensor) -> Tensor:
     """What it costs to join each two clusters, Tensor[B, n, n]; infinite with itself, 0 with an empty one."""
     norms = means.square().sum(-1)

@@ -21,6 +21,7 @@ from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..hooks import Hooks
+from ..precision import without_autocast
 from ..status import Record
 from .backend import Call, Stack, pairs_halves, self_attentions
 from .frames import Frames, JointClusters
@@ -250,13 +251,19 @@ def cluster_tokens(
     """Clusters of Tensor[B, N, C]; share_halves: both halves of the batch get those of their mean."""
     features = tokens
     if tokens.shape[2] > COMPARED_CHANNELS:
-        features = tokens.float() @ directions(tokens.shape[2], COMPARED_CHANNELS, tokens.device)
+        features = _projected(tokens.float())
     if not share_halves:
         return clustering(features, grid, num_clusters)
     first, second = features.chunk(2)
     shared = clustering((first + second) / 2, grid, num_clusters)
     centers = None if shared.centers is None else shared.centers.repeat(2, 1)
     return TokenClusters(shared.assignment.repeat(2, 1), centers, shared.counts.repeat(2, 1))
+
+
+@without_autocast
+def _projected(tokens: Tensor) -> Tensor:
+    """Tensor[B, N, C] in fewer channels, about as far from one another."""
+    return tokens @ directions(tokens.shape[2], COMPARED_CHANNELS, tokens.device)
 
 
 @grid_table
