@@ -199,7 +199,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "a wider Segmenter": rows_as_measured("segmenter_quality_s_like-cpu-fp32", segmenter_quality.COLUMNS),
     "fine tuning": rows_as_measured("tab5_finetuning-cpu-bf16", finetune_quality.COLUMNS),
     "fine tuning again": rows_as_measured("tab5_finetuning_again-cpu-bf16", finetune_quality.COLUMNS),
-    "detection with other encoders": rows_as_measured("detection_speed_others-cpu-fp32", detection_speed.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,
 }
