@@ -33,8 +33,8 @@ COLUMNS = {
     "lost": "lost|{:+.2f}",
     "plain_miou": "mIoU, plain|{:.2f}",
 }
-# What runs of one row share; they differ in their seeds.
-SHARED = ("method", "location", "keep_ratio", "epochs", "precision")
+# In what the runs of one row may differ.
+OF_A_RUN = ("data", "output", "resume", "seed")
 
 
 def gathered(folders: list[Path]) -> list[dict[str, Any]]:
@@ -45,8 +45,10 @@ def gathered(folders: list[Path]) -> list[dict[str, Any]]:
     ways: dict[tuple, list[dict[str, Any]]] = {}
     for folder in folders:
         metrics = json.loads((folder / "metrics.json").read_text())
-        row = _row(metrics["args"], metrics["reduced"], metrics["plain"], sum(metrics["seconds_per_epoch"]))
-        ways.setdefault(tuple(row[key] for key in SHARED), []).append(row)
+        args = metrics["args"]
+        row = _row(args, metrics["reduced"], metrics["plain"], sum(metrics["seconds_per_epoch"]))
+        settings = (str(value) for key, value in sorted(args.items()) if key not in OF_A_RUN)
+        ways.setdefault((row["method"], *settings), []).append(row)
     rows = [_mean(runs) for runs in ways.values()]
     rows.sort(key=lambda row: row["method"] != "plain")
     if rows[0]["method"] == "plain":

@@ -1,7 +1,8 @@
 """Ward's clustering on the grid graph, in rounds: adjacent clusters join where that adds least variance.
 
-Not in the paper. Regions of any shape and size come out, of less variance inside than by density peaks and local k-means, for some ten
-rounds of which each waits for the device: it costs several times more, breaks a compiled graph and cannot be exported.
+Not in the paper. Regions of any shape and size come out, of less variance inside than by density peaks and local k-means,
+for some ten rounds of which each waits for the device: it costs several times more, breaks a compiled graph and cannot be
+exported.
 """
 
 from __future__ import annotations

@@ -215,17 +215,19 @@ class EncoderReducer:
         before = run.stage
         left = run.num_tokens if before is None else before.clusters.num_clusters
         # Behind a layer whose output the model reads on the grid there are all patches again.
-        patches = left if location - 1 not in run.between else run.num_tokens
-        self._check_length(run, hidden_states, patches, location)
+        is_merged = before is not None and location - 1 not in run.between
+        count = left if is_merged else run.num_tokens
+        self._check_length(run, hidden_states, count, location)
         if target is None:
             record.unreduced(left)
-            return hidden_states if before is None or patches == left else run.merge(hidden_states, before)
-        front, tokens, suffix = run.split(hidden_states, patches)
+            return hidden_states if before is None or is_merged else run.merge(hidden_states, before)
+        front, patches, suffix = run.split(hidden_states, count)
         if before is None:
+            tokens = patches
             clusters = self.clustering(tokens, run.grid, target)
         else:
-            representatives = tokens if patches == left else before.clusters.merge(tokens)
-            tokens = before.unfold(tokens, self.config.restore) if patches == left else tokens
+            tokens = before.unfold(patches, self.config.restore) if is_merged else patches
+            representatives = patches if is_merged else before.clusters.merge(patches)
             clusters = self.nesting(before.clusters, representatives, tokens, run.grid, target)
         # Also where the output is copied: the hidden state at L itself was never reduced.
         run.stages.append(Stage(location, run.grid, clusters, tokens, clusters.merge(tokens)))
