@@ -3,7 +3,7 @@
     python -m benchmarks.finetune_quality runs/finetune-plain runs/finetune-0.25 runs/finetune-0.36
 
 Time of training and mIoU at its end, means over runs that differ only in their seeds; "mIoU, plain" is that of the same
-weights with the reduction taken off again. Runs follow one another and do not take turns: the time of a training step, in
+weights with the reduction taken off again; "finish" the share of the steps, the last, that trained on all tokens. Runs follow one another and do not take turns: the time of a training step, in
 turns, is what benchmarks.finetune_speed has.
 """
 
@@ -24,6 +24,7 @@ COLUMNS = {
     "method": "method",
     "location": "L",
     "keep_ratio": "keep",
+    "finish": "finish",
     "epochs": "epochs|{:g}",
     "runs": "runs",
     "seconds": "training|{:.1f} s",
@@ -47,7 +48,8 @@ def gathered(folders: list[Path]) -> list[dict[str, Any]]:
         metrics = json.loads((folder / "metrics.json").read_text())
         args = metrics["args"]
         row = _row(args, metrics["reduced"], metrics["plain"], sum(metrics["seconds_per_epoch"]))
-        settings = (str(value) for key, value in sorted(args.items()) if key not in OF_A_RUN)
+        # An option that is off is as one that the script did not have yet.
+        settings = (f"{key} {value}" for key, value in sorted(args.items()) if value and key not in OF_A_RUN)
         ways.setdefault((row["method"], *settings), []).append(row)
     rows = [_mean(runs) for runs in ways.values()]
     rows.sort(key=lambda row: row["method"] != "plain")
@@ -64,6 +66,7 @@ def _row(args: dict[str, Any], reduced: dict | None, plain: dict, seconds: float
         "method": f"{args['clustering']}, {args['restore']}" if is_reduced else "plain",
         "location": args["location"] if is_reduced else None,
         "keep_ratio": args["keep"] if is_reduced else None,
+        "finish": args.get("finish") or None,
         "epochs": args["epochs"],
         "precision": args["precision"],
         "seconds": seconds,

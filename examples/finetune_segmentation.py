@@ -2,12 +2,15 @@
 
     python examples/finetune_segmentation.py --data CAMVID --model examples/assets/segmenter-camvid --output run
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1        # plain, to compare
+    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --finish 0.1    # for use without AiluRus
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --loop accelerate --resume
     torchrun --nproc-per-node 2 examples/finetune_segmentation.py …                                    # or accelerate launch
 
 Any of transformers' segmentation models would do in place of the Segmenter: AiluRus is one call before training starts.
 --loop trainer is transformers' Trainer, --loop accelerate a training loop of one's own; mixed precision, gradient
 accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at random.
+--finish trains the last steps on all tokens: a model that is to run without AiluRus gets used to them again, as FLIP's does
+after training on masked images (arXiv 2212.00794, "unmasking").
 run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches them on
 again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on val with
 the reduction on and off.
@@ -32,7 +35,7 @@ from training import data_folder
 from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
-from ailurus_hf import apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusConfig, apply_ailurus, remove_ailurus
 from ailurus_hf.config import CLUSTERINGS, RESTORES
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation
 
@@ -68,6 +71,21 @@ class EpochClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
+class Finish(TrainerCallback):
+    """Takes the reduction off for the last share of the steps."""
+
+    def __init__(self, model: nn.Module, share: float):
+        self.model, self.share = model, share
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        finish(self.model, state.global_step, state.max_steps, self.share)
+
+
+def finish(model: nn.Module, done: int, steps: int, share: float) -> None:
+    if done >= round((1 - share) * steps):
+        remove_ailurus(model)
+
+
 def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> list[float]:
     """Trains with transformers' Trainer; returns the seconds of each epoch."""
     clock = EpochClock()
@@ -97,7 +115,8 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
         # warn of missing keys and go on with the weights of the start.
         saved = type(model).from_pretrained(get_last_checkpoint(args.output), dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
-    trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=[clock])
+    callbacks = [clock, Finish(model, args.finish)]
+    trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=args.resume)
     return clock.seconds
 
@@ -124,8 +143,10 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
         started = time.perf_counter()
         model.train()
         for number, batch in enumerate(loader):
-            if epoch * len(loader) + number >= batches:
+            done = epoch * len(loader) + number
+            if done >= batches:
                 break
+            finish(accelerator.unwrap_model(model), done, batches, args.finish)
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -153,14 +174,11 @@ def main() -> None:
     enlarge = args.enlarge or max(round(size.get("shortest_edge", 0) / 360), 1)
     data, val = CamVid(folder, "train", enlarge), CamVid(folder, "val", enlarge)
     set_position_grid(model, data.grid)
+    reduction = AiluRusConfig(
+        cluster_location=args.location, keep_ratio=args.keep, clustering=args.clustering, restore=args.restore
+    )
     if args.keep < 1:
-        apply_ailurus(
-            model,
-            cluster_location=args.location,
-            keep_ratio=args.keep,
-            clustering=args.clustering,
-            restore=args.restore,
-        )
+        apply_ailurus(model, reduction)
     if args.checkpointing:
         model.activation_checkpointing_enable()
     run = {"trainer": with_trainer, "accelerate": with_accelerate}[args.loop]
@@ -169,6 +187,8 @@ def main() -> None:
     if int(torch.distributed.is_initialized() and torch.distributed.get_rank()) > 0:
         return
     result = {"seconds_per_epoch": seconds, "reduced": None}
+    if args.keep < 1:
+        apply_ailurus(model, reduction)
     write(model, enlarge, output / "model")
     if args.keep < 1:
         result["reduced"] = evaluated(model, val, args)
@@ -204,6 +224,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.25, help="M / N; 1 trains without AiluRus")
     parser.add_argument("--clustering", default="density_peaks", choices=CLUSTERINGS)
     parser.add_argument("--restore", default="copy", choices=RESTORES, help="copy is the paper's")
+    parser.add_argument(
+        "--finish", type=float, default=0, help="share of the steps, the last, that train on all tokens"
+    )
     parser.add_argument("--enlarge", type=int, help="of the photographs (default: as the model's processor does)")
     parser.add_argument("--epochs", type=float, default=3, help="1.5 stops half way through the second")
     parser.add_argument("--batch-size", type=int, default=4, help="photographs a process and step")
@@ -217,7 +240,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 0 <= args.finish <= 1:
+        parser.error(f"--finish must be from 0 to 1, got {args.finish:g}")
+    return args
 
 
 if __name__ == "__main__":
