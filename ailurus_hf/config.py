@@ -28,7 +28,7 @@ class AiluRusConfig:
     """How a vision transformer's tokens are reduced; checked when made.
 
     cluster_location: L, cluster at the output of the L-th layer (0: of the embeddings), as in the paper's tables. Several,
-        ascending, reduce several times: clusters are joined to larger ones (by pairs if `clustering` is "pairs", else by
+        ascending, reduce several times: clusters are joined to larger ones (with "pairs" and "ward" in their own way, else by
         density peaks).
     num_clusters, keep_ratio: M itself, or M = round(keep_ratio · N) per image size; exactly one of them, with as many
         numbers as there are locations, descending. An image of at most M tokens runs unreduced.
@@ -37,7 +37,7 @@ class AiluRusConfig:
     clustering: "density_peaks" (the paper), "local_kmeans", which keeps more where few tokens are kept, "kmeans", whose clusters
         are spread over the whole image and which is for diffusion's self-attention, "pairs", which leaves what is unlike all
         else alone and is for classification, best in several small steps, or "ward", which keeps most in dense prediction
-        and costs most; it breaks a compiled graph, and cannot be exported.
+        and costs most.
     alpha, num_spatial_neighbors, num_density_neighbors: α, λ and k of density peaks.
     restore: "copy" (the paper: a token takes its representative's value), "smooth" (a token takes a mean of the
         representatives around it, by likeness), or "residual" (a token keeps its own value at L and adds what its

@@ -18,7 +18,7 @@ from ailurus_hf import TokenClusters, spatial_density_peaks
 from ailurus_hf.clustering import Clustering, kmeans, local_kmeans
 from ailurus_hf.clustering.density_peaks import density_peaks
 from ailurus_hf.clustering.neighbours import grid_neighbours, nearest_marked, neighbour_distances
-from ailurus_hf.clustering.ward import adjacent_places
+from ailurus_hf.clustering.ward import adjacent_clusters
 from ailurus_hf.vision.finding import find_encoders
 
 from .peers.controls import to_nearest_center
@@ -123,7 +123,8 @@ def _ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tensor:
         return sizes[a] * sizes[b] / (sizes[a] + sizes[b]) * float(difference @ difference)
 
     heap = []
-    for a, b in adjacent_places(grid, torch.device("cpu")).tolist():
+    edges = adjacent_clusters(torch.arange(count)[None], grid)[0]
+    for a, b in edges[edges[:, 0] != edges[:, 1]].tolist():
         near[a].add(b)
         near[b].add(a)
         heap.append((cost(a, b), a, b))

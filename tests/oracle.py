@@ -1,9 +1,14 @@
-"""Spatial-aware density peaks as plain loops over Eq. 1-3 in float64: slow, and short enough to be read against them."""
+"""What is clustered, as plain loops in float64: slow, and short enough to be read against the description.
+
+Density peaks over Eq. 1-3 of the paper, and the rounds of unions of `pairs` and `ward`.
+"""
 
 import math
 from itertools import product
 
 import numpy as np
+
+from ailurus_hf.clustering.unions import CHAIN_PENALTY
 
 # Grids, odd and of one and three dimensions too, and numbers of clusters.
 GRIDS = [
@@ -100,3 +105,44 @@ class Oracle:
 
     def _look(self, one, other, same):
         self.fragile |= not same and abs(one - other) < self.margin * (1 + abs(one))
+
+
+def slow_unions(points, num_clusters, price, near, unions_of, clusters=None):
+    """The partition of float64 [n, C] as sets of indices, and whether float32 could decide otherwise somewhere.
+
+    price: of a squared distance of means and two sizes. near: whether clusters a and b may join. unions_of: of how many
+    clusters there are, how many unions a round makes. clusters: to start from.
+    """
+    clusters, fragile = [frozenset([i]) for i in range(len(points))] if clusters is None else list(clusters), False
+
+    def cost(a, b):
+        difference = points[list(a)].mean(0) - points[list(b)].mean(0)
+        return price(float(difference @ difference), len(a), len(b))
+
+    while len(clusters) > num_clusters:
+        partner, edges = {}, []
+        for a in clusters:
+            costs = sorted((cost(a, b), i) for i, b in enumerate(clusters) if b != a and near(a, b))
+            partner[a] = clusters[costs[0][1]], costs[0][0]
+            fragile |= len(costs) > 1 and costs[1][0] < costs[0][0] * (1 + 1e-5)
+        for a in clusters:
+            b, least = partner[a]
+            if partner[b][0] != a:
+                edges.append((least * CHAIN_PENALTY, a, b))
+            elif clusters.index(a) > clusters.index(b):
+                edges.append((least, a, b))
+        edges.sort(key=lambda edge: edge[0])
+        unions = unions_of(len(clusters))
+        fragile |= len(edges) > unions and edges[unions][0] < edges[unions - 1][0] * (1 + 1e-5)
+        for _, a, b in edges[:unions]:
+            # Either may have joined another by now.
+            holds_a, holds_b = (next(c for c in clusters if part <= c) for part in (a, b))
+            clusters[clusters.index(holds_b)] = holds_a | holds_b
+            clusters.remove(holds_a)
+        clusters.sort(key=min)
+    return set(clusters), fragile
+
+
+def partition(assignment):
+    """LongTensor[N] as a set of sets of indices."""
+    return {frozenset((assignment == cluster).nonzero().flatten().tolist()) for cluster in assignment.unique()}

@@ -14,6 +14,7 @@ SETTINGS = {
     "local k-means, smooth": {"clustering": "local_kmeans", "restore": "smooth"},
     "local k-means, residual": {"clustering": "local_kmeans", "restore": "residual"},
     "pairs, residual": {"clustering": "pairs", "restore": "residual"},
+    "Ward, smooth": {"clustering": "ward", "restore": "smooth"},
 }
 
 

@@ -6,47 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import GRIDS
+from oracle import GRIDS, partition, slow_unions
 
 from ailurus_hf import AiluRusError, TokenClusters
 from ailurus_hf.clustering import join_clusters, pairs
-from ailurus_hf.clustering.pairs import CHAIN_PENALTY, _costs
+from ailurus_hf.clustering.pairs import _costs
 
 
 def slow_pairs(points, num_clusters, clusters=None):
-    """The partition of float64 [n, C] as sets of indices, and whether float32 could decide otherwise somewhere."""
-    clusters, fragile = [frozenset([i]) for i in range(len(points))] if clusters is None else list(clusters), False
+    def price(squared, m, n):
+        return squared * math.sqrt(m * n / (m + n))
 
-    def cost(a, b):
-        difference = points[list(a)].mean(0) - points[list(b)].mean(0)
-        return float(difference @ difference) * math.sqrt(len(a) * len(b) / (len(a) + len(b)))
+    def unions(count):
+        return min(count // 2, count - num_clusters)
 
-    while len(clusters) > num_clusters:
-        partner, edges = {}, []
-        for a in clusters:
-            costs = sorted((cost(a, b), i) for i, b in enumerate(clusters) if b != a)
-            partner[a] = clusters[costs[0][1]], costs[0][0]
-            fragile |= len(costs) > 1 and costs[1][0] < costs[0][0] * (1 + 1e-5)
-        for a in clusters:
-            b, price = partner[a]
-            if partner[b][0] != a:
-                edges.append((price * CHAIN_PENALTY, a, b))
-            elif clusters.index(a) > clusters.index(b):
-                edges.append((price, a, b))
-        edges.sort(key=lambda edge: edge[0])
-        unions = min(len(clusters) // 2, len(clusters) - num_clusters)
-        fragile |= len(edges) > unions and edges[unions][0] < edges[unions - 1][0] * (1 + 1e-5)
-        for _, a, b in edges[:unions]:
-            # Either may have joined another by now.
-            holds_a, holds_b = (next(c for c in clusters if part <= c) for part in (a, b))
-            clusters[clusters.index(holds_b)] = holds_a | holds_b
-            clusters.remove(holds_a)
-        clusters.sort(key=min)
-    return set(clusters), fragile
-
-
-def partition(assignment):
-    return {frozenset((assignment == cluster).nonzero().flatten().tolist()) for cluster in assignment.unique()}
+    return slow_unions(points, num_clusters, price, lambda a, b: True, unions, clusters)
 
 
 @pytest.mark.parametrize("grid, num_clusters", GRIDS)

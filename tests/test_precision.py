@@ -7,6 +7,7 @@ import torch
 
 from ailurus_hf.clustering import (
     join_clusters,
+    join_regions,
     kmeans,
     local_kmeans,
     merge_clusters,
@@ -42,6 +43,8 @@ WAYS = {
     "k-means": kmeans,
     "pairs": pairs,
     "pairs of clusters": nested(join_clusters),
+    "Ward": ward,
+    "Ward of clusters": nested(join_regions),
     "density peaks of clusters": nested(merge_clusters),
     "diffusion's": functools.partial(cluster_tokens, local_kmeans),
 }
@@ -56,7 +59,7 @@ def test_clusters_are_the_same_under_autocast(cluster):
     assert torch.equal(found.assignment, expected.assignment)
 
 
-@pytest.mark.parametrize("cluster", [spatial_density_peaks, local_kmeans, pairs])
+@pytest.mark.parametrize("cluster", [spatial_density_peaks, local_kmeans, pairs, ward])
 def test_in_a_compiled_graph_too(cluster):
     x = tokens()
     expected = cluster(x, GRID, CLUSTERS)

@@ -14,7 +14,7 @@ from .kmeans import kmeans
 from .local_kmeans import local_kmeans
 from .nested import merge_clusters
 from .pairs import join_clusters, pairs
-from .ward import ward
+from .ward import join_regions, ward
 
 # From Tensor[B, N, C], the grid and M.
 Clustering = Callable[[Tensor, tuple[int, ...], int], TokenClusters]
@@ -38,9 +38,10 @@ def configured(config: AiluRusConfig | AiluRusDiffusionConfig) -> Clustering:
 
 
 def configured_nesting(config: AiluRusConfig) -> Nesting:
-    """The clustering of clusters at every place but the first: by pairs if the first is, else by density peaks."""
-    if config.clustering == "pairs":
-        return join_clusters
+    """The clustering of clusters at every place but the first: as the first by pairs and Ward's, else by density peaks."""
+    own: dict[str, Nesting] = {"pairs": join_clusters, "ward": join_regions}
+    if config.clustering in own:
+        return own[config.clustering]
     return partial(
         merge_clusters,
         num_spatial_neighbors=config.num_spatial_neighbors,
@@ -55,6 +56,7 @@ __all__ = [
     "configured",
     "configured_nesting",
     "join_clusters",
+    "join_regions",
     "kmeans",
     "local_kmeans",
     "merge_clusters",

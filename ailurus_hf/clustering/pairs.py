@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_num_clusters
-from ..clusters import TokenClusters, stable_argsort
+from ..clusters import TokenClusters
 from ..precision import without_autocast
 from .neighbours import Grid, check_input
-
-# Of two clusters that are not each other's cheapest, so many times the cost: such unions make chains.
-CHAIN_PENALTY = 4.0
+from .unions import merged, united
 
 
 @torch.no_grad()
@@ -60,36 +58,12 @@ def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
     while count > num_clusters:
         # Everyone's cheapest partner makes at least half as many edges as there are clusters, and no cycle.
         left = max(num_clusters, count - count // 2)
-        step = _round(means, sizes, count - left)
+        cost, partner = _costs(means, sizes).min(-1)
+        step = united(cost, partner, count - left)
         assignment, count = step.gather(1, assignment), left
         if count > num_clusters:
-            means, sizes = _merged(means, sizes, step, count)
+            means, sizes = merged(means, sizes, step, count)
     return assignment
-
-
-def _merged(means: Tensor, sizes: Tensor, step: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Means and sizes of what LongTensor[B, n] makes of n clusters, so many."""
-    into = TokenClusters.from_assignment(step, count)
-    totals = torch.zeros_like(into.counts).scatter_add(1, step, sizes)
-    weights = sizes / totals.gather(1, step).clamp_min(1)
-    return into.merge(means * weights[..., None]) * into.counts[..., None], totals
-
-
-def _round(means: Tensor, sizes: Tensor, unions: int) -> Tensor:
-    """So many unions of n clusters: LongTensor[B, n] to n - unions."""
-    batch, count, _ = means.shape
-    itself = torch.arange(count, device=means.device)
-    cost, partner = _costs(means, sizes).min(-1)
-    mutual = partner.gather(1, partner) == itself
-    # Of a pair that is each other's cheapest, one edge: the higher index joins the lower. NaN stays before the other.
-    edges = torch.where(mutual, cost, cost * CHAIN_PENALTY).nan_to_num(torch.finfo(cost.dtype).max)
-    edges = edges.masked_fill(mutual & (itself < partner), torch.inf)
-    joins = torch.zeros(batch, count, dtype=torch.bool, device=means.device)
-    joins = joins.scatter(1, stable_argsort(edges)[:, :unions], True)
-    root = torch.where(joins, partner, itself)
-    for _ in range(count.bit_length()):
-        root = root.gather(1, root)
-    return ((~joins).cumsum(1) - 1).gather(1, root)
 
 
 @without_autocast

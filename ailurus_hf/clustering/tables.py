@@ -1,4 +1,4 @@
-"""@grid_table: for functions of a grid and a device whose tensors are made once, kept, and constant under compilation."""
+"""@grid_table: for functions of a grid and a device whose results are made once, kept, and constant under compilation."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Ward's clustering on the grid graph, in rounds: adjacent clusters join where that adds least variance.
 
 Not in the paper. Regions of any shape and size come out, of less variance inside than by density peaks and local k-means,
-for some ten rounds of which each waits for the device: it costs several times more, breaks a compiled graph and cannot be
-exported.
+for some ten rounds, which together take several times longer.
 """
 
 from __future__ import annotations
@@ -13,15 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..clusters import TokenClusters
-from ..errors import AiluRusError
+from ..checks import check_num_clusters
+from ..clusters import TokenClusters, stable_argsort
 from .neighbours import Grid, check_input
 from .tables import grid_table
+from .unions import merged, united
 
 # Of the unions that are still to be made, the share that one round makes at most: less is nearer to Ward, and slower.
-SHARE = 0.25
+SHARE = 0.35
 # And of the clusters to be left, the share that a round may make at least.
-LEAST_SHARE = 0.02
+LEAST_SHARE = 0.05
+# Repeated edges are sorted out where that leaves less than this share of them: it takes two sorts.
+MUCH_FEWER = 0.8
 
 
 @torch.no_grad()
@@ -31,66 +33,110 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
     features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
     grid: (H, W), or (T, H, W) for video; its product is N. Tokens side by side on it are adjacent.
     num_clusters: M, in [1, N].
-    check_finite: raise on NaN or infinite features.
+    check_finite: raise on NaN or infinite features; this waits for the device.
 
-    In a round, of the pairs that are each other's cheapest, the cheaper ones join. Joining such pairs in any order leads to the
-    same tree as the cheapest pair of all each time, so only where the tree is cut differs, and little.
-    Returns TokenClusters without centres; none is empty. Raises AiluRusError on a grid that does not match N, on settings
-    out of range, and where it is to be compiled.
+    In a round every cluster draws an edge to the adjacent one that is cheapest to join, at four times the cost where it is not
+    the cheapest of that one, too; the cheapest edges are joined. Joining pairs that are each other's cheapest in any order
+    leads to the same tree as the cheapest pair of all each time, so what comes out is near to that.
+    Returns TokenClusters without centres; none is empty. Raises AiluRusError on a grid that does not match N and on settings
+    out of range.
     """
-    if torch.compiler.is_compiling():
-        raise AiluRusError("clustering='ward' waits for the device in every round: compile with 'local_kmeans' instead")
     grid = check_input(features, grid, num_clusters, check_finite)
-    pairs = adjacent_places(grid, features.device)
-    images = [_join(image, pairs, num_clusters) for image in features.float()]
-    return TokenClusters.from_assignment(torch.stack(images), num_clusters)
+    sizes = torch.ones(features.shape[:2], device=features.device)
+    itself = torch.arange(math.prod(grid), device=features.device).expand(features.shape[:2])
+    assignment = _joined(features.float(), sizes, itself, grid, num_clusters)
+    return TokenClusters.from_assignment(assignment, num_clusters)
+
+
+@torch.no_grad()
+def join_regions(
+    clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
+) -> TokenClusters:
+    """Joins the M clusters that `ward` made to fewer in the same way; by representatives, Tensor[B, M, C].
+
+    Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster.
+    """
+    check_num_clusters(num_clusters, clusters.num_clusters)
+    assignment = _joined(representatives.float(), clusters.counts, clusters.assignment, grid, num_clusters)
+    return TokenClusters.from_assignment(assignment, num_clusters)
 
 
 @grid_table
-def adjacent_places(grid: Grid, device: torch.device) -> Tensor:
-    """Pairs of places side by side, LongTensor[P, 2], the lower first."""
+def _next_places(grid: Grid, device: torch.device) -> Tensor:
+    """The next place along each axis of the grid, LongTensor[N, axes]; the place itself where there is none."""
     places = torch.arange(math.prod(grid)).view(grid)
-    pairs = [
-        torch.stack([places.narrow(axis, 0, side - 1).flatten(), places.narrow(axis, 1, side - 1).flatten()], 1)
-        for axis, side in enumerate(grid)
+    following = [
+        places.index_select(axis, torch.arange(1, side + 1).clamp(max=side - 1)) for axis, side in enumerate(grid)
     ]
-    return torch.cat(pairs).to(device)
+    return torch.stack(following, -1).flatten(0, -2).to(device)
 
 
-def _join(tokens: Tensor, pairs: Tensor, num_clusters: int) -> Tensor:
-    """The cluster of each token of one image, LongTensor[N]; tokens: Tensor[N, C]."""
-    count, device = len(tokens), tokens.device
-    # Relative to the image's mean: what all tokens share would only cost precision.
-    means, sizes = tokens - tokens.mean(0), torch.ones(count, device=device)
+def adjacent_clusters(owner: Tensor, grid: Grid) -> Tensor:
+    """Clusters side by side, LongTensor[B, P, 2], from the cluster of each place, LongTensor[B, N]; some with themselves."""
+    following = _next_places(grid, owner.device)
+    there = owner[:, following.flatten()].unflatten(1, following.shape)
+    return torch.stack([owner[..., None].expand_as(there), there], -1).flatten(1, 2)
 
-    def costs(pairs: Tensor) -> Tensor:
-        a, b = pairs.unbind(1)
-        return (means[a] - means[b]).square().sum(-1) * (sizes[a] * sizes[b] / (sizes[a] + sizes[b]))
 
-    # A cluster goes by the number of one of its tokens.
-    owner, left, cost = torch.arange(count, device=device), count, costs(pairs)
-    while left > num_clusters:
-        a, b = pairs.unbind(1)
-        order = cost.argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=device)
-        cheapest = torch.full((count,), len(order), device=device)
-        cheapest = cheapest.scatter_reduce(0, a, rank, "amin").scatter_reduce(0, b, rank, "amin")
-        mutual = order[((rank == cheapest[a]) & (rank == cheapest[b]))[order]]
-        most = max(round((left - num_clusters) * SHARE), int(num_clusters * LEAST_SHARE), 1)
-        mutual = mutual[: min(most, left - num_clusters)]
-        kept, gone = a[mutual], b[mutual]
-        share = (sizes[gone] / (sizes[kept] + sizes[gone]))[:, None]
-        means[kept] = torch.lerp(means[kept], means[gone], share)
-        sizes[kept] += sizes[gone]
-        now = torch.arange(count, device=device)
-        now[gone] = kept
-        owner, left = now[owner], left - len(mutual)
-        # Only pairs of which one has joined cost something else now, or have become one pair with another.
-        joined = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, torch.cat([kept, gone]), True)
-        changed = joined[pairs].any(1)
-        again = now[pairs[changed]].sort(1).values
-        code = (again[:, 0] * count + again[:, 1])[again[:, 0] != again[:, 1]].unique()
-        again = torch.stack([code // count, code % count], 1)
-        pairs, cost = torch.cat([pairs[~changed], again]), torch.cat([cost[~changed], costs(again)])
-    return owner.unique(return_inverse=True)[1]
+def _joined(means: Tensor, sizes: Tensor, owner: Tensor, grid: Grid, num_clusters: int) -> Tensor:
+    """The new cluster of each token, LongTensor[B, N], from the one it is in, of Tensor[B, n, C] that stand for `sizes` tokens."""
+    # Relative to the image's mean: what all share would only cost precision.
+    means = means - means.mean(1, keepdim=True)
+    count, edges = means.shape[1], adjacent_clusters(owner, grid)
+    is_planar = sum(side > 1 for side in grid) <= 2
+    for unions in _rounds(count, num_clusters, SHARE, LEAST_SHARE):
+        # A planar graph has fewer than three edges a cluster, and any at most as many as there are pairs.
+        most = min(3 * count if is_planar else edges.shape[1], count * (count - 1) // 2)
+        if most < MUCH_FEWER * edges.shape[1]:
+            edges = _distinct(edges, count)[:, :most]
+        step = united(*_cheapest(means, sizes, edges), unions)
+        count -= unions
+        means, sizes = merged(means, sizes, step, count)
+        owner = step.gather(1, owner)
+        edges = step.gather(1, edges.flatten(1)).view(edges.shape)
+    return owner
+
+
+@grid_table
+def _rounds(count: int, num_clusters: int, share: float, least_share: float) -> tuple[int, ...]:
+    """How many unions each round makes, from so many clusters to M."""
+    rounds = []
+    while count > num_clusters:
+        to_go = count - num_clusters
+        rounds.append(min(max(int(to_go * share), int(num_clusters * least_share), 1), to_go, count // 2))
+        count -= rounds[-1]
+    return tuple(rounds)
+
+
+def _distinct(edges: Tensor, count: int) -> Tensor:
+    """Each edge of LongTensor[B, P, 2] once, the lower end first; then edges from 0 to 0 for those inside clusters and repeated."""
+    lower, higher = edges.amin(2), edges.amax(2)
+    code = torch.where(lower == higher, count * count, lower * count + higher).sort(1).values
+    repeated = torch.nn.functional.pad(code[:, 1:] == code[:, :-1], (1, 0))
+    code = code.masked_fill(repeated, count * count).sort(1).values
+    return torch.stack([code // count % count, code % count], 2)
+
+
+def _cheapest(means: Tensor, sizes: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """The cost of joining the adjacent cluster that is cheapest to join, Tensor[B, n], and which that is, LongTensor[B, n]."""
+    batch, count, _ = means.shape
+    a, b = edges.unbind(2)
+    size_a, size_b = sizes.gather(1, a), sizes.gather(1, b)
+    squared = (_rows(means, a) - _rows(means, b)).square().sum(-1)
+    cost = (squared * (size_a * size_b / (size_a + size_b))).nan_to_num(torch.finfo(means.dtype).max)
+    cost = cost.masked_fill(a == b, torch.inf)
+    # By rank, so that no two edges cost the same and those that are cheapest make no circle.
+    order = stable_argsort(cost)
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(a.shape[1], device=a.device).expand_as(order))
+    cheapest = torch.full((batch, count), a.shape[1] - 1, device=a.device)
+    cheapest = cheapest.scatter_reduce(1, a, rank, "amin").scatter_reduce(1, b, rank, "amin")
+    edge = order.gather(1, cheapest)
+    partner = a.gather(1, edge) + b.gather(1, edge) - torch.arange(count, device=a.device)
+    return cost.gather(1, edge), partner
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image's table: Tensor[B, n, C] at LongTensor[B, P] to [B, P, C]."""
+    batch, count, channels = table.shape
+    flat = index + torch.arange(batch, device=index.device)[:, None] * count
+    return table.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)
