@@ -2,9 +2,10 @@
 
     python -m benchmarks.finetune_quality runs/finetune-plain runs/finetune-0.25 runs/finetune-0.36
 
-Time of training and mIoU at its end, means over runs that differ only in their seeds; "mIoU, plain" is that of the same
-weights with the reduction taken off again; "finish" the share of the steps, the last, that trained on all tokens. Runs follow one another and do not take turns: the time of a training step, in
-turns, is what benchmarks.finetune_speed has.
+mIoU at the end of training, means over runs that differ only in their seeds, and the median of their times; "mIoU, plain" is
+that of the same weights with the reduction taken off again; "finish" the share of the steps, the last, that trained on all
+tokens. Runs follow one another and do not take turns: the time of a training step, in turns, is what
+benchmarks.finetune_speed has.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ OF_A_RUN = ("data", "output", "resume", "seed")
 
 
 def gathered(folders: list[Path]) -> list[dict[str, Any]]:
-    """A row for each way of training, means over its runs, that without reduction first; the others are compared with it.
+    """A row for each way of training, means over its runs (of time the median), that without reduction first; the others are compared with it.
 
     spread: the best mIoU of a row's runs less the worst, None of one run.
     """
@@ -49,8 +50,8 @@ def gathered(folders: list[Path]) -> list[dict[str, Any]]:
         args = metrics["args"]
         row = _row(args, metrics["reduced"], metrics["plain"], sum(metrics["seconds_per_epoch"]))
         # An option that is off is as one that the script did not have yet.
-        settings = (f"{key} {value}" for key, value in sorted(args.items()) if value and key not in OF_A_RUN)
-        ways.setdefault((row["method"], *settings), []).append(row)
+        settings = tuple(sorted((key, value) for key, value in args.items() if value and key not in OF_A_RUN))
+        ways.setdefault((row["method"], settings), []).append(row)
     rows = [_mean(runs) for runs in ways.values()]
     rows.sort(key=lambda row: row["method"] != "plain")
     if rows[0]["method"] == "plain":
@@ -78,12 +79,12 @@ def _row(args: dict[str, Any], reduced: dict | None, plain: dict, seconds: float
 def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
     scores = [run["miou"] for run in runs]
     measured = {
-        key: statistics.fmean(run[key] for run in runs)
-        for key in ("seconds", "miou", "plain_miou")
-        if runs[0][key] is not None
+        key: statistics.fmean(run[key] for run in runs) for key in ("miou", "plain_miou") if runs[0][key] is not None
     }
     spread = max(scores) - min(scores) if len(runs) > 1 else None
-    return {**runs[0], **measured, "runs": len(runs), "spread": spread}
+    # What else ran on the machine is in a mean.
+    seconds = statistics.median(run["seconds"] for run in runs)
+    return {**runs[0], **measured, "seconds": seconds, "runs": len(runs), "spread": spread}
 
 
 def main() -> None:

@@ -198,7 +198,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "trained models": rows_as_measured("trained_models-cpu-fp32", trained_models.COLUMNS),
     "a wider Segmenter": rows_as_measured("segmenter_quality_s_like-cpu-fp32", segmenter_quality.COLUMNS),
     "fine tuning": rows_as_measured("tab5_finetuning-cpu-bf16", finetune_quality.COLUMNS),
-    "fine tuning again": rows_as_measured("tab5_finetuning_again-cpu-bf16", finetune_quality.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,
 }

@@ -80,15 +80,15 @@ class Entry:
 
 
 CAMVID, CIFAR, IMAGENET = "{data}/camvid", "{data}/cifar10", "{data}/imagenet"
-KEPT = (0.25, 0.36, 0.5625)
-RUNS = (
-    "runs/finetune-plain",
-    *(f"runs/finetune-{keep:g}" for keep in KEPT),
-    "runs/finetune-ward",
-    "runs/finetune-local",
-)
-WARD = "--clustering ward --restore smooth"
-LOCAL = "--clustering local_kmeans --restore smooth"
+WARD = "--keep 0.25 --clustering ward --restore smooth"
+# Ways of fine-tuning: what each is, the options of examples/finetune_segmentation.py, and how many seeds.
+FINETUNED = {
+    "plain": ("plain", "--keep 1", 3),
+    **{f"{keep:g}": (f"{keep:g} of the tokens", f"--keep {keep}", 1) for keep in (0.25, 0.36, 0.5625)},
+    "ward": ("0.25 of the tokens, Ward's clusters", WARD, 3),
+    "finish": ("so, the last tenth of the steps on all tokens", f"{WARD} --finish 0.1", 3),
+    "local": ("0.25 of the tokens, local k-means", "--keep 0.25 --clustering local_kmeans --restore smooth", 1),
+}
 TINY = "{weights}/classifier-cifar10"
 VIT_L, VIT_B = "segmenter-vit-l-ade20k", "segmenter-vit-b-ade20k"
 # The paper's tables 1 and 2.
@@ -110,8 +110,30 @@ def plot(kind: str, *names: str) -> str:
     return f"-m benchmarks.plots {kind} {' '.join(results(*names))}"
 
 
-def finetuning(run: str, options: str, start: str = SHIPPED) -> str:
-    return f"examples/finetune_segmentation.py --data {CAMVID} --model {start} --output runs/{run} --batch-size 2 --epochs 1 {options}"
+def finetuning(run: str, options: str) -> str:
+    return f"examples/finetune_segmentation.py --data {CAMVID} --model {SHIPPED} --output runs/{run} --batch-size 2 --epochs 1 {options}"
+
+
+def finetuning_entries() -> list[Entry]:
+    """Every way of fine-tuning with every seed, then all of them compared."""
+    entries, runs = [], []
+    for name, (what, options, seeds) in FINETUNED.items():
+        for seed in range(seeds):
+            run, which = (f"finetune-{name}-{seed}", f", seed {seed}") if seed else (f"finetune-{name}", "")
+            command = finetuning(run, f"{options} --seed {seed}")
+            entries.append(
+                Entry(
+                    "Tab. 5, 6",
+                    f"fine-tuning on CamVid, {what}{which}",
+                    command,
+                    (CAMVID,),
+                    11 if name == "plain" else 6,
+                )
+            )
+            runs.append(f"runs/{run}")
+    compare = f"-m benchmarks.finetune_quality {' '.join(runs)} --name tab5_finetuning"
+    needs = tuple(f"{run}/metrics.json" for run in runs)
+    return [*entries, Entry("Tab. 5, 6", "fine-tuning on CamVid, compared", compare, needs, 1)]
 
 
 def official(names: str, what: str, model: str, options: str, name: str, data: str = "ade20k") -> Entry:
@@ -137,12 +159,7 @@ ENTRIES = [
     Entry("Tab. 3, 4", "detectors' encoders at the paper's L and M", "-m benchmarks.detection_speed", (), 15),
     Entry("Tab. 5", "a training step, Segmenter ViT-L", f"-m benchmarks.finetune_speed --models ViT-L {BOTH} --name tab5_training", (), 60),
     Entry("Tab. 6", "a training step, Segmenter ViT-B", f"-m benchmarks.finetune_speed --models ViT-B {BOTH} --name tab6_training", (), 20),
-    Entry("Tab. 5, 6", "fine-tuning on CamVid, plain", finetuning("finetune-plain", "--keep 1"), (CAMVID,), 11),
-    *(Entry("Tab. 5, 6", f"fine-tuning on CamVid, {keep:g} of the tokens", finetuning(f"finetune-{keep:g}", f"--keep {keep}"), (CAMVID,), 6) for keep in KEPT),
-    *(Entry("Tab. 5, 6", f"fine-tuning on CamVid, 0.25 of the tokens, {what}", finetuning(run, f"--keep 0.25 {clusters}"), (CAMVID,), 6) for run, what, clusters in (("finetune-ward", "Ward's clusters", WARD), ("finetune-local", "local k-means", LOCAL))),
-    Entry("Tab. 5, 6", "fine-tuning on CamVid, compared", f"-m benchmarks.finetune_quality {' '.join(RUNS)} --name tab5_finetuning", tuple(f"{run}/metrics.json" for run in RUNS), 1),
-    *(Entry("Tab. 5, 6", f"fine-tuning for one more epoch, {what}", finetuning(run, f"{options} --seed 1", start=f"{RUNS[0]}/model"), (CAMVID, f"{RUNS[0]}/model"), 11) for run, what, options in (("again-plain", "plain", "--keep 1"), ("again-ward", "0.25 of the tokens", f"--keep 0.25 {WARD}"))),
-    Entry("Tab. 5, 6", "one more epoch, compared", "-m benchmarks.finetune_quality runs/again-plain runs/again-ward --name tab5_finetuning_again", ("runs/again-plain/metrics.json", "runs/again-ward/metrics.json"), 1),
+    *finetuning_entries(),
     Entry("Tab. 7", "alpha, lambda, k", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(ABLATION)} --name tab7_ablation", (CAMVID,), 20),
     official("Tab. 7", "alpha, lambda, k", VIT_L, f"--locations 2 --keep 0.25 --methods {' '.join(ABLATION)}", "tab7_ade20k"),
     Entry("Tab. 8", "classification, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods '{PAPER}' 'local k-means, copy' 'Ward, copy' 'random centres, copy' Expedite ToMe EViT --locations 1 2 --keep 0.5 0.35 --name tab8_cifar10", (CIFAR, TINY), 20),
