@@ -90,10 +90,10 @@ def _joined(means: Tensor, sizes: Tensor, owner: Tensor, grid: Grid, num_cluster
         if most < MUCH_FEWER * edges.shape[1]:
             edges = _distinct(edges, count)[:, :most]
         step = united(*_cheapest(means, sizes, edges), unions)
-        count -= unions
-        means, sizes = merged(means, sizes, step, count)
-        owner = step.gather(1, owner)
-        edges = step.gather(1, edges.flatten(1)).view(edges.shape)
+        owner, count = step.gather(1, owner), count - unions
+        if count > num_clusters:
+            means, sizes = merged(means, sizes, step, count)
+            edges = step.gather(1, edges.flatten(1)).view(edges.shape)
     return owner
 
 
