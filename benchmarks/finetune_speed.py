@@ -2,7 +2,7 @@
 
     python -m benchmarks.finetune_speed                                  # Segmenter ViT-B/16 at 512 x 512, fp32
     python -m benchmarks.finetune_speed --models ViT-L --precision bf16 --batch-size 2
-    python -m benchmarks.finetune_speed --models Ti --keep 0.25 --methods 'density peaks, copy (the paper)' Expedite
+    python -m benchmarks.finetune_speed --models CamVid --keep 0.25 --methods 'density peaks, copy (the paper)' 'Ward, smooth'
 
 One step: forward, loss, backward and AdamW's update of the whole model. Random weights: speed does not depend on them;
 examples/finetune_segmentation.py trains to a final mIoU. FLOPs are three times those of a forward, as counted by torch: a
@@ -24,11 +24,13 @@ from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from .harness import environment, interleaved, log, markdown, model_flops, save
 from .methods import METHODS, PAPER, Setting, apply_method
 
-# Image size of the paper's tables, and the model's. The decoder has two layers of the encoder's width.
+# Image size and classes of the paper's tables, and the model's sizes; CamVid: those of the Segmenter that is shipped. The
+# decoder has two layers of the encoder's width.
 GEOMETRIES = {
-    "ViT-L": (640, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
-    "ViT-B": (512, {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
-    "Ti": (512, {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3}),
+    "ViT-L": ((640, 640), 150, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
+    "ViT-B": ((512, 512), 150, {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
+    "Ti": ((512, 512), 150, {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3}),
+    "CamVid": ((720, 960), 11, {"hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 3}),
 }
 # The paper's M of 1600 and 1024 tokens; N/4 is 400 and 256.
 KEEP = {"ViT-L": [0.25, 0.36, 0.5625], "ViT-B": [0.25, 0.39, 0.5625]}
@@ -44,9 +46,9 @@ COLUMNS = {
 }
 
 
-def segmenter(size: int, sizes: dict[str, int], num_labels: int = 150) -> SegmenterForSemanticSegmentation:
-    encoder = {"model_type": "vit", **sizes, "intermediate_size": 4 * sizes["hidden_size"], "image_size": size}
-    config = SegmenterConfig(encoder_config=encoder, num_labels=num_labels, semantic_loss_ignore_index=255)
+def segmenter(size: tuple[int, int], classes: int, sizes: dict[str, int]) -> SegmenterForSemanticSegmentation:
+    encoder = {"model_type": "vit", **sizes, "intermediate_size": 4 * sizes["hidden_size"], "image_size": list(size)}
+    config = SegmenterConfig(encoder_config=encoder, num_labels=classes, semantic_loss_ignore_index=255)
     return SegmenterForSemanticSegmentation(config)
 
 
@@ -61,12 +63,12 @@ def measure(
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """A row for the plain model, and one a method and keep ratio."""
-    device, (size, sizes) = torch.device(device), GEOMETRIES[name]
+    device, (size, classes, sizes) = torch.device(device), GEOMETRIES[name]
     torch.manual_seed(0)
-    model = segmenter(size, sizes).to(device).train()
+    model = segmenter(size, classes, sizes).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    images = torch.randn(3, batch_size, 3, size, size, device=device)
-    labels = torch.randint(150, (3, batch_size, size, size), device=device)
+    images = torch.randn(3, batch_size, 3, *size, device=device)
+    labels = torch.randint(classes, (3, batch_size, *size), device=device)
 
     def step(turn: int) -> None:
         batch = turn % len(images)

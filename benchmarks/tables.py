@@ -159,6 +159,7 @@ ENTRIES = [
     Entry("Tab. 3, 4", "detectors' encoders at the paper's L and M", "-m benchmarks.detection_speed", (), 15),
     Entry("Tab. 5", "a training step, Segmenter ViT-L", f"-m benchmarks.finetune_speed --models ViT-L {BOTH} --name tab5_training", (), 60),
     Entry("Tab. 6", "a training step, Segmenter ViT-B", f"-m benchmarks.finetune_speed --models ViT-B {BOTH} --name tab6_training", (), 20),
+    Entry("Tab. 5, 6", "a training step of the shipped Segmenter", f"-m benchmarks.finetune_speed --models CamVid {CLOSE} --keep 0.25 --batch-size 2 --precision bf16 --name tab5_training_camvid", (), 3),
     *finetuning_entries(),
     Entry("Tab. 7", "alpha, lambda, k", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(ABLATION)} --name tab7_ablation", (CAMVID,), 20),
     official("Tab. 7", "alpha, lambda, k", VIT_L, f"--locations 2 --keep 0.25 --methods {' '.join(ABLATION)}", "tab7_ade20k"),
