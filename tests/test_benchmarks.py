@@ -76,14 +76,14 @@ def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
 
 def test_training_steps_of_every_kind_of_method(monkeypatch):
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    monkeypatch.setitem(finetune_speed.GEOMETRIES, "tiny", ((128, 96), 150, sizes))
+    monkeypatch.setitem(finetune_speed.GEOMETRIES, "tiny", ((128, 128), 150, sizes))
     names = [methods.PAPER, "Expedite", "ToMe"]
     plain, *rows = finetune_speed.measure("tiny", names, [0.25], repeats=1, location=1, batch_size=2, precision="bf16")
     assert [row["method"] for row in rows] == names and plain["share_of_plain"] == 1
     for row in rows:
         assert row["seconds"] > 0 and row["ideal_share"] == pytest.approx(0.65, abs=0.04)
         assert row["tflops"] == pytest.approx(row["ideal_share"] * plain["tflops"])
-    assert [row["num_clusters"] for row in rows[:2]] == [12, 12]
+    assert [row["num_clusters"] for row in rows[:2]] == [16, 16]
 
 
 @pytest.mark.parametrize("make", [detection_speed.beit, detection_speed.vit, detection_speed.yolos])
