@@ -3,8 +3,8 @@
     python -m benchmarks.finetune_quality runs/finetune-plain runs/finetune-0.25 runs/finetune-0.36
 
 mIoU at the end of training, means over runs that differ only in their seeds, and the median of their times; "mIoU, plain" is
-that of the same weights with the reduction taken off again; "finish" the share of the steps, the last, that trained on all
-tokens. Runs follow one another and do not take turns: the time of a training step, in turns, is what
+that of the same weights with the reduction taken off again; "whole every" n: each n-th step was on all tokens.
+Runs follow one another and do not take turns: the time of a training step, in turns, is what
 benchmarks.finetune_speed has.
 """
 
@@ -25,7 +25,7 @@ COLUMNS = {
     "method": "method",
     "location": "L",
     "keep_ratio": "keep",
-    "finish": "finish",
+    "whole_every": "whole every",
     "epochs": "epochs|{:g}",
     "runs": "runs",
     "seconds": "training|{:.1f} s",
@@ -67,7 +67,7 @@ def _row(args: dict[str, Any], reduced: dict | None, plain: dict, seconds: float
         "method": f"{args['clustering']}, {args['restore']}" if is_reduced else "plain",
         "location": args["location"] if is_reduced else None,
         "keep_ratio": args["keep"] if is_reduced else None,
-        "finish": args.get("finish") or None,
+        "whole_every": args.get("whole_every") or None,
         "epochs": args["epochs"],
         "precision": args["precision"],
         "seconds": seconds,

@@ -86,7 +86,7 @@ FINETUNED = {
     "plain": ("plain", "--keep 1", 3),
     **{f"{keep:g}": (f"{keep:g} of the tokens", f"--keep {keep}", 1) for keep in (0.25, 0.36, 0.5625)},
     "ward": ("0.25 of the tokens, Ward's clusters", WARD, 3),
-    "finish": ("so, the last tenth of the steps on all tokens", f"{WARD} --finish 0.1", 3),
+    "fifth": ("so, every fifth step on all tokens", f"{WARD} --whole-every 5", 3),
     "local": ("0.25 of the tokens, local k-means", "--keep 0.25 --clustering local_kmeans --restore smooth", 1),
 }
 TINY = "{weights}/classifier-cifar10"

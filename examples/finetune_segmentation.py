@@ -2,15 +2,14 @@
 
     python examples/finetune_segmentation.py --data CAMVID --model examples/assets/segmenter-camvid --output run
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1        # plain, to compare
-    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --finish 0.1    # for use without AiluRus
+    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --whole-every 5
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --loop accelerate --resume
     torchrun --nproc-per-node 2 examples/finetune_segmentation.py …                                    # or accelerate launch
 
 Any of transformers' segmentation models would do in place of the Segmenter: AiluRus is one call before training starts.
 --loop trainer is transformers' Trainer, --loop accelerate a training loop of one's own; mixed precision, gradient
 accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at random.
---finish trains the last steps on all tokens: a model that is to run without AiluRus gets used to them again, as FLIP's does
-after training on masked images (arXiv 2212.00794, "unmasking").
+--whole-every 5 takes every fifth step on all tokens: nearer to a plain training, in more of its time.
 run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches them on
 again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on val with
 the reduction on and off.
@@ -71,19 +70,23 @@ class EpochClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-class Finish(TrainerCallback):
-    """Takes the reduction off for the last share of the steps."""
+class WholeSteps(TrainerCallback):
+    """Takes the reduction off for every n-th step; every=0: for none."""
 
-    def __init__(self, model: nn.Module, share: float):
-        self.model, self.share = model, share
+    def __init__(self, model: nn.Module, every: int):
+        self.model, self.every = model, every
+        self.settings = getattr(model.config, "ailurus_config", None)
+
+    def begin(self, step: int) -> None:
+        if not self.every or self.settings is None:
+            return
+        if step % self.every == self.every - 1:
+            remove_ailurus(self.model)
+        else:
+            apply_ailurus(self.model, **self.settings)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        finish(self.model, state.global_step, state.max_steps, self.share)
-
-
-def finish(model: nn.Module, done: int, steps: int, share: float) -> None:
-    if done >= round((1 - share) * steps):
-        remove_ailurus(model)
+        self.begin(state.global_step)
 
 
 def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> list[float]:
@@ -115,7 +118,7 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
         # warn of missing keys and go on with the weights of the start.
         saved = type(model).from_pretrained(get_last_checkpoint(args.output), dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
-    callbacks = [clock, Finish(model, args.finish)]
+    callbacks = [clock, WholeSteps(model, args.whole_every)]
     trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=args.resume)
     return clock.seconds
@@ -135,6 +138,7 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
     steps = math.ceil(args.epochs * -(-len(loader) // args.accumulate))
     scheduler = get_scheduler("cosine", optimizer, args.warmup_steps, steps)
     accelerator.register_for_checkpointing(scheduler)
+    whole = WholeSteps(accelerator.unwrap_model(model), args.whole_every)
     state, first, seconds = Path(args.output) / "state", 0, []
     if args.resume:
         accelerator.load_state(state)
@@ -143,10 +147,10 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
         started = time.perf_counter()
         model.train()
         for number, batch in enumerate(loader):
-            done = epoch * len(loader) + number
-            if done >= batches:
+            if epoch * len(loader) + number >= batches:
                 break
-            finish(accelerator.unwrap_model(model), done, batches, args.finish)
+            if number % args.accumulate == 0:
+                whole.begin(epoch * -(-len(loader) // args.accumulate) + number // args.accumulate)
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -224,9 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.25, help="M / N; 1 trains without AiluRus")
     parser.add_argument("--clustering", default="density_peaks", choices=CLUSTERINGS)
     parser.add_argument("--restore", default="copy", choices=RESTORES, help="copy is the paper's")
-    parser.add_argument(
-        "--finish", type=float, default=0, help="share of the steps, the last, that train on all tokens"
-    )
+    parser.add_argument("--whole-every", type=int, default=0, metavar="N", help="every N-th step on all tokens")
     parser.add_argument("--enlarge", type=int, help="of the photographs (default: as the model's processor does)")
     parser.add_argument("--epochs", type=float, default=3, help="1.5 stops half way through the second")
     parser.add_argument("--batch-size", type=int, default=4, help="photographs a process and step")
@@ -241,8 +243,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not 0 <= args.finish <= 1:
-        parser.error(f"--finish must be from 0 to 1, got {args.finish:g}")
+    if args.whole_every < 0:
+        parser.error(f"--whole-every must be 1 or more, or 0 for no such step, got {args.whole_every}")
     return args
 
 
