@@ -2,10 +2,10 @@
 
     python -m benchmarks.finetune_quality runs/finetune-plain runs/finetune-0.25 runs/finetune-0.36
 
-mIoU at the end of training, means over runs that differ only in their seeds, and the median of their times; "mIoU, plain" is
-that of the same weights with the reduction taken off again; "whole every" n: each n-th step was on all tokens.
-Runs follow one another and do not take turns: the time of a training step, in turns, is what
-benchmarks.finetune_speed has.
+mIoU at the end of training, means over runs that differ only in their seeds, and the time of the fastest of them. "lost" is
+against the plain runs of the same seeds, which see the same batches. "mIoU, plain" is that of the same weights with the
+reduction taken off again; "whole every" n: each n-th step was on all tokens. Runs follow one another and do not take turns:
+the time of a training step, in turns, is what benchmarks.finetune_speed has.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ COLUMNS = {
     "spread": "spread|{:.2f}",
     "lost": "lost|{:+.2f}",
     "plain_miou": "mIoU, plain|{:.2f}",
+    "plain_lost": "lost, plain|{:+.2f}",
 }
 # In what the runs of one row may differ.
 OF_A_RUN = ("data", "output", "resume", "seed")
 
 
 def gathered(folders: list[Path]) -> list[dict[str, Any]]:
-    """A row for each way of training, means over its runs (of time the median), that without reduction first; the others are compared with it.
+    """A row for each way of training, means over its runs, that without reduction first; the others are compared with it.
 
     spread: the best mIoU of a row's runs less the worst, None of one run.
     """
@@ -52,12 +53,12 @@ def gathered(folders: list[Path]) -> list[dict[str, Any]]:
         # An option that is off is as one that the script did not have yet.
         settings = tuple(sorted((key, value) for key, value in args.items() if value and key not in OF_A_RUN))
         ways.setdefault((row["method"], settings), []).append(row)
-    rows = [_mean(runs) for runs in ways.values()]
+    plain = {run["seed"]: run["miou"] for runs in ways.values() for run in runs if run["method"] == "plain"}
+    rows = [_of_way(runs, plain) for runs in ways.values()]
     rows.sort(key=lambda row: row["method"] != "plain")
     if rows[0]["method"] == "plain":
         for row in rows:
             row["share_of_plain"] = row["seconds"] / rows[0]["seconds"]
-            row["lost"] = rows[0]["miou"] - row["miou"]
     return rows
 
 
@@ -70,21 +71,26 @@ def _row(args: dict[str, Any], reduced: dict | None, plain: dict, seconds: float
         "whole_every": args.get("whole_every") or None,
         "epochs": args["epochs"],
         "precision": args["precision"],
+        "seed": args["seed"],
         "seconds": seconds,
         "miou": (reduced or plain)["miou"],
         "plain_miou": plain["miou"] if is_reduced else None,
     }
 
 
-def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _of_way(runs: list[dict[str, Any]], plain: dict[int, float]) -> dict[str, Any]:
+    """One row of the runs that differ in their seeds; plain: mIoU of the plain run of each seed."""
     scores = [run["miou"] for run in runs]
-    measured = {
-        key: statistics.fmean(run[key] for run in runs) for key in ("miou", "plain_miou") if runs[0][key] is not None
-    }
-    spread = max(scores) - min(scores) if len(runs) > 1 else None
-    # What else ran on the machine is in a mean.
-    seconds = statistics.median(run["seconds"] for run in runs)
-    return {**runs[0], **measured, "seconds": seconds, "runs": len(runs), "spread": spread}
+    row = {**runs[0], "runs": len(runs), "seconds": min(run["seconds"] for run in runs)}
+    row["spread"] = max(scores) - min(scores) if len(runs) > 1 else None
+    row["seed"] = [run["seed"] for run in runs]
+    for key, lost in (("miou", "lost"), ("plain_miou", "plain_lost")):
+        row[lost] = None
+        if row[key] is not None:
+            row[key] = statistics.fmean(run[key] for run in runs)
+            losses = [plain[run["seed"]] - run[key] for run in runs if run["seed"] in plain]
+            row[lost] = statistics.fmean(losses) if losses else None
+    return row
 
 
 def main() -> None:

@@ -255,6 +255,9 @@ def test_the_example_from_start_to_a_model_that_loads(loop, camvid, tmp_path):
         row["miou"] == pytest.approx(metrics["reduced"]["miou"] + 1) and row["plain_miou"] == metrics["plain"]["miou"]
     )
     assert row["share_of_plain"] == pytest.approx(metrics["seconds_per_epoch"][0] / 1e3)
+    # The whole run has the first's seed; no plain run has the other's.
+    reduced, unreduced = metrics["reduced"]["miou"], metrics["plain"]["miou"]
+    assert (row["lost"], row["plain_lost"]) == (pytest.approx(unreduced - reduced), 0)
 
     reduced = AiluRusModelForSemanticSegmentation.from_pretrained(output / "model").eval()
     plain = AutoModelForSemanticSegmentation.from_pretrained(output / "model").eval()
