@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import images, make_model, predict
 from oracle import GRIDS, partition, slow_unions
 
-from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
+from ailurus_hf import ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
 from ailurus_hf.clustering.ward import LEAST_SHARE, SHARE, adjacent_clusters, join_regions, ward
 from benchmarks.variants import exact_ward
 
@@ -60,8 +60,6 @@ def test_a_second_place_goes_on_where_the_first_ended():
     second = join_regions(first, first.merge(x), x, grid, 14)
     want, fragile = slow_ward(x[0].double(), grid, 14, sorted(partition(first.assignment[0]), key=min))
     assert not fragile and partition(second.assignment[0]) == want
-    with pytest.raises(AiluRusError, match="between 1 and the 40 tokens, got 41"):
-        join_regions(first, first.merge(x), x, grid, 41)
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,27 +117,6 @@ def test_finds_regions_of_any_shape():
     clusters = ward(x, (8, 8), 2)
     assert sorted(clusters.counts[0].tolist()) == [30, 34]
     torch.testing.assert_close(clusters.unmerge(clusters.merge(x)), x)
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf, 3e38])
-def test_what_is_no_number_gives_some_clusters(wrong):
-    x = tokens((6, 8), 2)
-    x[0, 3, 1] = wrong
-    x[0, 7] = wrong
-    found = ward(x, (6, 8), 12)
-    assert found.counts.sum(1).tolist() == [48, 48] and found.counts.min() >= 1
-    assert torch.equal(found.assignment[1:], ward(x[1:], (6, 8), 12).assignment)
-
-
-def test_bad_input_names_the_number():
-    x = tokens((6, 8))
-    x[0, 3] = math.nan
-    with pytest.raises(AiluRusError, match="1 of 48 tokens"):
-        ward(x, (6, 8), 12, check_finite=True)
-    with pytest.raises(AiluRusError, match="between 1 and the 48 tokens, got 0"):
-        ward(x, (6, 8), 0)
-    with pytest.raises(AiluRusError, match="48"):
-        ward(x, (6, 9), 12)
 
 
 def test_the_same_in_one_graph():
