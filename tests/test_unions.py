@@ -38,3 +38,11 @@ def test_bad_input_names_the_number(tokens, cluster, join):
     tokens[0, 3] = math.nan
     with pytest.raises(AiluRusError, match="1 of 96 tokens"):
         cluster(tokens, GRID, 12, check_finite=True)
+
+
+@pytest.mark.parametrize("cluster", [pairs, ward])
+def test_what_all_tokens_share_costs_no_precision(cluster):
+    small = torch.randint(-64, 64, (2, 48, 16), generator=torch.Generator().manual_seed(0)) / 1024
+    # Exact in fp32, and so large that sums of several would not be.
+    found = cluster(small + 1000, GRID, 10)
+    assert torch.equal(found.assignment, cluster(small, GRID, 10).assignment)
