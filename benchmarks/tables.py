@@ -110,26 +110,16 @@ def plot(kind: str, *names: str) -> str:
     return f"-m benchmarks.plots {kind} {' '.join(results(*names))}"
 
 
-def finetuning(run: str, options: str) -> str:
-    return f"examples/finetune_segmentation.py --data {CAMVID} --model {SHIPPED} --output runs/{run} --batch-size 2 --epochs 1 {options}"
-
-
 def finetuning_entries() -> list[Entry]:
     """Every way of fine-tuning with every seed, then all of them compared."""
+    script = f"examples/finetune_segmentation.py --data {CAMVID} --model {SHIPPED} --batch-size 2 --epochs 1"
     entries, runs = [], []
     for name, (what, options, seeds) in FINETUNED.items():
         for seed in range(seeds):
             run, which = (f"finetune-{name}-{seed}", f", seed {seed}") if seed else (f"finetune-{name}", "")
-            command = finetuning(run, f"{options} --seed {seed}")
-            entries.append(
-                Entry(
-                    "Tab. 5, 6",
-                    f"fine-tuning on CamVid, {what}{which}",
-                    command,
-                    (CAMVID,),
-                    11 if name == "plain" else 6,
-                )
-            )
+            command = f"{script} --output runs/{run} {options} --seed {seed}"
+            minutes = 11 if name == "plain" else 6
+            entries.append(Entry("Tab. 5, 6", f"fine-tuning on CamVid, {what}{which}", command, (CAMVID,), minutes))
             runs.append(f"runs/{run}")
     compare = f"-m benchmarks.finetune_quality {' '.join(runs)} --name tab5_finetuning"
     needs = tuple(f"{run}/metrics.json" for run in runs)

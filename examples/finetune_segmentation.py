@@ -82,7 +82,7 @@ class WholeSteps(TrainerCallback):
             return
         if step % self.every == self.every - 1:
             remove_ailurus(self.model)
-        else:
+        elif step % self.every == 0:
             apply_ailurus(self.model, **self.settings)
 
     def on_step_begin(self, args, state, control, **kwargs):
