@@ -4,8 +4,8 @@
 
 mIoU at the end of training, means over runs that differ only in their seeds, and the time of the fastest of them. "lost" is
 against the plain runs of the same seeds, which see the same batches. "mIoU, plain" is that of the same weights with the
-reduction taken off again; "whole every" n: each n-th step was on all tokens. Runs follow one another and do not take turns:
-the time of a training step, in turns, is what benchmarks.finetune_speed has.
+reduction taken off again. Runs follow one another and do not take turns: the time of a training step, in turns, is what
+benchmarks.finetune_speed has.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COLUMNS = {
     "method": "method",
     "location": "L",
     "keep_ratio": "keep",
-    "whole_every": "whole every",
     "epochs": "epochs|{:g}",
+    "lr": "lr|{:g}",
     "runs": "runs",
     "seconds": "training|{:.1f} s",
     "share_of_plain": "of plain|{:.3f}",
@@ -68,8 +68,8 @@ def _row(args: dict[str, Any], reduced: dict | None, plain: dict, seconds: float
         "method": f"{args['clustering']}, {args['restore']}" if is_reduced else "plain",
         "location": args["location"] if is_reduced else None,
         "keep_ratio": args["keep"] if is_reduced else None,
-        "whole_every": args.get("whole_every") or None,
         "epochs": args["epochs"],
+        "lr": args["lr"],
         "precision": args["precision"],
         "seed": args["seed"],
         "seconds": seconds,

@@ -2,14 +2,13 @@
 
     python examples/finetune_segmentation.py --data CAMVID --model examples/assets/segmenter-camvid --output run
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1        # plain, to compare
-    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --whole-every 5
+    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --clustering ward --restore smooth
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --loop accelerate --resume
     torchrun --nproc-per-node 2 examples/finetune_segmentation.py …                                    # or accelerate launch
 
 Any of transformers' segmentation models would do in place of the Segmenter: AiluRus is one call before training starts.
 --loop trainer is transformers' Trainer, --loop accelerate a training loop of one's own; mixed precision, gradient
 accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at random.
---whole-every 5 takes every fifth step on all tokens: nearer to a plain training, in more of its time.
 run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches them on
 again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on val with
 the reduction on and off.
@@ -70,25 +69,6 @@ class EpochClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-class WholeSteps(TrainerCallback):
-    """Takes the reduction off for every n-th step; every=0: for none."""
-
-    def __init__(self, model: nn.Module, every: int):
-        self.model, self.every = model, every
-        self.settings = getattr(model.config, "ailurus_config", None)
-
-    def begin(self, step: int) -> None:
-        if not self.every or self.settings is None:
-            return
-        if step % self.every == self.every - 1:
-            remove_ailurus(self.model)
-        elif step % self.every == 0:
-            apply_ailurus(self.model, **self.settings)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.begin(state.global_step)
-
-
 def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> list[float]:
     """Trains with transformers' Trainer; returns the seconds of each epoch."""
     clock = EpochClock()
@@ -118,8 +98,7 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
         # warn of missing keys and go on with the weights of the start.
         saved = type(model).from_pretrained(get_last_checkpoint(args.output), dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
-    callbacks = [clock, WholeSteps(model, args.whole_every)]
-    trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
+    trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=[clock])
     trainer.train(resume_from_checkpoint=args.resume)
     return clock.seconds
 
@@ -138,7 +117,6 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
     steps = math.ceil(args.epochs * -(-len(loader) // args.accumulate))
     scheduler = get_scheduler("cosine", optimizer, args.warmup_steps, steps)
     accelerator.register_for_checkpointing(scheduler)
-    whole = WholeSteps(accelerator.unwrap_model(model), args.whole_every)
     state, first, seconds = Path(args.output) / "state", 0, []
     if args.resume:
         accelerator.load_state(state)
@@ -149,8 +127,6 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
         for number, batch in enumerate(loader):
             if epoch * len(loader) + number >= batches:
                 break
-            if number % args.accumulate == 0:
-                whole.begin(epoch * -(-len(loader) // args.accumulate) + number // args.accumulate)
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -191,8 +167,6 @@ def main() -> None:
     if int(torch.distributed.is_initialized() and torch.distributed.get_rank()) > 0:
         return
     result = {"seconds_per_epoch": seconds, "reduced": None}
-    if args.keep < 1:
-        apply_ailurus(model, reduction)
     write(model, enlarge, output / "model")
     if args.keep < 1:
         result["reduced"] = evaluated(model, val, args)
@@ -228,7 +202,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.25, help="M / N; 1 trains without AiluRus")
     parser.add_argument("--clustering", default="density_peaks", choices=CLUSTERINGS)
     parser.add_argument("--restore", default="copy", choices=RESTORES, help="copy is the paper's")
-    parser.add_argument("--whole-every", type=int, default=0, metavar="N", help="every N-th step on all tokens")
     parser.add_argument("--enlarge", type=int, help="of the photographs (default: as the model's processor does)")
     parser.add_argument("--epochs", type=float, default=3, help="1.5 stops half way through the second")
     parser.add_argument("--batch-size", type=int, default=4, help="photographs a process and step")
@@ -237,15 +210,12 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpointing", action="store_true", help="compute activations again instead of keeping them"
     )
     parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.whole_every < 0:
-        parser.error(f"--whole-every must be 1 or more, or 0 for no such step, got {args.whole_every}")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

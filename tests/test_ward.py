@@ -12,6 +12,7 @@ from models import images, make_model, predict
 from oracle import GRIDS, partition, slow_unions
 
 from ailurus_hf import ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
+from ailurus_hf.clustering import neighbours
 from ailurus_hf.clustering.ward import LEAST_SHARE, SHARE, adjacent_clusters, join_regions, ward
 from benchmarks.variants import exact_ward
 
@@ -51,6 +52,14 @@ def test_equals_plain_loops(grid, num_clusters):
         want, fragile = slow_ward(x[image].double(), grid, num_clusters)
         assert not fragile, "take another seed"
         assert partition(found.assignment[image]) == want
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5000])
+def test_edges_in_chunks_make_the_same_clusters(chunk_bytes, monkeypatch):
+    x = tokens((8, 12), batch=2)
+    whole = ward(x, (8, 12), 20)
+    monkeypatch.setitem(neighbours.CHUNK_BYTES, "cpu", chunk_bytes)
+    assert torch.equal(ward(x, (8, 12), 20).assignment, whole.assignment)
 
 
 def test_a_second_place_goes_on_where_the_first_ended():

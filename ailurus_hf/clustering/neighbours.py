@@ -111,6 +111,11 @@ def tile_plan(grid: Grid, candidates: Tensor, device: torch.device) -> TilePlan:
     return TilePlan(queries.to(device), keys.to(device), local.to(device), slot.to(device))
 
 
+def chunk_length(bytes_each: int, device: torch.device) -> int:
+    """How many to gather at once, of so many bytes each."""
+    return max(CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES) // bytes_each, 1)
+
+
 def neighbour_distances(features: Tensor, neighbours: Neighbours) -> Tensor:
     """Euclidean distance of each token to its neighbours: Tensor[B, N, C] (fp32) to [B, N, k]."""
     batch, tokens, channels = features.shape
@@ -193,7 +198,7 @@ def _tile_products(
     batch, _, channels = tokens.shape
     tiles, tile_size = plan.queries.shape
     bytes_per_tile = 4 * channels * (tile_size + plan.keys.shape[1])
-    at_once = max(CHUNK_BYTES.get(tokens.device.type, DEFAULT_CHUNK_BYTES) // bytes_per_tile, 1)
+    at_once = chunk_length(bytes_per_tile, tokens.device)
     products, norms = [], []
     for chunk in torch.arange(batch * tiles, device=tokens.device).split(at_once):
         image, tile = chunk // tiles, chunk % tiles

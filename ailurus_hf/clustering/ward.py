@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters, stable_argsort
-from .neighbours import Grid, check_input
+from .neighbours import Grid, check_input, chunk_length
 from .tables import grid_table
 from .unions import merged, united
 
@@ -122,7 +122,7 @@ def _cheapest(means: Tensor, sizes: Tensor, edges: Tensor) -> tuple[Tensor, Tens
     batch, count, _ = means.shape
     a, b = edges.unbind(2)
     size_a, size_b = sizes.gather(1, a), sizes.gather(1, b)
-    squared = (_rows(means, a) - _rows(means, b)).square().sum(-1)
+    squared = _squared_distances(means, a, b)
     cost = (squared * (size_a * size_b / (size_a + size_b))).nan_to_num(torch.finfo(means.dtype).max)
     cost = cost.masked_fill(a == b, torch.inf)
     # By rank, so that no two edges cost the same and those that are cheapest make no circle.
@@ -133,6 +133,16 @@ def _cheapest(means: Tensor, sizes: Tensor, edges: Tensor) -> tuple[Tensor, Tens
     edge = order.gather(1, cheapest)
     partner = a.gather(1, edge) + b.gather(1, edge) - torch.arange(count, device=a.device)
     return cost.gather(1, edge), partner
+
+
+def _squared_distances(means: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Of rows a and b, LongTensor[B, P] each, of Tensor[B, n, C]: Tensor[B, P]."""
+    batch, _, channels = means.shape
+    # A compiler gathers and adds up in one kernel, and keeps no row.
+    compiles = torch.compiler.is_compiling()
+    at_once = a.shape[1] if compiles else chunk_length(2 * means.element_size() * batch * channels, means.device)
+    ends = zip(a.split(at_once, 1), b.split(at_once, 1), strict=True)
+    return torch.cat([_rows(means, i).sub_(_rows(means, j)).square_().sum(-1) for i, j in ends], 1)
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
