@@ -178,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stages": rows_as_measured("families_speed_stages-cpu-fp32", families_speed.COLUMNS),
     "stages of SegFormer": rows_as_measured("families_speed_segformer_stages-cpu-fp32", families_speed.COLUMNS),
     "detection": rows_as_measured("detection_speed-cpu-fp32", detection_speed.COLUMNS),
+    "detection with relative positions": rows_as_measured("detection_speed_cae-cpu-fp32", detection_speed.COLUMNS),
     "other detectors": rows_as_measured("detection_speed_others-cpu-fp32", detection_speed.COLUMNS),
     "diffusion": rows_as_measured("diffusion_speed_sd15-cpu-fp32", diffusion_speed.COLUMNS),
     "diffusion in half precision": rows_as_measured("diffusion_speed_sd15-cpu-bf16", diffusion_speed.COLUMNS),
