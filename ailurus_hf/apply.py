@@ -92,10 +92,10 @@ def _installation(target: Any) -> ModuleType:
         )
     try:
         if diffusers:
-            from .diffusion import installation
+            from .diffusion import apply as backend
         else:
-            from .vision import installation  # type: ignore[no-redef]
+            from .vision import apply as backend  # type: ignore[no-redef]
     except ModuleNotFoundError as error:
         kind, extra = ("Diffusers pipelines", "diffusion") if diffusers else ("Transformers models", "vision")
         raise ImportError(f"{error}. {kind} need: pip install 'ailurus-hf[{extra}]'") from error
-    return installation
+    return backend

@@ -16,7 +16,7 @@ class TokenClusters:
     """An assignment of N tokens to M clusters, per image (AiluRus, section 3.2).
 
     assignment: LongTensor[B, N], the cluster of each token, in [0, M).
-    centers:    LongTensor[B, M], the token index of each centre, ascending; None where centres are no tokens.
+    centers:    LongTensor[B, M], the token index of each center, ascending; None where centers are no tokens.
     counts:     Tensor[B, M], tokens per cluster (fp32). A cluster may be empty only where `centers` is None.
     """
 

@@ -102,7 +102,7 @@ class AiluRusConfig:
         if self.restore_at is not None:
             _check_choice("restore_at", self.restore_at, RESTORE_PLACES)
         if self.restore == "residual" and self.restore_at == "decoder":
-            raise AiluRusError("restore='residual' unfolds before a decoder: use restore_at='backbone', got 'decoder'")
+            raise AiluRusError("restore='residual' unmerges before a decoder: use restore_at='backbone', got 'decoder'")
         if self.restore_location is not None:
             if self.restore_location <= self.locations[-1]:
                 raise AiluRusError(
@@ -161,7 +161,7 @@ class AiluRusConfig:
         return self.restore_at == "decoder"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-serialisable dict; what `from_dict` reads."""
+        """The fields as a JSON-serializable dict; what `from_dict` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -280,7 +280,7 @@ class AiluRusDiffusionConfig:
         return self.refresh_every > 1 or self.unreduced_first_steps > 0 or self.unreduced_last_steps > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-serialisable dict; `AiluRusDiffusionConfig(**fields)` reads it."""
+        """The fields as a JSON-serializable dict; `AiluRusDiffusionConfig(**fields)` reads it."""
         return dataclasses.asdict(self)
 
 

@@ -14,11 +14,11 @@ class Hooks:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+    def pre_forward(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """hook(module, args, kwargs) -> None, or the (args, kwargs) to call the module with."""
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def behind(
+    def post_forward(
         self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
     ) -> None:
         """hook(module, args, output) -> None, or another output; with_kwargs: hook(module, args, kwargs, output).

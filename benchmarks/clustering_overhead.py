@@ -1,10 +1,10 @@
-"""What clustering, merging and unfolding cost beside the layers that they save, for images of 256² to 2048² pixels.
+"""What clustering, merging and unmerging cost beside the layers that they save, for images of 256² to 2048² pixels.
 
     python -m benchmarks.clustering_overhead                         # ViT-B/16's layers, behind layer 2, a quarter kept
     python -m benchmarks.clustering_overhead --sides 256 512 --keep 0.5
 
 One layer on all tokens and one on the kept tokens are timed, and counted as often as the model runs them: "overhead" is
-what clustering, merging and unfolding add to the layers of the reduced model, "speed-up" is that of the layers with it.
+what clustering, merging and unmerging add to the layers of the reduced model, "speed-up" is that of the layers with it.
 Random tokens and weights: time does not depend on them.
 """
 
@@ -29,7 +29,7 @@ COLUMNS = {
     "clustering": "clustering",
     "num_tokens": "tokens",
     "num_clusters": "kept",
-    "cluster_ms": "cluster + merge + unfold|{:.1f} ms",
+    "cluster_ms": "cluster + merge + unmerge|{:.1f} ms",
     "plain_ms": "plain layers|{:.0f} ms",
     "reduced_ms": "reduced layers|{:.0f} ms",
     "overhead": "overhead|{:.1%}",

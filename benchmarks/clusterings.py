@@ -5,7 +5,7 @@
     python -m benchmarks.clusterings --dataset cifar10 --data CIFAR10 --model CLASSIFIER --locations 1 --keep 0.5 0.25
 
 For each method: time of one clustering; of the tokens at L, the share of their variance that is left inside clusters
-("unexplained"), clusters of one token, the largest distance on the grid between a place and the nearest centre ("gap"),
+("unexplained"), clusters of one token, the largest distance on the grid between a place and the nearest center ("gap"),
 and the mean cosine between a token and its cluster's mean; the mean cosine of the last layer's tokens to the plain
 model's; and mIoU or accuracy. Methods: any of benchmarks/methods.py, those of benchmarks/variants.py included.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ailurus_hf.cli_support import LoadedModel, load_model
+from ailurus_hf.cli.support import LoadedModel, load_model
 
 from . import quality, similarity
 from .classification_quality import classification
@@ -30,7 +30,7 @@ from .methods import EVERY, PAPER, Setting
 from .segmenter_quality import SHIPPED, at_size, segmentation
 from .variants import CLUSTERINGS, OF_MODEL
 
-WAYS = ("density peaks", "local k-means", "k-means", "Ward", "random centres", "grid pooling", *CLUSTERINGS, *OF_MODEL)
+WAYS = ("density peaks", "local k-means", "k-means", "Ward", "random centers", "grid pooling", *CLUSTERINGS, *OF_MODEL)
 COLUMNS = {
     "method": "method",
     "location": "L",

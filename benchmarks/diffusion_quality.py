@@ -120,7 +120,7 @@ class Task:
 
 
 def image_of(picture: Tensor) -> Image.Image:
-    """Tensor[3, H, W] from 0 to 1 in 8-bit colours."""
+    """Tensor[3, H, W] from 0 to 1 in 8-bit colors."""
     return Image.fromarray((255 * picture.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy())
 
 

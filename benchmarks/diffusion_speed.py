@@ -26,7 +26,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch import Tensor
 
 from ailurus_hf.clustering import configured
-from ailurus_hf.diffusion.installation import reducers_of
+from ailurus_hf.diffusion.apply import reducers_of
 from ailurus_hf.diffusion.reducer import cluster_tokens
 
 from .diffusion_methods import METHODS, OURS, switch_on

@@ -1,4 +1,4 @@
-"""What every benchmark needs beside `ailurus_hf.measuring`: FLOPs, memory, and results that say what made them."""
+"""What every benchmark needs beside `ailurus_hf.evaluation.timing`: FLOPs, memory, and results that say what made them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ailurus_hf import AiluRusConfig, ailurus_status
 from ailurus_hf.apply import ailurus_on
-from ailurus_hf.measuring import interleaved, markdown, measured_on, wait_for
+from ailurus_hf.evaluation.timing import interleaved, markdown, measured_on, wait_for
 
 __all__ = [
     "RESULTS",

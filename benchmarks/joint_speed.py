@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity
 
 from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.apply import ailurus_on
-from ailurus_hf.diffusion.installation import reducers_of
+from ailurus_hf.diffusion.apply import reducers_of
 
 from .harness import environment, interleaved, log, markdown, model_flops, save
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from ailurus_hf import AiluRusConfig, AiluRusError, ailurus_status, remove_ailurus
 from ailurus_hf.clustering import Clustering
-from ailurus_hf.vision.installation import install
+from ailurus_hf.vision.apply import install
 
 from . import variants
 from .harness import model_flops
@@ -99,7 +99,7 @@ class PeerReduction:
 
 @dataclass(frozen=True)
 class Ours:
-    """A config's clustering, or another in its place, and how it unfolds. of_model: makes one from the model and L."""
+    """A config's clustering, or another in its place, and how it unmerges. of_model: makes one from the model and L."""
 
     clustering: str
     restore: str
@@ -209,8 +209,8 @@ METHODS: dict[str, Ours | Direct | Matched] = {
         for name, clustering in OTHER_CLUSTERINGS.items()
         for restore in RESTORED
     },
-    "random centres, copy": Ours("density_peaks", "copy", random_centers),
-    "random centres, residual": Ours("density_peaks", "residual", random_centers),
+    "random centers, copy": Ours("density_peaks", "copy", random_centers),
+    "random centers, residual": Ours("density_peaks", "residual", random_centers),
     "grid pooling, copy": Ours("density_peaks", "copy", grid_pooling),
     "grid pooling, residual": Ours("density_peaks", "residual", grid_pooling),
     "Expedite": Direct(expedite, _cells),

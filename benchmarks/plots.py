@@ -93,7 +93,7 @@ def sizes(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
 
 
 def pareto(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
-    """Methods by colour; the front over all of them in black, plain models included."""
+    """Methods by color; the front over all of them in black, plain models included."""
     score = score_of(rows)
     axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for name, own in by_method(rows).items():
@@ -113,7 +113,7 @@ def _lines(axes: Axes, rows: list[Row], x: str, y: Callable[[Row], float]) -> No
 
 
 def _plain(axes: Axes, value: float, x: str, y: str) -> None:
-    axes.axhline(value, color="grey", linestyle=":", label="plain")
+    axes.axhline(value, color="gray", linestyle=":", label="plain")
     axes.set(xlabel=x, ylabel={"miou": "mIoU", "accuracy": "accuracy (%)"}.get(y, y))
     axes.legend(fontsize=7)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ailurus_hf.vision.supported import supported_models
+from ailurus_hf.vision.refused import supported_models
 
 from . import (
     classification_quality,

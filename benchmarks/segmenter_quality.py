@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.image_utils import SizeDict
 
 from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
-from ailurus_hf.comparison import confusion, mean_iou
+from ailurus_hf.evaluation.comparison import confusion, mean_iou
 from ailurus_hf.segmenter import first_window, windowed_outputs
 
 from . import quality
@@ -60,7 +60,7 @@ def at_size(processor: Any, size: int | None) -> None:
 
 
 def segmentation(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> quality.Task:
-    """mIoU in percent, over the labelled pixels of all images."""
+    """mIoU in percent, over the labeled pixels of all images."""
     prepared = functools.partial(pixel_values, processor, data, device=model.device)
 
     def labels(which: nn.Module, pixels: Tensor, truth: Tensor) -> Tensor:

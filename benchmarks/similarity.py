@@ -25,17 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ailurus_hf import ailurus_status
-from ailurus_hf.analysis import assignment_statistics, pair_preservation, reconstruction_similarity
-from ailurus_hf.analysis.latency import PARTS, latency_split
-from ailurus_hf.cli_support import LoadedModel, find_images, load_model, read_image
-from ailurus_hf.vision.finding import find_encoders
+from ailurus_hf.cli.support import LoadedModel, find_images, load_model, read_image
+from ailurus_hf.evaluation import assignment_statistics, pair_preservation, reconstruction_similarity
+from ailurus_hf.evaluation.latency import PARTS, latency_split
+from ailurus_hf.vision.discovery import find_encoders
 
 from .harness import environment, markdown, save
 from .methods import METHODS, OurReduction, PeerReduction, Reduction, Setting, apply_method, parsed
 from .peers import act, algm, ctm, evit, expedite, tome
 from .segmenter_quality import SHIPPED
 
-# What to time beside ours: a peer's own steps (every peer's unfolding is timed).
+# What to time beside ours: a peer's own steps (every peer's unmerging is timed).
 STEPS = {
     "Expedite": [(expedite, "cluster", "cluster"), (expedite, "reconstruction", "unmerge")],
     "CTM": [(ctm, "dpc_knn", "cluster")],
@@ -69,7 +69,7 @@ def similarity_at_location(reduction: Reduction, tokens: Tensor) -> float | None
         if not isinstance(peer, expedite.Expedite | ctm.CTM):
             return None
         merged = peer.merge(tokens)
-        rebuilt = tokens if peer.unfold is None else peer.unfold(merged)
+        rebuilt = tokens if peer.unmerge is None else peer.unmerge(merged)
     return F.cosine_similarity(tokens.float(), rebuilt.float(), dim=-1).mean().item()
 
 

@@ -35,7 +35,7 @@ ALL = "--methods " + " ".join(f"'{name}'" for name in METHODS)
 # Tab. 1 on CamVid in two parts: ours and the peers that reach the same speeds, and the rest.
 PEERS = f"--methods '{PAPER}' 'local k-means, smooth' 'Ward, smooth' Expedite ToMe ALGM CTM"
 CLOSE = f"--methods '{PAPER}' 'local k-means, smooth' 'Ward, smooth' Expedite"
-OTHERS = "--methods ACT EViT 'random centres, copy'"
+OTHERS = "--methods ACT EViT 'random centers, copy'"
 QUALITY = "-m benchmarks.segmenter_quality"
 # Tab. 7: one setting at a time, around 0.9, 50 and 1.
 ABLATION = [f"'{PAPER}:alpha={a}'" for a in (0.6, 0.7, 0.8, 0.9, 1.0)]
@@ -143,7 +143,7 @@ def official_similarity(names: str, what: str, model: str, options: str, name: s
 # The plots follow what they are made of.
 ENTRIES = [
     Entry("Tab. 1, 2, 15", "ours and peers at three levels, CamVid", f"{QUALITY} --data {CAMVID} {PEERS} --locations 2 --keep 0.45 0.22 0.12 --repeats 9 --name tab1_camvid", (CAMVID,), 15),
-    Entry("Tab. 1, 2", "the other peers and random centres, CamVid", f"{QUALITY} --data {CAMVID} {OTHERS} --locations 2 --keep 0.45 0.22 0.12 --repeats 5 --name tab1_camvid_others", (CAMVID,), 10),
+    Entry("Tab. 1, 2", "the other peers and random centers, CamVid", f"{QUALITY} --data {CAMVID} {OTHERS} --locations 2 --keep 0.45 0.22 0.12 --repeats 5 --name tab1_camvid_others", (CAMVID,), 10),
     *(official(names, "all methods at three levels", model, f"{ALL} --locations 2 --keep 0.5 0.36 0.2", f"tab{names[5]}_{data}", data) for names, data, model in OFFICIAL),
     Entry("Tab. 3, 4", "detectors' encoders at the paper's L and M", "-m benchmarks.detection_speed --models ViT-L ViT-B", (), 15),
     Entry("Tab. 3", "an encoder like BEiT's, as CAE's is, ViT-L", "-m benchmarks.detection_speed --models 'ViT-L (CAE)' --name detection_speed_cae", (), 30),
@@ -154,7 +154,7 @@ ENTRIES = [
     *finetuning_entries(),
     Entry("Tab. 7", "alpha, lambda, k", f"{QUALITY} --data {CAMVID} --locations 2 --keep 0.25 --methods {' '.join(ABLATION)} --name tab7_ablation", (CAMVID,), 20),
     official("Tab. 7", "alpha, lambda, k", VIT_L, f"--locations 2 --keep 0.25 --methods {' '.join(ABLATION)}", "tab7_ade20k"),
-    Entry("Tab. 8", "classification, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods '{PAPER}' 'local k-means, copy' 'Ward, copy' 'random centres, copy' Expedite ToMe EViT --locations 1 2 --keep 0.5 0.35 --name tab8_cifar10", (CIFAR, TINY), 20),
+    Entry("Tab. 8", "classification, CIFAR-10", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods '{PAPER}' 'local k-means, copy' 'Ward, copy' 'random centers, copy' Expedite ToMe EViT --locations 1 2 --keep 0.5 0.35 --name tab8_cifar10", (CIFAR, TINY), 20),
     Entry("Tab. 8", "the nearest of them, all images of CIFAR-10's validation split", f"-m benchmarks.classification_quality --data {CIFAR} --model {TINY} --methods {STEPS} --locations 1 --keep 0.5 --repeats 9 --name tab8_cifar10_all", (CIFAR, TINY), 8),
     Entry("Tab. 8", "classification, ImageNet and DeiT-B", f"-m benchmarks.classification_quality --dataset imagenet --data {IMAGENET} --model {{weights}}/deit-base {BOTH} --locations 0 2 4 6 --keep 0.617 0.735 --device cuda --name tab8_imagenet", (IMAGENET, "{weights}/deit-base", "gpu")),
     Entry("Tab. 9, 10", "similarity by L and M", f"-m benchmarks.similarity --images {CAMVID}/val/images {CLOSE} --locations 1 2 3 4 --keep 0.25 0.3 0.36 0.42 --name tab9_similarity", (CAMVID,), 60),

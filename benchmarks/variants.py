@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from ailurus_hf import TokenClusters, spatial_density_peaks
 from ailurus_hf.clustering import Clustering, kmeans, local_kmeans
 from ailurus_hf.clustering.density_peaks import density_peaks
-from ailurus_hf.clustering.neighbours import grid_neighbours, nearest_marked, neighbour_distances
+from ailurus_hf.clustering.neighbors import grid_neighbors, nearest_marked, neighbor_distances
 from ailurus_hf.clustering.ward import adjacent_clusters
-from ailurus_hf.vision.finding import find_encoders
+from ailurus_hf.vision.discovery import find_encoders
 
 from .peers.controls import to_nearest_center
 
-NEIGHBOURS, ALPHA = 50, 0.9
+NEIGHBORS, ALPHA = 50, 0.9
 # Adjacent tokens, sides and corners; and two rings of them.
 ADJACENT, AROUND = 8, 24
 
 
 @torch.no_grad()
 def peaks_then_farthest(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
-    """Half of the centres are density peaks; each next one is the token that is least like all centres so far."""
+    """Half of the centers are density peaks; each next one is the token that is least like all centers so far."""
     tokens = tokens.float()
     batch, count = tokens.shape[:2]
     first = spatial_density_peaks(tokens, grid, -(-num_clusters // 2)).centers
@@ -52,7 +52,7 @@ def peaks_then_kmeans(tokens: Tensor, grid: tuple[int, ...], num_clusters: int, 
     """Density peaks, then rounds in which each token goes to the most similar mean of the clusters that touch it."""
     tokens = tokens.float()
     clusters = spatial_density_peaks(tokens, grid, num_clusters)
-    index = grid_neighbours(grid, AROUND, tokens.device).index
+    index = grid_neighbors(grid, AROUND, tokens.device).index
     own = torch.arange(tokens.shape[1], device=tokens.device)[:, None]
     places = torch.cat([own, index], 1)
     rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None, None]
@@ -60,16 +60,16 @@ def peaks_then_kmeans(tokens: Tensor, grid: tuple[int, ...], num_clusters: int, 
         candidates = clusters.assignment[:, places]
         means = clusters.merge(tokens)[rows, candidates]
         nearest = (means - tokens[:, :, None]).square().sum(-1).argmin(-1, keepdim=True)
-        # Centres need not stay in their own clusters, so there are none.
+        # Centers need not stay in their own clusters, so there are none.
         clusters = TokenClusters.from_assignment(candidates.gather(2, nearest).squeeze(-1), num_clusters)
     return clusters
 
 
 @torch.no_grad()
 def edges_weighted(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
-    """Density peaks whose distances count more where a token differs from what is around it: more centres at edges."""
+    """Density peaks whose distances count more where a token differs from what is around it: more centers at edges."""
     tokens = tokens.float()
-    around = neighbour_distances(tokens, grid_neighbours(grid, ADJACENT, tokens.device)).mean(-1)
+    around = neighbor_distances(tokens, grid_neighbors(grid, ADJACENT, tokens.device)).mean(-1)
     edge = around / around.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
     def weighted(sigma: Tensor, rank: Tensor, index: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def edges_weighted(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> 
 @torch.no_grad()
 def by_distance(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
     """Density peaks whose spatial term grows with the distance on the grid and not with the rank of it."""
-    reach = (NEIGHBOURS / math.pi) ** 0.5
+    reach = (NEIGHBORS / math.pi) ** 0.5
 
     def weighted(sigma: Tensor, rank: Tensor, index: Tensor) -> Tensor:
         places = _coordinates(grid, tokens.device)
@@ -99,7 +99,7 @@ def places_as_features(tokens: Tensor, grid: tuple[int, ...], num_clusters: int,
     """
     tokens = tokens.float()
     spread = (tokens - tokens.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()[:, None, None]
-    places = _coordinates(grid, tokens.device) * weight * spread / (NEIGHBOURS / math.pi) ** 0.5
+    places = _coordinates(grid, tokens.device) * weight * spread / (NEIGHBORS / math.pi) ** 0.5
     both = torch.cat([tokens, places], -1) * (1 + len(grid) / tokens.shape[2]) ** 0.5  # σ is divided by √C
     return spatial_density_peaks(both, grid, num_clusters, num_spatial_neighbors=0)
 
@@ -177,11 +177,11 @@ def _by_rank(sigma: Tensor, rank: Tensor, index: Tensor) -> Tensor:
 def _density_peaks(
     tokens: Tensor, grid: tuple[int, ...], num_clusters: int, weighted: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> TokenClusters:
-    """Density peaks (k = 1) by another weight than Eq. 2's: from σ, ranks and the neighbours' places."""
-    neighbours = grid_neighbours(grid, NEIGHBOURS, tokens.device)
-    sigma = neighbour_distances(tokens, neighbours) / math.sqrt(tokens.shape[2])
-    distances = weighted(sigma, neighbours.rank, neighbours.index)
-    index = neighbours.index.expand(len(tokens), -1, -1)
+    """Density peaks (k = 1) by another weight than Eq. 2's: from σ, ranks and the neighbors' places."""
+    neighbors = grid_neighbors(grid, NEIGHBORS, tokens.device)
+    sigma = neighbor_distances(tokens, neighbors) / math.sqrt(tokens.shape[2])
+    distances = weighted(sigma, neighbors.rank, neighbors.index)
+    index = neighbors.index.expand(len(tokens), -1, -1)
     return density_peaks(distances, index, num_clusters, 1, lambda is_center: nearest_marked(is_center, grid))
 
 

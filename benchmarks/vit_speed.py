@@ -1,6 +1,6 @@
 """How much of the speed-up that the FLOPs allow is reached on full-size ViTs, and what clustering costs.
 
-"Of slicing": the time of the same layers on the first M tokens (nothing clustered, merged, weighted or unfolded) over
+"Of slicing": the time of the same layers on the first M tokens (nothing clustered, merged, weighted or unmerged) over
 ours. What that leaves of the share is the machine's: matrix products of fewer rows run at a lower rate.
 
     python -m benchmarks.vit_speed                 # ViT-L at 640 x 640 and ViT-B at 512 x 512, batch 1, fp32
@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTModel
 from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus
 from ailurus_hf.clustering import Clustering, configured
 from ailurus_hf.hooks import Hooks
-from ailurus_hf.vision.finding import find_encoders
+from ailurus_hf.vision.discovery import find_encoders
 
 from .harness import environment, interleaved, log, markdown, model_flops, save
 
@@ -70,7 +70,7 @@ def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) 
 
     sliced = twin()
     first = 1 + num_clusters
-    Hooks().before(
+    Hooks().pre_forward(
         find_encoders(sliced)[0].layers[location], lambda layer, args, kwargs: ((args[0][:, :first],), kwargs)
     )
     contenders: dict[str, Callable[[int], Any]] = {

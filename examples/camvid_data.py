@@ -18,13 +18,13 @@ from torch.nn import functional as F
 CLASSES = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 ]  # fmt: skip
-UNLABELLED = 11
+UNLABELED = 11
 RARE = (2, 6, 7, 8, 9, 10)  # pole, sign, fence, car, pedestrian, bicyclist: pasted from one image into another
 HEIGHT, WIDTH, PATCH = 360, 480, 16
 
 
 class CamVid:
-    """The photographs and label maps (uint8 class ids, 11 unlabelled) of one split, in memory.
+    """The photographs and label maps (uint8 class ids, 11 unlabeled) of one split, in memory.
 
     enlarge: how many times larger than the photographs a model sees them; `canvas` and `grid` are that in pixels and
     patches (23 x 30 patches at 1, whose last row is half padding; 45 x 60 at 2).
@@ -43,17 +43,17 @@ class CamVid:
         return len(self.images)
 
     def image(self, index: int) -> Tensor:
-        """Normalised photograph, Tensor[3, 360, 480] times `enlarge`."""
+        """Normalized photograph, Tensor[3, 360, 480] times `enlarge`."""
         picture = self.images[index].resize(self.canvas[::-1], Image.Resampling.BILINEAR)
-        return normalise(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float())
+        return normalize(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float())
 
     def label(self, index: int) -> Tensor:
         """Class ids, LongTensor[360, 480]."""
         return torch.from_numpy(np.array(self.labels[index])).long()
 
 
-def normalise(image: Tensor) -> Tensor:
-    """Bytes 0..255 to -1..1, the "vit" normalisation of Segmenter."""
+def normalize(image: Tensor) -> Tensor:
+    """Bytes 0..255 to -1..1, the "vit" normalization of Segmenter."""
     return image / 127.5 - 1
 
 
@@ -86,7 +86,7 @@ def random_window(
     if rng.random() < 0.5:
         image, label = ImageOps.mirror(image), ImageOps.mirror(label)
     pixels = torch.full((3, height, width), 127.5)
-    classes = torch.full((height, width), UNLABELLED)
+    classes = torch.full((height, width), UNLABELED)
     size = (x1 - x0, y1 - y0)
     part = np.array(image.resize(size, Image.Resampling.BILINEAR, box=box))
     pixels[:, y0:y1, x0:x1] = jitter(torch.from_numpy(part).permute(2, 0, 1).float(), rng)
@@ -109,9 +109,9 @@ def jitter(image: Tensor, rng: np.random.Generator) -> Tensor:
         return image
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
     tint = torch.tensor(rng.uniform(0.92, 1.08, 3), dtype=torch.float32)[:, None, None]
-    grey = image.mean(0, keepdim=True)
-    mean = float(grey.mean())
-    image = torch.lerp(grey, image, saturation)
+    gray = image.mean(0, keepdim=True)
+    mean = float(gray.mean())
+    image = torch.lerp(gray, image, saturation)
     image = (image - mean) * (contrast * tint) + mean * brightness * tint
     return image.clamp_(0, 255)
 
@@ -124,7 +124,7 @@ def training_batch(
     paste: float,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows of `grid` patches: normalised Tensor[B, 3, h, w], LongTensor[B, h, w], (top, left) LongTensor[B, 2].
+    """Windows of `grid` patches: normalized Tensor[B, 3, h, w], LongTensor[B, h, w], (top, left) LongTensor[B, 2].
 
     Photographs are enlarged as the data says, and then by a factor between the two `scales`. With probability `paste` the objects of some rare classes are copied over from the same place of another image.
     """
@@ -141,7 +141,7 @@ def training_batch(
         pixels.append(image)
         classes.append(label)
         places.append((top, left))
-    return normalise(torch.stack(pixels)), torch.stack(classes), torch.tensor(places)
+    return normalize(torch.stack(pixels)), torch.stack(classes), torch.tensor(places)
 
 
 def window_positions(
@@ -157,7 +157,7 @@ def window_positions(
 
 @torch.no_grad()
 def confusion_on_images(model, data: CamVid, indices: Sequence[int], batch_size: int = 4) -> Tensor:
-    """LongTensor[11, 11], rows the truth: every labelled pixel of the whole images, at native resolution."""
+    """LongTensor[11, 11], rows the truth: every labeled pixel of the whole images, at native resolution."""
     n = len(CLASSES)
     counts = torch.zeros(n * n, dtype=torch.long)
     for start in range(0, len(indices), batch_size):
@@ -165,7 +165,7 @@ def confusion_on_images(model, data: CamVid, indices: Sequence[int], batch_size:
         logits = model(torch.stack([data.image(i) for i in batch])).logits.float()
         predicted = F.interpolate(logits, size=(HEIGHT, WIDTH), mode="bilinear", align_corners=False).argmax(1)
         truth = torch.stack([data.label(i) for i in batch])
-        seen = truth != UNLABELLED
+        seen = truth != UNLABELED
         counts += torch.bincount(truth[seen] * n + predicted[seen], minlength=n * n)
     return counts.view(n, n)
 

@@ -32,11 +32,11 @@ class Cifar10:
         return len(self.labels)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Pictures as a model sees them: enlarged and normalised, Tensor[B, 3, 224, 224]."""
-        return enlarge(normalise(self.images[indices]))
+        """Pictures as a model sees them: enlarged and normalized, Tensor[B, 3, 224, 224]."""
+        return enlarge(normalize(self.images[indices]))
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """Bytes 0..255 to -1..1."""
     return images.float() / 127.5 - 1
 
@@ -62,14 +62,14 @@ def enlarge(images: Tensor, zoom: Tensor | float = 1.0, shift: Tensor | float = 
 def training_batch(
     data: Cifar10, indices: Sequence[int], mix: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Changed and normalised pictures, Tensor[B, 3, 224, 224], and their share of each class, Tensor[B, 10].
+    """Changed and normalized pictures, Tensor[B, 3, 224, 224], and their share of each class, Tensor[B, 10].
 
-    Shift, zoom, mirror and colour; with probability `mix` also CutMix or Mixup, half and half, with the same batch in
+    Shift, zoom, mirror and color; with probability `mix` also CutMix or Mixup, half and half, with the same batch in
     another order.
     """
     count = len(indices)
     random = lambda low, high, *shape: torch.tensor(rng.uniform(low, high, (count, *shape)), dtype=torch.float32)  # noqa: E731
-    pixels, shares = normalise(data.images[indices]), F.one_hot(data.labels[indices], len(CLASSES)).float()
+    pixels, shares = normalize(data.images[indices]), F.one_hot(data.labels[indices], len(CLASSES)).float()
     if rng.random() < mix:
         pixels, shares = (cutmix if rng.random() < 0.5 else mixup)(pixels, shares, rng)
     pixels = pixels * (1 + random(-0.2, 0.2, 1, 1, 1)) + random(-0.2, 0.2, 1, 1, 1) + random(-0.06, 0.06, 3, 1, 1)

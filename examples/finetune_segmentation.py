@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from camvid_data import CamVid, confusion_on_images, normalise, random_window, scores
+from camvid_data import CamVid, confusion_on_images, normalize, random_window, scores
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from train_segmenter import set_position_grid, write
@@ -53,7 +53,7 @@ class Photographs(Dataset):
         # Drawn from torch's generator, whose state both loops save and restore.
         rng = np.random.default_rng(int(torch.randint(2**31, ())))
         pixels, classes = random_window(self.data, index, 0, 0, self.data.grid, self.scales, rng)
-        return {"pixel_values": normalise(pixels), "labels": classes}
+        return {"pixel_values": normalize(pixels), "labels": classes}
 
 
 class EpochClock(TrainerCallback):

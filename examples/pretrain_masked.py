@@ -117,7 +117,7 @@ class MaskedPretraining(nn.Module):
         self.register_buffer("positions", positions[None])
 
     def forward(self, images: Tensor, places: Tensor, grid: tuple[int, int], keep: float) -> Tensor:
-        """Mean squared error of the hidden patches' normalised pixels; images Tensor[B, 3, h, w]."""
+        """Mean squared error of the hidden patches' normalized pixels; images Tensor[B, 3, h, w]."""
         tokens = self.encoder.embeddings.patch_embeddings(images)
         batch, count, _ = tokens.shape
         positions = window_positions(self.encoder.embeddings.position_embeddings, places, grid, self.whole)

@@ -19,8 +19,8 @@ from ailurus_hf import (
     apply_ailurus,
 )
 from ailurus_hf.apply import ailurus_on
-from ailurus_hf.comparison import confusion, format_table, mean_iou
-from ailurus_hf.measuring import interleaved
+from ailurus_hf.evaluation.comparison import confusion, format_table, mean_iou
+from ailurus_hf.evaluation.timing import interleaved
 from ailurus_hf.visualization import compare_predictions, draw_assignment
 
 ASSETS = Path(__file__).parent / "assets"

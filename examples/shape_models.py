@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from shape_scenes import COLOURS, GROUNDS, PATTERNS, SHAPES, SIDE, WORDS
+from shape_scenes import COLORS, GROUNDS, PATTERNS, SHAPES, SIDE, WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -98,7 +98,7 @@ def model_card(sizes: dict[str, float], result: dict[str, Any]) -> str:
     return f"""# A small Stable Diffusion for captioned shapes
 
 Text to image at {SIDE} x {SIDE} pixels, with a ControlNet on edges, in the format of diffusers; parameters: {parts}, in
-half precision. It knows {len(SHAPES)} shapes in {len(COLOURS)} colours on {len(GROUNDS)} x {len(PATTERNS)} grounds and is
+half precision. It knows {len(SHAPES)} shapes in {len(COLORS)} colors on {len(GROUNDS)} x {len(PATTERNS)} grounds and is
 made for tests and measurements of token reduction: its self-attention runs on 32 x 32, 16 x 16 and 8 x 8 tokens.
 
 ```python
@@ -111,7 +111,7 @@ pipe("large red circle left and small blue ring right on pink stripes", num_infe
 ## How good it is
 
 {result["pictures"]} scenes that it was not trained on, 20 DDIM steps, guidance {GUIDANCE}, float32, read by the rules of
-examples/shape_scenes.py (colour at its place, shape and size of each thing, colour of the ground):
+examples/shape_scenes.py (color at its place, shape and size of each thing, color of the ground):
 
 | | facts shown | captions shown whole | edges (F1 within 2 pixels) |
 | --- | --- | --- | --- |
@@ -122,5 +122,5 @@ examples/shape_scenes.py (colour at its place, shape and size of each thing, col
 
     python examples/train_text_to_image.py
 
-on pictures that the script makes, from nothing: {spent}. The weights are under this project's licence.
+on pictures that the script makes, from nothing: {spent}. The weights are under this project's license.
 """

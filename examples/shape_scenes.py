@@ -1,4 +1,4 @@
-"""Captioned pictures of coloured shapes, made from random numbers, and the rules that read such a picture again.
+"""Captioned pictures of colored shapes, made from random numbers, and the rules that read such a picture again.
 
     scene = random_scene(np.random.default_rng(0))
     picture, mask = draw(scene)     # scene.caption: "large red circle left and small blue ring right on pink stripes"
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIDE = 128
-COLOURS = {
+COLORS = {
     "red": (215, 40, 40),
     "green": (40, 165, 55),
     "blue": (40, 75, 220),
@@ -32,7 +32,7 @@ SIZES = {"small": (14, 17), "large": (25, 28)}
 PLACES = {"left": (32, 64), "right": (96, 64), "top": (64, 32), "bottom": (64, 96), "middle": (64, 64)}
 PAIRS = (("left", "right"), ("top", "bottom"))
 WANDER, PERIOD = 4, 16
-WORDS = (*COLOURS, *GROUNDS, *SHAPES, *PATTERNS, *SIZES, *PLACES, "and", "on")
+WORDS = (*COLORS, *GROUNDS, *SHAPES, *PATTERNS, *SIZES, *PLACES, "and", "on")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Thing:
     """One shape. x, y, radius: in pixels."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     place: str
     x: float
@@ -59,22 +59,22 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        things = " and ".join(f"{t.size} {t.colour} {t.shape} {t.place}" for t in self.things)
+        things = " and ".join(f"{t.size} {t.color} {t.shape} {t.place}" for t in self.things)
         return f"{things} on {self.ground} {self.pattern}"
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene of one or two things of different colours."""
+    """A scene of one or two things of different colors."""
     if rng.random() < 0.5:
         places = [str(rng.choice(list(PLACES)))]
     else:
         places = list(PAIRS[rng.integers(len(PAIRS))])
-    colours = rng.choice(list(COLOURS), len(places), replace=False)
+    colors = rng.choice(list(COLORS), len(places), replace=False)
     things = []
-    for place, colour in zip(places, colours, strict=True):
+    for place, color in zip(places, colors, strict=True):
         size = str(rng.choice(list(SIZES)))
-        x, y = (centre + rng.uniform(-WANDER, WANDER) for centre in PLACES[place])
-        things.append(Thing(str(rng.choice(SHAPES)), str(colour), size, place, x, y, rng.uniform(*SIZES[size])))
+        x, y = (center + rng.uniform(-WANDER, WANDER) for center in PLACES[place])
+        things.append(Thing(str(rng.choice(SHAPES)), str(color), size, place, x, y, rng.uniform(*SIZES[size])))
     phase = (rng.uniform(0, PERIOD), rng.uniform(0, PERIOD))
     return Scene(tuple(things), str(rng.choice(list(GROUNDS))), str(rng.choice(PATTERNS)), phase)
 
@@ -106,8 +106,8 @@ def pixels(side: int) -> tuple[Tensor, Tensor]:
 def draw(scene: Scene, side: int = SIDE) -> tuple[Tensor, Tensor]:
     """The picture, Tensor[3, side, side] from 0 to 1, and where its things are, BoolTensor[side, side]."""
     x, y = pixels(side)
-    colour = lambda values: torch.tensor(values, dtype=torch.float32)[:, None, None] / 255  # noqa: E731
-    picture = colour(GROUNDS[scene.ground]) * brightness(scene.pattern, x + scene.phase[0], y + scene.phase[1], y)
+    color = lambda values: torch.tensor(values, dtype=torch.float32)[:, None, None] / 255  # noqa: E731
+    picture = color(GROUNDS[scene.ground]) * brightness(scene.pattern, x + scene.phase[0], y + scene.phase[1], y)
     mask = torch.zeros(side, side, dtype=torch.bool)
     for thing in scene.things:
         right, down = x - thing.x, y - thing.y
@@ -115,13 +115,13 @@ def draw(scene: Scene, side: int = SIDE) -> tuple[Tensor, Tensor]:
         cover = (0.5 - distance * side / SIDE).clamp(0, 1)
         # Lit from the left above.
         shade = 1 - 0.1 * (right + down) / thing.radius
-        picture = picture + cover * (colour(COLOURS[thing.colour]) * shade - picture)
+        picture = picture + cover * (color(COLORS[thing.color]) * shade - picture)
         mask |= distance < 0
     return picture.clamp(0, 1), mask
 
 
 def brightness(pattern: str, x: Tensor, y: Tensor, height: Tensor) -> Tensor:
-    """What the colour of a ground is multiplied with."""
+    """What the color of a ground is multiplied with."""
     first, second = (x % PERIOD < PERIOD / 2), (y % PERIOD < PERIOD / 2)
     if pattern == "gradient":
         return 0.8 + 0.35 * height / SIDE
@@ -137,49 +137,49 @@ def brightness(pattern: str, x: Tensor, y: Tensor, height: Tensor) -> Tensor:
 
 
 def edges(mask: Tensor) -> Tensor:
-    """Pixels of BoolTensor[..., H, W] whose right or lower neighbour is on the other side; what ControlNet is told."""
+    """Pixels of BoolTensor[..., H, W] whose right or lower neighbor is on the other side; what ControlNet is told."""
     found = torch.zeros_like(mask)
     found[..., :, :-1] |= mask[..., :, 1:] ^ mask[..., :, :-1]
     found[..., :-1, :] |= mask[..., 1:, :] ^ mask[..., :-1, :]
     return found
 
 
-def colour_names(picture: Tensor) -> Tensor:
-    """The nearest colour of every pixel of Tensor[3, H, W]: LongTensor[H, W], things' colours first, then grounds'."""
-    # A ground's colour is as light or dark as its pattern makes it.
+def color_names(picture: Tensor) -> Tensor:
+    """The nearest color of every pixel of Tensor[3, H, W]: LongTensor[H, W], things' colors first, then grounds'."""
+    # A ground's color is as light or dark as its pattern makes it.
     shades = [torch.tensor(value) * factor for value in GROUNDS.values() for factor in (0.85, 1.0, 1.1)]
-    known = torch.cat([torch.tensor(list(COLOURS.values())).float(), torch.stack(shades)]) / 255
+    known = torch.cat([torch.tensor(list(COLORS.values())).float(), torch.stack(shades)]) / 255
     nearest = torch.cdist(picture.flatten(1).T.float(), known).argmin(1).view(picture.shape[1:])
-    grounds = len(COLOURS) + (nearest - len(COLOURS)) // 3
-    return torch.where(nearest < len(COLOURS), nearest, grounds)
+    grounds = len(COLORS) + (nearest - len(COLORS)) // 3
+    return torch.where(nearest < len(COLORS), nearest, grounds)
 
 
 def things_in(picture: Tensor) -> Tensor:
-    """Pixels of Tensor[3, H, W] whose colour is that of things: BoolTensor[H, W]."""
-    return colour_names(picture) < len(COLOURS)
+    """Pixels of Tensor[3, H, W] whose color is that of things: BoolTensor[H, W]."""
+    return color_names(picture) < len(COLORS)
 
 
 def read(picture: Tensor, scene: Scene) -> dict[str, bool]:
     """Which facts of the scene's caption Tensor[3, H, W], from 0 to 1, shows.
 
-    Colour: the one with most pixels, of those that things have, around the place that the caption names. Shape: the one
-    that overlaps most with these pixels when drawn with their area around their centre; size: by its radius. Without
-    enough pixels of the right colour no fact of a thing is true. Ground: the commonest of the grounds' colours.
+    Color: the one with most pixels, of those that things have, around the place that the caption names. Shape: the one
+    that overlaps most with these pixels when drawn with their area around their center; size: by its radius. Without
+    enough pixels of the right color no fact of a thing is true. Ground: the commonest of the grounds' colors.
     """
-    names = colour_names(picture)
-    counts = torch.bincount(names.flatten(), minlength=len(COLOURS) + len(GROUNDS))
-    facts = {"ground": list(GROUNDS)[counts[len(COLOURS) :].argmax()] == scene.ground}
+    names = color_names(picture)
+    counts = torch.bincount(names.flatten(), minlength=len(COLORS) + len(GROUNDS))
+    facts = {"ground": list(GROUNDS)[counts[len(COLORS) :].argmax()] == scene.ground}
     x, y = pixels(picture.shape[-1])
     for number, thing in enumerate(scene.things):
-        centre, reach = PLACES[thing.place], SIZES["large"][1] + WANDER
-        near = torch.maximum((x - centre[0]).abs(), (y - centre[1]).abs()) <= reach
-        counts = torch.bincount(names[near], minlength=len(COLOURS))[: len(COLOURS)]
-        mask = (names == list(COLOURS).index(thing.colour)) & near
+        center, reach = PLACES[thing.place], SIZES["large"][1] + WANDER
+        near = torch.maximum((x - center[0]).abs(), (y - center[1]).abs()) <= reach
+        counts = torch.bincount(names[near], minlength=len(COLORS))[: len(COLORS)]
+        mask = (names == list(COLORS).index(thing.color)) & near
         area = mask.sum().item() * (SIDE / picture.shape[-1]) ** 2
         shape, radius = best_shape(mask)
-        seen = area > 60 and list(COLOURS)[counts.argmax()] == thing.colour
+        seen = area > 60 and list(COLORS)[counts.argmax()] == thing.color
         middle = sum(a + b for a, b in zip(SIZES["small"], SIZES["large"], strict=True)) / 4
-        facts[f"colour {number}"] = seen
+        facts[f"color {number}"] = seen
         facts[f"shape {number}"] = seen and shape == thing.shape
         facts[f"size {number}"] = seen and (radius > middle) == (thing.size == "large")
     return facts

@@ -28,7 +28,7 @@ from camvid_data import (
     CLASSES,
     HEIGHT,
     PATCH,
-    UNLABELLED,
+    UNLABELED,
     CamVid,
     confusion_on_images,
     scores,
@@ -82,16 +82,16 @@ class TrainedModel(nn.Module):
         middle = labels[:, side // 2 :: side, side // 2 :: side]
         logits = self.cells(tokens).float().transpose(1, 2).unflatten(2, grid)
         return F.cross_entropy(
-            F.pixel_shuffle(logits, CELLS), middle, weight=self.class_weights, ignore_index=UNLABELLED
+            F.pixel_shuffle(logits, CELLS), middle, weight=self.class_weights, ignore_index=UNLABELED
         )
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
     """Weighted cross entropy plus soft Dice over the classes in the batch; logits Tensor[B, 11, h, w]."""
-    entropy = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=UNLABELLED)
-    labelled = (labels != UNLABELLED)[:, None]
+    entropy = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=UNLABELED)
+    labeled = (labels != UNLABELED)[:, None]
     truth = F.one_hot(labels, len(CLASSES) + 1)[..., :-1].permute(0, 3, 1, 2)
-    probability = logits.softmax(1) * labelled
+    probability = logits.softmax(1) * labeled
     overlap = (probability * truth).sum((0, 2, 3))
     size = (probability + truth).sum((0, 2, 3))
     present = truth.sum((0, 2, 3)) > 0
@@ -100,8 +100,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> 
 
 
 def class_weights(data: CamVid) -> Tensor:
-    """One over the root of each class's share of the pixels; a labelled pixel weighs 1 on average."""
-    counts = sum(torch.bincount(data.label(i).flatten(), minlength=UNLABELLED + 1)[:-1] for i in range(len(data)))
+    """One over the root of each class's share of the pixels; a labeled pixel weighs 1 on average."""
+    counts = sum(torch.bincount(data.label(i).flatten(), minlength=UNLABELED + 1)[:-1] for i in range(len(data)))
     share = counts / counts.sum()
     weights = share.rsqrt()
     return (weights / (weights * share).sum()).float()
@@ -128,7 +128,7 @@ def set_position_grid(model: SegmenterForSemanticSegmentation, grid: tuple[int, 
 def image_processor(enlarge: int) -> SegmenterImageProcessor:
     """Whole photographs, enlarged as in training."""
     size = {"shortest_edge": enlarge * HEIGHT}
-    return SegmenterImageProcessor(label_pad_value=UNLABELLED, do_resize=enlarge > 1, size=size)
+    return SegmenterImageProcessor(label_pad_value=UNLABELED, do_resize=enlarge > 1, size=size)
 
 
 def write(model: SegmenterForSemanticSegmentation, enlarge: int, folder: Path) -> None:
@@ -227,7 +227,7 @@ processor = AutoImageProcessor.from_pretrained("examples/assets/segmenter-camvid
 
 ## How good it is
 
-CamVid val, 101 photographs of 480 x 360 pixels, whole and at native resolution, all pixels but the unlabelled ones in
+CamVid val, 101 photographs of 480 x 360 pixels, whole and at native resolution, all pixels but the unlabeled ones in
 one confusion matrix, float32: **mIoU {result["miou"]:.1f}**, pixel accuracy {result["pixel_accuracy"]:.1f} %. The best
 of the evaluations made during training was kept, on these same images.
 
@@ -250,9 +250,9 @@ poles, signs and people are smaller than a patch); the image processor of this f
 evaluations not counted. The runs were interrupted and resumed with other settings a few times before the scripts'
 defaults were what they are: a run of your own will differ a little.
 
-## Origin and licence
+## Origin and license
 
-The weights are under this project's licence. The data is CamVid, the Cambridge-driving Labeled Video Database
+The weights are under this project's license. The data is CamVid, the Cambridge-driving Labeled Video Database
 (University of Cambridge; 11 classes as in the SegNet release): G. J. Brostow, J. Fauqueur, R. Cipolla, "Semantic object
 classes in video: a high-definition ground truth database", Pattern Recognition Letters 30(2), 2009; G. J. Brostow, J.
 Shotton, J. Fauqueur, R. Cipolla, "Segmentation and recognition using structure from motion point clouds", ECCV 2008.

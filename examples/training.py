@@ -1,4 +1,4 @@
-"""What the training scripts share: optimisers, stochastic depth, averaged weights, and a loop that can be interrupted.
+"""What the training scripts share: optimizers, stochastic depth, averaged weights, and a loop that can be interrupted.
 
 The loop counts minutes of training, not of the clock: a process that was paused, or had to wait for the machine, loses
 nothing of its learning-rate schedule. Used by train_segmenter.py and train_classifier.py; train_text_to_image.py takes

@@ -27,7 +27,7 @@ def camvid(tmp_path_factory):
         for part in ("images", "labels"):
             (folder / split / part).mkdir(parents=True)
         for i in range(number):
-            # The colour tells the class, so that a window's pixels and labels can be held against each other.
+            # The color tells the class, so that a window's pixels and labels can be held against each other.
             label = np.kron(np.random.default_rng(i).integers(0, 12, (9, 12)), np.ones((40, 40))).astype(np.uint8)
             Image.fromarray(np.stack([label * 20] * 3, -1)).save(folder / split / "images" / f"{i}.jpg", quality=100)
             Image.fromarray(label).save(folder / split / "labels" / f"{i}.png")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from models import DEPTH, GRID, images, make_model, predict, run
-from test_behaviours import traces
+from test_behaviors import traces
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
@@ -22,7 +22,7 @@ from ailurus_hf import (
     apply_ailurus,
     remove_ailurus,
 )
-from ailurus_hf.analysis import layer_flops
+from ailurus_hf.evaluation import layer_flops
 
 NAME = "ViTForImageClassification"
 

@@ -1,4 +1,4 @@
-"""TokenClusters: merging and unfolding against plain loops, gradients, half precision, errors."""
+"""TokenClusters: merging and unmerging against plain loops, gradients, half precision, errors."""
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ def clusters():
 
 def test_merge_is_the_mean_and_unmerge_copies(clusters):
     x = torch.randn(2, 7, 5)
-    merged, unfolded = clusters.merge(x), clusters.unmerge(clusters.merge(x))
+    merged, unmerged = clusters.merge(x), clusters.unmerge(clusters.merge(x))
     for image in range(2):
         for cluster in range(4):
             members = clusters.assignment[image] == cluster
             want = x[image, members].mean(0) if members.any() else torch.zeros(5)
             torch.testing.assert_close(merged[image, cluster], want)
-            torch.testing.assert_close(unfolded[image, members], want.expand(int(members.sum()), -1))
+            torch.testing.assert_close(unmerged[image, members], want.expand(int(members.sum()), -1))
     assert clusters.counts.tolist() == [[2, 2, 3, 0], [1, 2, 1, 3]]
     assert clusters.log_counts(1, 2).shape == (2, 7)
     assert clusters.log_counts(1)[0, -1] == -torch.inf

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ailurus_hf
-from ailurus_hf.doctor import EXTRAS
+from ailurus_hf.cli.doctor import EXTRAS
 
 if sys.version_info >= (3, 11):
     import tomllib

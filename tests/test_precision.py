@@ -16,7 +16,7 @@ from ailurus_hf.clustering import (
     ward,
 )
 from ailurus_hf.clustering.budget import detail
-from ailurus_hf.clustering.smooth_unfolding import smoothing
+from ailurus_hf.clustering.smooth_unmerge import smoothing
 from ailurus_hf.diffusion.reducer import cluster_tokens
 
 GRID, COUNT, CLUSTERS = (23, 30), 690, 170

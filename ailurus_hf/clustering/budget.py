@@ -9,7 +9,7 @@ from ..clusters import TokenClusters
 from ..config import rounded_share
 from ..errors import AiluRusError
 from . import Clustering
-from .neighbours import check_grid, grid_neighbours, neighbour_distances
+from .neighbors import check_grid, grid_neighbors, neighbor_distances
 
 # Tokens on every side and corner of a place.
 ADJACENT = 8
@@ -21,7 +21,7 @@ ROUNDING = 0.01
 
 @torch.no_grad()
 def detail(features: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """The share of tokens that stand out from all their neighbours: Tensor[B, N, C] to [B], 0 (flat) to 1 (noise).
+    """The share of tokens that stand out from all their neighbors: Tensor[B, N, C] to [B], 0 (flat) to 1 (noise).
 
     A token stands out where its nearest adjacent token is further away than a quarter of the median distance of the
     image's tokens from their mean. Neither a factor nor a constant added to all features changes it.
@@ -30,7 +30,7 @@ def detail(features: Tensor, grid: tuple[int, ...]) -> Tensor:
     grid = check_grid(grid, features.shape[1])
     if features.shape[1] == 1:
         return features.new_zeros(len(features))
-    nearest = neighbour_distances(features, grid_neighbours(grid, ADJACENT, features.device)).amin(-1)
+    nearest = neighbor_distances(features, grid_neighbors(grid, ADJACENT, features.device)).amin(-1)
     typical = torch.linalg.vector_norm(features - features.mean(1, keepdim=True), dim=-1).median(1, keepdim=True).values
     rounding = ROUNDING * torch.linalg.vector_norm(features, dim=-1)
     return ((nearest > STANDS_OUT * typical) & (nearest > rounding)).float().mean(1)

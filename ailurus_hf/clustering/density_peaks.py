@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_settings
 from ..clusters import TokenClusters, stable_argsort
-from .neighbours import check_input, grid_neighbours, nearest_marked, neighbour_distances
+from .neighbors import check_input, grid_neighbors, nearest_marked, neighbor_distances
 
 
 @torch.no_grad()
@@ -30,11 +30,11 @@ def spatial_density_peaks(
     grid: (H, W), or (T, H, W) for video; its product is N.
     num_clusters: M, in [1, N].
     num_spatial_neighbors: λ of Eq. 2, clipped to N - 1. 0 compares all pairs without a spatial term, in O(N²) memory.
-    alpha: α of Eq. 2, in [0, 1]: how much a near neighbour's distance is discounted (1: not at all).
-    num_density_neighbors: k of Eq. 1, clipped to the number of neighbours.
+    alpha: α of Eq. 2, in [0, 1]: how much a near neighbor's distance is discounted (1: not at all).
+    num_density_neighbors: k of Eq. 1, clipped to the number of neighbors.
     check_finite: raise on NaN or infinite features; this waits for the device. Without it they give arbitrary clusters.
 
-    Returns TokenClusters with centres in ascending token order. Equal values always resolve to the lower token index.
+    Returns TokenClusters with centers in ascending token order. Equal values always resolve to the lower token index.
     Raises AiluRusError on a grid that does not match N and on settings out of range.
     """
     check_settings(num_spatial_neighbors, alpha, num_density_neighbors)
@@ -45,14 +45,14 @@ def spatial_density_peaks(
         return TokenClusters(every, every, torch.ones(batch, tokens, device=features.device))
 
     spatial = num_spatial_neighbors > 0
-    neighbours = grid_neighbours(grid, num_spatial_neighbors if spatial else tokens - 1, features.device)
-    index = neighbours.index.expand(batch, -1, -1)
+    neighbors = grid_neighbors(grid, num_spatial_neighbors if spatial else tokens - 1, features.device)
+    index = neighbors.index.expand(batch, -1, -1)
     lam = index.shape[2]
 
-    sigma = neighbour_distances(features.float(), neighbours) / math.sqrt(channels)
-    s = (1 - alpha) * neighbours.rank / lam + alpha if spatial else 1.0  # Eq. 2
+    sigma = neighbor_distances(features.float(), neighbors) / math.sqrt(channels)
+    s = (1 - alpha) * neighbors.rank / lam + alpha if spatial else 1.0  # Eq. 2
     k = min(num_density_neighbors, lam)
-    return density_peaks(sigma * s, index, num_clusters, k, lambda is_centre: nearest_marked(is_centre, grid))
+    return density_peaks(sigma * s, index, num_clusters, k, lambda is_center: nearest_marked(is_center, grid))
 
 
 def density_peaks(
@@ -60,31 +60,31 @@ def density_peaks(
     index: Tensor,
     num_clusters: int,
     k: int,
-    nearest_centre: Callable[[Tensor], Tensor],
+    nearest_center: Callable[[Tensor], Tensor],
     also_near: Tensor | None = None,
 ) -> TokenClusters:
-    """The M density peaks and who belongs to them, from σ·s to the neighbours alone.
+    """The M density peaks and who belongs to them, from σ·s to the neighbors alone.
 
-    weighted, index: Tensor[B, N, λ], σ·s to each neighbour, and LongTensor[B, N, λ], which they are, in ascending order.
-    nearest_centre: from BoolTensor[B, N] of centres to LongTensor[B, N], for tokens from which no neighbours lead to one.
+    weighted, index: Tensor[B, N, λ], σ·s to each neighbor, and LongTensor[B, N, λ], which they are, in ascending order.
+    nearest_center: from BoolTensor[B, N] of centers to LongTensor[B, N], for tokens from which no neighbors lead to one.
     also_near: Tensor[B, N, any], further distances that count for the density alone.
     """
     near = weighted if also_near is None else torch.cat([weighted, also_near], -1)
     nearest = near.amin(-1) if k == 1 else near.topk(k, largest=False).values.mean(-1)
     log_rho = -nearest  # Eq. 1
 
-    rho_of_neighbour = _of_neighbours(log_rho, index)
+    rho_of_neighbor = _of_neighbors(log_rho, index)
     here = torch.arange(weighted.shape[1], device=weighted.device)[:, None]
-    denser = (rho_of_neighbour > log_rho[..., None]) | ((rho_of_neighbour == log_rho[..., None]) & (index < here))
+    denser = (rho_of_neighbor > log_rho[..., None]) | ((rho_of_neighbor == log_rho[..., None]) & (index < here))
     delta, towards_denser = _least(weighted.masked_fill(~denser, math.inf))  # Eq. 3
     is_peak = ~denser.any(-1)
 
-    centres = _top(log_rho + delta.log(), torch.where(is_peak, log_rho, 0.0), num_clusters)
-    is_centre = torch.zeros_like(is_peak).scatter(1, centres, True)
-    owner = _assign(weighted, index, towards_denser, is_peak, is_centre, nearest_centre)
+    centers = _top(log_rho + delta.log(), torch.where(is_peak, log_rho, 0.0), num_clusters)
+    is_center = torch.zeros_like(is_peak).scatter(1, centers, True)
+    owner = _assign(weighted, index, towards_denser, is_peak, is_center, nearest_center)
 
-    rank_of_centre = is_centre.long().cumsum(1) - 1
-    return TokenClusters.from_assignment(rank_of_centre.gather(1, owner), num_clusters, centres)
+    rank_of_center = is_center.long().cumsum(1) - 1
+    return TokenClusters.from_assignment(rank_of_center.gather(1, owner), num_clusters, centers)
 
 
 def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
@@ -99,22 +99,22 @@ def _assign(
     index: Tensor,
     towards_denser: Tensor,
     is_peak: Tensor,
-    is_centre: Tensor,
-    nearest_centre: Callable[[Tensor], Tensor],
+    is_center: Tensor,
+    nearest_center: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The centre of each token, as a token index: LongTensor[B, N]."""
-    tokens = is_centre.shape[1]
-    itself = torch.arange(tokens, device=is_centre.device).expand_as(is_peak)
-    centre_near = _of_neighbours(is_centre, index)
-    _, towards_centre = _least(weighted.masked_fill(~centre_near, math.inf))
-    settled = is_centre | centre_near.any(-1)
-    owner = torch.where(is_centre, itself, _pick(index, towards_centre))
+    """The center of each token, as a token index: LongTensor[B, N]."""
+    tokens = is_center.shape[1]
+    itself = torch.arange(tokens, device=is_center.device).expand_as(is_peak)
+    center_near = _of_neighbors(is_center, index)
+    _, towards_center = _least(weighted.masked_fill(~center_near, math.inf))
+    settled = is_center | center_near.any(-1)
+    owner = torch.where(is_center, itself, _pick(index, towards_center))
 
-    # A chain of denser neighbours ends where a token is settled or is a peak. Each pass doubles the steps walked.
+    # A chain of denser neighbors ends where a token is settled or is a peak. Each pass doubles the steps walked.
     step = torch.where(settled | is_peak, itself, _pick(index, towards_denser))
     for _ in range((tokens - 1).bit_length()):
         step = step.gather(1, step)
-    return torch.where(settled.gather(1, step), owner.gather(1, step), nearest_centre(is_centre))
+    return torch.where(settled.gather(1, step), owner.gather(1, step), nearest_center(is_center))
 
 
 def _least(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def _least(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.gather(-1, where[..., None]).squeeze(-1), where
 
 
-def _of_neighbours(values: Tensor, index: Tensor) -> Tensor:
+def _of_neighbors(values: Tensor, index: Tensor) -> Tensor:
     """values[b, index[b, n, j]]: Tensor[B, N] to [B, N, k]."""
     return values.gather(1, index.flatten(1)).view(index.shape)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..clusters import TokenClusters
 from ..precision import without_autocast
+from .grid_cache import grid_table
 from .local_kmeans import grid_cells, prepared
-from .neighbours import Grid
-from .tables import grid_table
+from .neighbors import Grid
 
 # Pairs of a token and a mean that are compared at once: 64 MB of fp32 an image.
 PAIRS_AT_ONCE = 2**24
@@ -34,7 +34,7 @@ def kmeans(
     num_rounds: rounds of assignment.
     check_finite: raise on NaN or infinite features; this waits for the device.
 
-    Returns TokenClusters without centres; a cluster may end up empty: count 0, no weight in attention.
+    Returns TokenClusters without centers; a cluster may end up empty: count 0, no weight in attention.
     Raises AiluRusError on a grid that does not match N and on settings out of range.
     """
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)

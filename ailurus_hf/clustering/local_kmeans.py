@@ -1,6 +1,6 @@
 """Local k-means: a regular grid of cells as the start, a few rounds among the cells nearby (as in SLIC superpixels).
 
-Not in the paper; an alternative to density peaks that costs less and has no centres among the tokens.
+Not in the paper; an alternative to density peaks that costs less and has no centers among the tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..clusters import TokenClusters
 from ..errors import AiluRusError
-from .neighbours import Grid, TilePlan, candidate_scores, check_input, tile_plan
-from .tables import grid_table
+from .grid_cache import grid_table
+from .neighbors import Grid, TilePlan, candidate_scores, check_input, tile_plan
 
 
 @torch.no_grad()
@@ -27,10 +27,10 @@ def local_kmeans(
     features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
     grid: (H, W), or (T, H, W) for video; its product is N.
     num_clusters: M, in [1, N].
-    num_rounds: rounds of hard assignment, the cell means being the centres.
+    num_rounds: rounds of hard assignment, the cell means being the centers.
     check_finite: raise on NaN or infinite features; this waits for the device.
 
-    Returns TokenClusters without centres; a cell may end up empty: count 0, no weight in attention.
+    Returns TokenClusters without centers; a cell may end up empty: count 0, no weight in attention.
     Raises AiluRusError on a grid that does not match N and on settings out of range.
     """
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)

@@ -11,7 +11,7 @@ from ..checks import check_num_clusters
 from ..clusters import TokenClusters
 from ..precision import without_autocast
 from .density_peaks import density_peaks
-from .neighbours import DIRECT_DISTANCE_LIMIT, EQUALITY_TOLERANCE
+from .neighbors import DIRECT_DISTANCE_LIMIT, EQUALITY_TOLERANCE
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def merge_clusters(
     num_clusters: clusters to leave, in [1, M]. The other settings are those of `spatial_density_peaks`.
 
     Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster, and counts add up. The new
-    centres are centres of old clusters; None where those have none. Ranks are by distance between centroids. All pairs
+    centers are centers of old clusters; None where those have none. Ranks are by distance between centroids. All pairs
     of clusters are compared, in O(M²) memory.
     """
     channels = tokens.shape[2]
@@ -50,17 +50,17 @@ def merge_clusters(
     sigma = _distances(means).gather(2, index) / math.sqrt(channels)
     s = (1 - alpha) * (by_index + 1) / lam + alpha if num_spatial_neighbors else 1.0
 
-    # A mean of m tokens is as dense as they are: m - 1 neighbours as far away as they are from it on average.
+    # A mean of m tokens is as dense as they are: m - 1 neighbors as far away as they are from it on average.
     k = min(num_density_neighbors, lam)
     spread = torch.linalg.vector_norm(tokens.float() - clusters.unmerge(means), dim=-1, keepdim=True)
     spread = clusters.merge(spread) / math.sqrt(channels)
     others = torch.arange(k, device=tokens.device) < clusters.counts[..., None] - 1
 
-    def nearest_centre(is_centre: Tensor) -> Tensor:
-        return apart.masked_fill(~is_centre[:, None], math.inf).argmin(-1)
+    def nearest_center(is_center: Tensor) -> Tensor:
+        return apart.masked_fill(~is_center[:, None], math.inf).argmin(-1)
 
     own = spread.expand(-1, -1, k).masked_fill(~others, math.inf)
-    joined = density_peaks(sigma * s, index, num_clusters, k, nearest_centre, own)
+    joined = density_peaks(sigma * s, index, num_clusters, k, nearest_center, own)
     assert joined.centers is not None
     centers = None if clusters.centers is None else clusters.centers.gather(1, joined.centers)
     return TokenClusters.from_assignment(joined.assignment.gather(1, clusters.assignment), num_clusters, centers)
@@ -68,7 +68,7 @@ def merge_clusters(
 
 @without_autocast
 def _distances(points: Tensor) -> Tensor:
-    """Euclidean distances of all pairs, Tensor[B, M, C] to [B, M, M]; by products where there are many (see neighbours.py)."""
+    """Euclidean distances of all pairs, Tensor[B, M, C] to [B, M, M]; by products where there are many (see neighbors.py)."""
     if points.shape[1] ** 2 * points.shape[2] <= DIRECT_DISTANCE_LIMIT:
         return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     points = points - points.mean(1, keepdim=True)

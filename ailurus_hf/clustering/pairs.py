@@ -14,8 +14,8 @@ from torch import Tensor
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters
 from ..precision import without_autocast
-from .neighbours import Grid, check_input
-from .unions import merged, united
+from .boruvka import merged, united
+from .neighbors import Grid, check_input
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fin
     check_finite: raise on NaN or infinite features; this waits for the device.
 
     To join clusters a and b costs |a − b|² · √(m n / (m + n)), by their means and numbers of tokens m and n. All pairs are
-    compared, in O(N²) memory. Returns TokenClusters without centres; none is empty. Raises AiluRusError on a grid that does
+    compared, in O(N²) memory. Returns TokenClusters without centers; none is empty. Raises AiluRusError on a grid that does
     not match N and on settings out of range.
     """
     check_input(features, grid, num_clusters, check_finite)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters, stable_argsort
-from .neighbours import Grid, check_input, chunk_length
-from .tables import grid_table
-from .unions import merged, united
+from .boruvka import merged, united
+from .grid_cache import grid_table
+from .neighbors import Grid, check_input, chunk_length
 
 # Of the unions that are still to be made, the share that one round makes at most: less is nearer to Ward, and slower.
 SHARE = 0.35
@@ -38,7 +38,7 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
     In a round every cluster draws an edge to the adjacent one that is cheapest to join, at four times the cost where it is not
     the cheapest of that one, too; the cheapest edges are joined. Joining pairs that are each other's cheapest in any order
     leads to the same tree as the cheapest pair of all each time, so what comes out is near to that.
-    Returns TokenClusters without centres; none is empty. Raises AiluRusError on a grid that does not match N and on settings
+    Returns TokenClusters without centers; none is empty. Raises AiluRusError on a grid that does not match N and on settings
     out of range.
     """
     grid = check_input(features, grid, num_clusters, check_finite)

@@ -1,7 +1,7 @@
 """A plain ViT as the source of a feature pyramid: maps at a quarter, a half, once and twice the patch size.
 
 Either four layers are read, one for each map (BEiT and CAE's recipe for detection, the paper's), or the last layer alone
-(ViTDet, Li et al. 2022). The layers are read as hidden states, which AiluRus unfolds where they are read: compute stays
+(ViTDet, Li et al. 2022). The layers are read as hidden states, which AiluRus unmerges where they are read: compute stays
 on M tokens.
 """
 

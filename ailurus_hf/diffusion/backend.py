@@ -67,7 +67,7 @@ class Stack:
 
     @property
     def on_maps(self) -> bool:
-        """Whether it goes from a map to a map of the same size: normalised, projected, blocks, projected, added."""
+        """Whether it goes from a map to a map of the same size: normalized, projected, blocks, projected, added."""
         return isinstance(self.module, Transformer2DModel) and self.module.is_input_continuous
 
 

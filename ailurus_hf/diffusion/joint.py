@@ -85,9 +85,9 @@ class JointReducer(NetworkReducer):
         self.set_processor(self._new_processor())
         # On all of them: the first one may be skipped.
         for block in self.stacks[0].blocks[self.first_reduced(self.stacks[0]) :]:
-            self.hooks.before(block, self.merge)
+            self.hooks.pre_forward(block, self.merge)
         if self.config.scope == "blocks":
-            self.hooks.before(self.network.norm_out, self.restore)  # type: ignore[arg-type]
+            self.hooks.pre_forward(self.network.norm_out, self.restore)  # type: ignore[arg-type]
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self.call.argument(self.KWARGS, args, kwargs) or {}

@@ -92,16 +92,16 @@ class AiluRusProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         clusters, asking, answering = None, hidden_states, encoder_hidden_states
-        unfolds = False
+        unmerges = False
         if answering is None:
             clusters = self.assign(hidden_states) if attention_mask is None else None
             answering = hidden_states if clusters is None else clusters.merge(hidden_states)
-            unfolds = clusters is not None and self.merges_queries()
-            asking = answering if unfolds else asking
+            unmerges = clusters is not None and self.merges_queries()
+            asking = answering if unmerges else asking
         elif attn.norm_cross:
             answering = attn.norm_encoder_hidden_states(answering)
         hidden_states = self._attention(attn, asking, answering, attention_mask, clusters)
-        if clusters is not None and unfolds:
+        if clusters is not None and unmerges:
             hidden_states = clusters.unmerge(hidden_states)
 
         if residual.ndim == 4:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clustering import Clustering
-from ..clustering.tables import grid_table
+from ..clustering.grid_cache import grid_table
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
@@ -74,8 +74,8 @@ class NetworkReducer:
                 )
 
     def install(self) -> None:
-        self.hooks.before(self.network, self.begin)
-        self.hooks.behind(self.network, self.end)
+        self.hooks.pre_forward(self.network, self.begin)
+        self.hooks.post_forward(self.network, self.end)
 
     def remove(self) -> None:
         self.hooks.remove()

@@ -52,21 +52,21 @@ class StackHooks:
 
     def install(self) -> None:
         reducer, stack = self.reducer, self.stack
-        reducer.hooks.before(stack.module, self.arrive)
+        reducer.hooks.pre_forward(stack.module, self.arrive)
         reduced = stack.blocks[reducer.first_reduced(stack) :]
         if not reducer.config.has_scope("blocks"):
             if not stack.on_maps:
-                reducer.hooks.before(reduced[0], self.merge_tokens)
+                reducer.hooks.pre_forward(reduced[0], self.merge_tokens)
             return
         if self._merges_maps:
-            reducer.hooks.behind(stack.module.norm, self.give_merged_map)  # type: ignore
-            reducer.hooks.behind(stack.module, self.restore_map)
+            reducer.hooks.post_forward(stack.module.norm, self.give_merged_map)  # type: ignore
+            reducer.hooks.post_forward(stack.module, self.restore_map)
             return
-        reducer.hooks.before(reduced[0], self.merge_tokens)
+        reducer.hooks.pre_forward(reduced[0], self.merge_tokens)
         for block in reduced:
-            reducer.hooks.before(block, self.add_bias)
+            reducer.hooks.pre_forward(block, self.add_bias)
         # Prepended, so that hooks that were there before see all N tokens.
-        reducer.hooks.behind(stack.blocks[-1], self.restore_tokens, prepend=True)
+        reducer.hooks.post_forward(stack.blocks[-1], self.restore_tokens, prepend=True)
 
     @property
     def _merges_maps(self) -> bool:
@@ -138,7 +138,7 @@ class StackHooks:
     def _merge_map(
         self, run: Run, grid: tuple[int, int], hidden_states: Tensor, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
-        # Normalised over all pixels: statistics of the representatives would be others.
+        # Normalized over all pixels: statistics of the representatives would be others.
         tokens = self.stack.module.norm(hidden_states).flatten(2).transpose(1, 2)  # type: ignore[operator]
         clusters = self.reducer.assign(run, self.stack, grid, tokens)
         merged = clusters.merge(tokens).transpose(1, 2).unsqueeze(2)

@@ -46,7 +46,7 @@ class SegmenterImageProcessor(PilBackend):
 
     Defaults: no resizing (the model takes any size), RGB, scaled to 0..1, "vit" mean and std (for a DeiT pass
     `image_mean` and `image_std` of `NORMALIZATION["deit"]`), images of a batch padded right and bottom to the largest
-    with 0 after normalising, labels with 255. `do_resize=True` resizes to `size`, shortest edge 512 if not given.
+    with 0 after normalizing, labels with 255. `do_resize=True` resizes to `size`, shortest edge 512 if not given.
     """
 
     valid_kwargs = SegmenterImageProcessorKwargs

@@ -82,7 +82,7 @@ class LinearDecoder(nn.Module):
 class MaskTransformerDecoder(ViTPreTrainedModel):
     """Class tokens beside the patch tokens: tokens Tensor[B, L, C] -> class scores Tensor[B, L, num_labels].
 
-    A patch's score for a class is the cosine between the two tokens after the last layer, normalised over the
+    A patch's score for a class is the cosine between the two tokens after the last layer, normalized over the
     classes. In `layers` the class tokens are the last num_labels of the sequence. A PreTrainedModel so that
     transformers chooses the attention function of its layers as it does the encoder's.
     """
@@ -175,7 +175,7 @@ class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
             )
 
         patch = self.config.patch_size
-        # Zero is the mean colour after normalising; the original pads right and bottom with it too.
+        # Zero is the mean color after normalizing; the original pads right and bottom with it too.
         pixel_values = F.pad(pixel_values, (0, -width % patch, 0, -height % patch))
         padded_size = pixel_values.shape[-2:]
         grid = (padded_size[0] // patch, padded_size[1] // patch)

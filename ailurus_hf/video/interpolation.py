@@ -29,8 +29,8 @@ OCCLUSION = 1.0
 class FlowInterpolator:
     """Frames half way by dense inverse search (Kroeger et al. 2016), warped both ways, blended by what each side sees.
 
-    The two flows are carried to the middle frame, where several arrive the one whose colours agree best stays (Baker et
-    al. 2011, section 3.3.2); holes take the flow of their nearest neighbour. Raises AiluRusError without OpenCV.
+    The two flows are carried to the middle frame, where several arrive the one whose colors agree best stays (Baker et
+    al. 2011, section 3.3.2); holes take the flow of their nearest neighbor. Raises AiluRusError without OpenCV.
     """
 
     def __init__(self) -> None:
@@ -84,13 +84,13 @@ class NetworkInterpolator:
 def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Where each pixel of the first picture is in the second: [H, W, 3] in [0, 1] twice to (Δx, Δy) in pixels, [H, W, 2]."""
     cv2 = require("cv2")
-    grey = [cv2.cvtColor((picture * 255).round().astype(np.uint8), cv2.COLOR_RGB2GRAY) for picture in (first, second)]
-    height, width = grey[0].shape
+    gray = [cv2.cvtColor((picture * 255).round().astype(np.uint8), cv2.COLOR_RGB2GRAY) for picture in (first, second)]
+    height, width = gray[0].shape
     scale = max(1.0, SMALLEST_SIDE / min(height, width))
     if scale > 1:
         size = (round(width * scale), round(height * scale))
-        grey = [cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC) for picture in grey]
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)
+        gray = [cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC) for picture in gray]
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*gray, None)
     if scale > 1:
         flow = cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA) / scale
     return flow

@@ -20,7 +20,7 @@ Frames = Sequence[Image.Image]
 
 
 def psnr(frames: Frames, others: Frames) -> float:
-    """Peak signal-to-noise ratio of 8-bit colours in dB, over all pixels of all frames; infinite where they are equal."""
+    """Peak signal-to-noise ratio of 8-bit colors in dB, over all pixels of all frames; infinite where they are equal."""
     error = np.mean([np.square(a - b).mean() for a, b in _pairs(frames, others)])
     return math.inf if error == 0 else float(-10 * math.log10(error))
 
@@ -33,7 +33,7 @@ def ssim(frames: Frames, others: Frames) -> float:
 
 
 def warping_error(frames: Frames, motion_of: Frames | None = None, threshold: float = 1.0) -> float:
-    """Mean squared difference of each frame, colours in [0, 1], to the next one warped back to it (Lai et al. 2018).
+    """Mean squared difference of each frame, colors in [0, 1], to the next one warped back to it (Lai et al. 2018).
 
     Args:
         motion_of: frames whose optical flow is followed, such as the input clip's; the frames' own if None.

@@ -19,7 +19,7 @@ from .optional import require
 from .reading import exact_rate
 
 VIDEO_SUFFIXES = (".mp4", ".mov")
-# Players take untagged colours for one standard or another, by their size: so the file says which it is.
+# Players take untagged colors for one standard or another, by their size: so the file says which it is.
 COLORS = [
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+bicubic"),
     *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import AiluRusError, UnsupportedModelError
 from .backend import weights_in_place
-from .run import Run, Stage
+from .forward_state import Run, Stage
 
 Adapter = Callable[[dict[str, Any], Run, Stage, Tensor], Tensor]
 

@@ -16,7 +16,7 @@ from transformers import (
 from .. import segmenter as _segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
 from ..config import AiluRusConfig, from_fields
 from ..errors import AiluRusError
-from .installation import install, saved_config
+from .apply import install, saved_config
 
 
 class _AiluRusAuto:

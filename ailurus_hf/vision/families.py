@@ -3,7 +3,7 @@
 A family names its encoder class and says what surrounds the patch tokens. The layers, how they take an attention bias,
 and what else they are given (relative position bias, rotary embeddings) are found by structure (backend.py, adapters.py).
 A decoder that runs on tokens, before any grid is made of them, is declared in DECODERS: it can run on representatives too.
-READERS are classes around an encoder that read some of its hidden states: only those are unfolded.
+READERS are classes around an encoder that read some of its hidden states: only those are unmerged.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ailurus_hf import TokenClusters
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.backend import attention_configs
-from ailurus_hf.vision.finding import FoundEncoder
+from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach
 

@@ -1,4 +1,4 @@
-"""ALGM (Norouzi et al. 2024, arXiv:2406.09936): merge alike neighbours in the first layer, alike tokens anywhere later.
+"""ALGM (Norouzi et al. 2024, arXiv:2406.09936): merge alike neighbors in the first layer, alike tokens anywhere later.
 
 Both between attention and MLP. CLAP: a 2 x 2 window whose mean pair cosine exceeds a threshold becomes its mean. GBM:
 ToMe's bipartite matching in a middle layer (the 5th of 12), all edges above a threshold. The threshold is the mean plus one
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ailurus_hf import TokenClusters
 from ailurus_hf.errors import AiluRusError
-from ailurus_hf.vision.finding import FoundEncoder
+from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach, copy_back
 
@@ -132,7 +132,7 @@ class ALGM(Peer):
         merged = sums / merged_sizes[..., None].clamp(min=1).to(tokens.dtype)
         self.sizes = merged_sizes.round()
         self.source = assignment if self.source is None else assignment.gather(1, self.source)
-        self.unfold = copy_back(self.source)
+        self.unmerge = copy_back(self.source)
         padded = bool((self.sizes == 0).any())
         self.bias = self.sizes.log() if self.proportional else self.sizes.clamp(max=1).log() if padded else None
         return torch.cat([prefix, merged], 1)

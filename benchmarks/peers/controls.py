@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ailurus_hf import TokenClusters
 from ailurus_hf.clustering.local_kmeans import grid_cells
-from ailurus_hf.clustering.neighbours import grid_neighbours, nearest_marked, neighbour_distances
+from ailurus_hf.clustering.neighbors import grid_neighbors, nearest_marked, neighbor_distances
 
 
 def grid_pooling(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
@@ -27,16 +27,14 @@ def random_centers(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> 
 
 @torch.no_grad()
 def to_nearest_center(tokens: Tensor, grid: tuple[int, ...], centers: Tensor) -> TokenClusters:
-    """A token goes to the most similar centre near it (Eq. 2 distances). centers: LongTensor[B, M], ascending."""
+    """A token goes to the most similar center near it (Eq. 2 distances). centers: LongTensor[B, M], ascending."""
     batch, count = tokens.shape[:2]
     is_center = torch.zeros(batch, count, dtype=torch.bool, device=tokens.device).scatter(1, centers, True)
-    neighbours = grid_neighbours(grid, 50, tokens.device)
-    near = is_center[:, neighbours.index]
-    weighted = neighbour_distances(tokens.float(), neighbours) * (
-        0.1 * neighbours.rank / neighbours.rank.shape[1] + 0.9
-    )
+    neighbors = grid_neighbors(grid, 50, tokens.device)
+    near = is_center[:, neighbors.index]
+    weighted = neighbor_distances(tokens.float(), neighbors) * (0.1 * neighbors.rank / neighbors.rank.shape[1] + 0.9)
     best = weighted.masked_fill(~near, math.inf).argmin(-1, keepdim=True)
-    chosen = neighbours.index.expand(batch, -1, -1).gather(2, best).squeeze(-1)
+    chosen = neighbors.index.expand(batch, -1, -1).gather(2, best).squeeze(-1)
     itself = torch.arange(count, device=tokens.device).expand(batch, -1)
     owner = torch.where(near.any(-1), chosen, nearest_marked(is_center, grid))
     owner = torch.where(is_center, itself, owner)

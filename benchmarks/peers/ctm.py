@@ -1,7 +1,7 @@
 """CTM of TCFormer (Zeng et al. 2022, arXiv:2204.08680) in a ViT: density peaks over all pairs, plain means.
 
 Density is exp of minus the mean squared distance to the k nearest tokens, with a little noise against ties; a token's
-other number is its distance to the nearest denser one; the M largest products are centres and each token goes to the
+other number is its distance to the nearest denser one; the M largest products are centers and each token goes to the
 nearest of them, wherever it lies (Eq. 1-3). TCFormer merges by learned scores: untrained there are none, so all
 tokens weigh the same.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ailurus_hf import AiluRusConfig, TokenClusters
 from ailurus_hf.errors import AiluRusError
-from ailurus_hf.vision.finding import FoundEncoder
+from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach
 
@@ -39,7 +39,7 @@ def dpc_knn(tokens: Tensor, num_clusters: int, num_neighbors: int = 5) -> TokenC
     centers = (indicator * density).topk(num_clusters).indices.sort(dim=1).values
     to_centers = distance.gather(2, centers[:, None].expand(-1, count, -1))
     assignment = to_centers.argmin(-1)
-    # Of equal tokens that are both centres, each is its own.
+    # Of equal tokens that are both centers, each is its own.
     own = torch.arange(num_clusters, device=tokens.device).expand(batch, -1)
     return TokenClusters.from_assignment(assignment.scatter(1, centers, own), num_clusters, centers)
 
@@ -70,7 +70,7 @@ class CTM(Peer):
         if num_clusters == tokens.shape[1]:
             return tokens
         clusters = dpc_knn(tokens, num_clusters, self.num_neighbors)
-        self.unfold = clusters.unmerge
+        self.unmerge = clusters.unmerge
         return clusters.merge(tokens)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
-from ailurus_hf.vision.finding import FoundEncoder
+from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach, copy_back, rows
 
@@ -88,7 +88,7 @@ class EViT(Peer):
         to = torch.full((kept.shape[0], count + dropped.shape[1]), count, device=kept.device)
         to.scatter_(1, kept, torch.arange(count, device=kept.device).expand_as(kept))
         self.source = to if self.source is None else to.gather(1, self.source)
-        self.unfold = copy_back(self.source)
+        self.unmerge = copy_back(self.source)
 
     def _store(self, kept: Tensor, dropped: Tensor, rest: Tensor) -> None:
         batch, channels = rest.shape[0], rest.shape[2]
@@ -100,7 +100,7 @@ class EViT(Peer):
         nowhere = torch.full((batch, 1), self.num_tokens, device=rest.device)
         self.places = torch.cat([self.places.gather(1, kept), nowhere], 1)
         values, places = self.values, self.places
-        self.unfold = lambda tokens: _put(values, places, tokens)[:, :-1]
+        self.unmerge = lambda tokens: _put(values, places, tokens)[:, :-1]
 
 
 def _put(values: Tensor, places: Tensor, tokens: Tensor) -> Tensor:

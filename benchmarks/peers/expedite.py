@@ -1,9 +1,9 @@
 """Expedite (Liang et al. 2022, arXiv:2210.01035): soft k-means super-pixels behind layer L, all tokens back at the end.
 
-Token clustering layer: centres start as an adaptive average pool of the grid; a token may belong to the cells around its
-own; `iterations` times, memberships are the softmax of -tau d² over those cells and centres the weighted means. Token
-reconstruction layer: a place takes the sum of its `num_neighbors` nearest centres, weighted exp(-tau d²) by the distances
-between tokens and centres at the clustering layer, weights of unit L2 norm. A decoder on tokens runs on the centres.
+Token clustering layer: centers start as an adaptive average pool of the grid; a token may belong to the cells around its
+own; `iterations` times, memberships are the softmax of -tau d² over those cells and centers the weighted means. Token
+reconstruction layer: a place takes the sum of its `num_neighbors` nearest centers, weighted exp(-tau d²) by the distances
+between tokens and centers at the clustering layer, weights of unit L2 norm. A decoder on tokens runs on the centers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ailurus_hf.errors import AiluRusError
-from ailurus_hf.vision.finding import FoundEncoder
+from ailurus_hf.vision.discovery import FoundEncoder
 
-from .hooks import Applied, Peer, Unfold, attach
+from .hooks import Applied, Peer, Unmerge, attach
 
 
 def cells_near(grid: tuple[int, int], cells: tuple[int, int], reach: int, device: torch.device) -> Tensor:
@@ -39,7 +39,7 @@ def squared_distances(tokens: Tensor, centers: Tensor) -> Tensor:
 def cluster(
     tokens: Tensor, grid: tuple[int, int], cells: tuple[int, int], tau: float, iterations: int, reach: int
 ) -> Tensor:
-    """The token clustering layer: Tensor[B, N, C] on a grid to centres [B, M, C]."""
+    """The token clustering layer: Tensor[B, N, C] on a grid to centers [B, M, C]."""
     image = tokens.float().transpose(1, 2).unflatten(2, grid)
     centers = F.adaptive_avg_pool2d(image, cells).flatten(2).transpose(1, 2)
     far = ~cells_near(grid, cells, reach, tokens.device)
@@ -50,25 +50,25 @@ def cluster(
     return centers.to(tokens.dtype)
 
 
-def reconstruction(tokens: Tensor, centers: Tensor, tau: float, num_neighbors: int) -> Unfold:
-    """The token reconstruction layer, from tokens and centres at the clustering layer."""
+def reconstruction(tokens: Tensor, centers: Tensor, tau: float, num_neighbors: int) -> Unmerge:
+    """The token reconstruction layer, from tokens and centers at the clustering layer."""
     distances, index = squared_distances(tokens, centers).topk(min(num_neighbors, centers.shape[1]), largest=False)
     # Relative to the nearest: the norm takes a common factor out, and exp of a large distance is zero.
     weights = F.normalize((-tau * (distances - distances[..., :1])).exp(), dim=-1)
     batch, count, _ = tokens.shape
     flat = (index + torch.arange(batch, device=index.device)[:, None, None] * centers.shape[1]).flatten(0, 1)
 
-    def unfold(values: Tensor) -> Tensor:
+    def unmerge(values: Tensor) -> Tensor:
         bags = weights.flatten(0, 1).to(values.dtype)
         return F.embedding_bag(flat, values.reshape(-1, values.shape[-1]), per_sample_weights=bags, mode="sum").view(
             batch, count, -1
         )
 
-    return unfold
+    return unmerge
 
 
 class Expedite(Peer):
-    """location: behind this layer. cells: (h, w) centres. reach: half the window of cells. The rest as in the paper."""
+    """location: behind this layer. cells: (h, w) centers. reach: half the window of cells. The rest as in the paper."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Expedite(Peer):
         if self.cells[0] * self.cells[1] >= self.num_tokens:
             return tokens
         centers = cluster(tokens, self.grid, self.cells, self.tau, self.iterations, self.reach)
-        self.unfold = reconstruction(tokens, centers, self.tau, self.num_neighbors)
+        self.unmerge = reconstruction(tokens, centers, self.tau, self.num_neighbors)
         return centers
 
 

@@ -1,7 +1,7 @@
 """What the peers share: hooks on one encoder that shorten its token sequence and fill all N places again at the end.
 
 A peer says where tokens are merged: before a layer (`merge_before`) or between a layer's attention and its MLP
-(`merge_inside`). It sets `bias` (added to the logits of the present keys) and `unfold` (from the present patch tokens
+(`merge_inside`). It sets `bias` (added to the logits of the present keys) and `unmerge` (from the present patch tokens
 to all N). Everything else is here: finding encoders, hooks, decoders, hidden states, undoing.
 """
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
 from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.adapters import relative_bias_modules
+from ailurus_hf.vision.apply import ATTRIBUTE
 from ailurus_hf.vision.backend import attention_configs, parameters_of, use_ailurus_attention
-from ailurus_hf.vision.finding import FoundEncoder, find_encoders
-from ailurus_hf.vision.installation import ATTRIBUTE
+from ailurus_hf.vision.discovery import FoundEncoder, find_encoders
 
 RESTORE_PLACES = ("backbone", "decoder")
-Unfold = Callable[[Tensor], Tensor]
+Unmerge = Callable[[Tensor], Tensor]
 
 
 class Peer:
@@ -58,7 +58,7 @@ class Peer:
                 self.history[0] = lambda _: tokens
             return (args[0] if merged is tokens else torch.cat([prefix, merged], 1), *args[1:]), kwargs
 
-        self.hooks.before(self.layers[index], hook)
+        self.hooks.pre_forward(self.layers[index], hook)
 
     def merge_inside(self, index: int, merge: Callable[[Tensor, int], Tensor]) -> None:
         """The whole sequence Tensor[B, L, C] through `merge(sequence, index)` between attention and MLP of a layer.
@@ -87,10 +87,10 @@ class Peer:
 
         layer = self.layers[index]
         norm, last = _mlp_parts(layer)
-        self.hooks.before(norm, before_mlp)
-        self.hooks.behind(last, after_mlp)
+        self.hooks.pre_forward(norm, before_mlp)
+        self.hooks.post_forward(last, after_mlp)
         # Prepended, so that what records hidden states sees the merged ones.
-        self.hooks.behind(layer, after_layer, prepend=True)
+        self.hooks.post_forward(layer, after_layer, prepend=True)
 
     def watch(self, index: int, name: str) -> dict[str, Tensor]:
         """A dict whose "output" is the last output of a layer's submodule, such as "k_proj": Tensor[B, L, C]."""
@@ -102,7 +102,7 @@ class Peer:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             seen["output"] = output
 
-        self.hooks.behind(modules[0], hook)
+        self.hooks.post_forward(modules[0], hook)
         return seen
 
     def split(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,23 +113,23 @@ class Peer:
     def install(self) -> None:
         encoder = self.found.encoder
         self.mask_position = parameters_of(self.layers[0]).index("attention_mask")
-        self.hooks.before(encoder, self._begin)
+        self.hooks.pre_forward(encoder, self._begin)
         for location, layer in enumerate(self.layers, start=1):
             restores = location == len(self.layers) and not self.through_decoder
             hook = self._restore if restores else self._remember(location)
-            self.hooks.behind(layer, hook, prepend=True)
+            self.hooks.post_forward(layer, hook, prepend=True)
         # Its hooks behind layers are prepended too, and so run before those above.
         self.place()
         # After the method's own: a merge before a layer changes the length that the bias has to have.
         for layer in self.layers:
-            self.hooks.before(layer, self._add_bias)
-        self.hooks.behind(encoder, self._finish)
+            self.hooks.pre_forward(layer, self._add_bias)
+        self.hooks.post_forward(encoder, self._finish)
         layers: list[nn.Module] = list(self.layers)
         if self.through_decoder:
             assert self.found.decoder is not None
             for layer in self.found.decoder_layers:
-                self.hooks.before(layer, self._add_decoder_bias)
-            self.hooks.behind(self.found.decoder, self._finish_decoder)
+                self.hooks.pre_forward(layer, self._add_decoder_bias)
+            self.hooks.post_forward(self.found.decoder, self._finish_decoder)
             layers += self.found.decoder_layers
         self.hooks.on_removal(use_ailurus_attention(attention_configs(layers)))
 
@@ -141,8 +141,8 @@ class Peer:
         self.grid = tuple(self.found.family.grid(encoder, pixel_values))
         self.num_tokens = self.grid[0] * self.grid[1]
         self.bias: Tensor | None = None
-        self.unfold: Unfold | None = None
-        self.history: dict[int, Unfold | None] = {}
+        self.unmerge: Unmerge | None = None
+        self.history: dict[int, Unmerge | None] = {}
         self.token_counts = [self.num_tokens]
         self.begin()
 
@@ -161,36 +161,36 @@ class Peer:
 
     def _remember(self, location: int) -> Callable:
         def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
-            self.history[location] = self.unfold
+            self.history[location] = self.unmerge
             self.token_counts.append(output.shape[1] - self.prefix)
 
         return hook
 
     def _restore(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         self.token_counts.append(output.shape[1] - self.prefix)
-        return self._unfolded(output, self.unfold)
+        return self._unmerged(output, self.unmerge)
 
-    def _unfolded(self, sequence: Tensor, unfold: Unfold | None) -> Tensor:
-        if unfold is None:
+    def _unmerged(self, sequence: Tensor, unmerge: Unmerge | None) -> Tensor:
+        if unmerge is None:
             return sequence
         prefix, tokens = self.split(sequence)
-        return torch.cat([prefix, self.back(tokens, unfold)], 1)
+        return torch.cat([prefix, self.back(tokens, unmerge)], 1)
 
-    def back(self, tokens: Tensor, unfold: Unfold) -> Tensor:
-        """Every unfolding goes through here, so that it can be timed."""
-        return unfold(tokens)
+    def back(self, tokens: Tensor, unmerge: Unmerge) -> Tensor:
+        """Every unmerging goes through here, so that it can be timed."""
+        return unmerge(tokens)
 
     def _finish(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
         states = getattr(output, "hidden_states", None)
         if states is not None:
             output["hidden_states"] = tuple(
-                None if state is None else self._unfolded(state, self.history.get(location))
+                None if state is None else self._unmerged(state, self.history.get(location))
                 for location, state in enumerate(states)
             )
         return output
 
     def _finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output if self.unfold is None else self.back(output, self.unfold)
+        return output if self.unmerge is None else self.back(output, self.unmerge)
 
 
 class Applied:
@@ -229,8 +229,8 @@ def attach(model: nn.Module, method: type[Peer], **settings: Any) -> Applied:
     return applied
 
 
-def copy_back(source: Tensor) -> Unfold:
-    """The unfolding that gives each of N places the value of the token it is in now: LongTensor[B, N]."""
+def copy_back(source: Tensor) -> Unmerge:
+    """The unmerging that gives each of N places the value of the token it is in now: LongTensor[B, N]."""
     return lambda tokens: rows(tokens, source)
 
 

@@ -1,6 +1,6 @@
 """ToDo (Smith et al. 2024, arXiv 2402.13573): self-attention whose keys and values are a coarser grid of the tokens.
 
-Queries stay whole. Keys and values are every `factor`-th row and column, by nearest neighbour, as in the paper's
+Queries stay whole. Keys and values are every `factor`-th row and column, by nearest neighbor, as in the paper's
 section 3.2; at half the latents' resolution the factor is halved, below that nothing is reduced.
 """
 

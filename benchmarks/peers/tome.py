@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ailurus_hf.errors import AiluRusError
-from ailurus_hf.vision.finding import FoundEncoder
+from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach, copy_back, rows
 
@@ -99,7 +99,7 @@ class ToMe(Peer):
         matching = bipartite_matching(keys.unflatten(2, (heads, -1)).mean(2), r)
         merged, self.sizes = merge_matched(tokens, self.sizes, matching)
         self.source = matching.to if self.source is None else matching.to.gather(1, self.source)
-        self.unfold = copy_back(self.source)
+        self.unmerge = copy_back(self.source)
         if self.proportional:
             self.bias = self.sizes.log()
         return torch.cat([prefix, merged], 1)

@@ -1,0 +1,299 @@
+"""What the commands share: finding and reading images, loading a model with its processor, switching reduction."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import socket
+import sys
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..apply import ailurus_status, apply_ailurus, remove_ailurus
+from ..config import AiluRusConfig
+from ..errors import AiluRusError
+from ..video.reading import IMAGE_SUFFIXES
+from ..visualization import draw_assignment, reconstruct_image
+
+Item = TypeVar("Item")
+# What the commands use where neither the options nor the model's config.json say anything.
+DEFAULT_FIELDS: dict[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
+
+
+class BadInputError(AiluRusError):
+    """Something the user gave cannot be used; the command prints it as one line and exits with 2."""
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """The files given, and the images in the folders given, in order of name."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise BadInputError(f"no image in folder {path}")
+            found.extend(inside)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise BadInputError(f"no such file or folder: {path}")
+    for path in found:  # only the headers: what is no image is told before a model is loaded
+        with _reading(path), Image.open(path):
+            pass
+    return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what Pillow raises for text, cut-off, broken and huge files into one error."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInputError(f"{path} is not a readable image: {error}") from error
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image as RGB, turned upright as its EXIF data say."""
+    with _reading(path), Image.open(path) as file:
+        return ImageOps.exif_transpose(file).convert("RGB")
+
+
+def read_labels(image_path: Path, labels: str, size: tuple[int, int]) -> np.ndarray:
+    """The ground truth of an image, class ids [H, W]: the file given, or its namesake PNG in the folder given."""
+    path = Path(labels)
+    if path.is_dir():
+        path = path / f"{image_path.stem}.png"
+    if not path.is_file():
+        raise BadInputError(f"no label map for {image_path.name}: no such file: {path}")
+    with _reading(path), Image.open(path) as file:
+        truth = np.asarray(file)
+    if truth.shape != (size[1], size[0]):
+        raise BadInputError(
+            f"{path} is {list(truth.shape)}, but {image_path.name} needs class ids of shape {[size[1], size[0]]}"
+        )
+    return truth.astype(np.int64)
+
+
+def noise_image(loaded: LoadedModel) -> Image.Image:
+    """An image of the size the model was made for, for commands that need some image."""
+    config = loaded.model.config
+    size = getattr(getattr(config, "encoder_config", config), "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_folder(path: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"cannot make folder {path}: {error.strerror}") from error
+    return Path(path)
+
+
+def progress(paths: Sequence[Item]) -> Iterable[Item]:
+    """The paths, with a bar on stderr where they take more than two seconds and someone is watching."""
+    from tqdm import tqdm
+
+    return tqdm(paths, delay=2, disable=None, leave=False, unit="image")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the first accelerator that is there, else the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInputError(f"device {name} cannot be used here: {_first_line(error)}") from error
+    return device
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode with the image processor saved beside it, and how it is to be reduced (None: not at all)."""
+
+    name: str
+    model: Any
+    processor: Any
+    device: torch.device
+    dtype: torch.dtype
+    ailurus: AiluRusConfig | None
+
+    def switch_on(self) -> None:
+        if self.ailurus is not None:
+            apply_ailurus(self.model, self.ailurus)
+
+    def switch_off(self) -> None:
+        if self.ailurus is not None:
+            remove_ailurus(self.model)
+
+    def prepare(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """The model's inputs for one RGB image, on the model's device and in its precision."""
+        inputs = self.processor(images=image, return_tensors="pt")
+        return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+    @torch.inference_mode()
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """The model's output; of a Segmenter whose processor names a window, the windows' averaged logits."""
+        if getattr(self.processor, "window_size", None) is None:
+            return self.model(**inputs)
+        from ..segmenter import windowed_outputs
+
+        return windowed_outputs(self.model, self.processor, inputs["pixel_values"])
+
+    def one_sequence(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs as the encoder gets them: of an image that is seen in windows, the first one."""
+        if getattr(self.processor, "window_size", None) is None:
+            return inputs
+        from ..segmenter import first_window
+
+        return inputs | {"pixel_values": first_window(self.processor, inputs["pixel_values"])}
+
+    def class_names(self) -> list[str]:
+        labels = self.model.config.id2label
+        return [str(labels[i]) for i in sorted(labels)]
+
+    @torch.inference_mode()
+    def draw_clusters(self, inputs: dict[str, torch.Tensor], fill: str = "mean") -> ClusterPictures:
+        """Runs the image, or of one seen in windows the first window, and draws its clusters on the pixels seen."""
+        inputs = self.one_sequence(inputs)
+        self.model(**inputs)
+        status = ailurus_status(self.model)
+        place, clusters, grid = status.places[0], status.last_clusters, status.last_grid
+        if clusters is None or grid is None:  # the image has no more tokens than are kept
+            return ClusterPictures(None, None, place.num_tokens or 0, place.num_clusters or 0)
+        seen = self._seen_image(inputs["pixel_values"])
+        patch = getattr(self.model.config, "patch_size", None)
+        # A model that pads inside has the last tokens reach past the image; otherwise the tokens span it.
+        padded = isinstance(patch, int) and tuple(grid) == (-(-seen.height // patch), -(-seen.width // patch))
+        side = patch if padded else None
+        return ClusterPictures(
+            draw_assignment(seen, clusters, grid, fill=fill, patch_size=side),
+            reconstruct_image(seen, clusters, grid, patch_size=side),
+            clusters.num_tokens,
+            clusters.num_clusters,
+        )
+
+    def _seen_image(self, pixel_values: torch.Tensor) -> Image.Image:
+        """The pixels the model sees, resized and cropped, brought back from their normalization."""
+        pixels = pixel_values[0].float().cpu()
+        if getattr(self.processor, "do_normalize", True):
+            mean, std = torch.tensor(self.processor.image_mean), torch.tensor(self.processor.image_std)
+            pixels = pixels * std[:, None, None] + mean[:, None, None]
+        if getattr(self.processor, "do_rescale", True):
+            pixels = pixels * 255
+        return Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+class ClusterPictures(NamedTuple):
+    """`draw_assignment` and `reconstruct_image` of one image; None where it had too few tokens to be reduced."""
+
+    assignment: Image.Image | None
+    rebuilt: Image.Image | None
+    num_tokens: int
+    num_clusters: int
+
+
+def load_model(name: str, task: str | None, device: str, dtype: str, ailurus: dict[str, Any] | None) -> LoadedModel:
+    """A model folder or Hub name, loaded to "segment" or "classify"; None takes what its config says it is.
+
+    ailurus: fields that replace those of the `ailurus_config` saved with the model; None runs it unreduced.
+    """
+    place = choose_device(device)  # what can be wrong at once is told before anything slow
+    require_transformers()
+    import transformers
+
+    from .. import segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
+
+    # Errors are told in one line; the libraries' own warnings, and bars nobody watches, would stand around it.
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    check_name(name)
+    config = read_pretrained(name, transformers.AutoConfig.from_pretrained)
+    reduced = None if ailurus is None else _ailurus_config(getattr(config, "ailurus_config", None), ailurus)
+    processor = read_pretrained(name, transformers.AutoImageProcessor.from_pretrained)
+    model = read_pretrained(name, _auto_class(config, task).from_pretrained, dtype=getattr(torch, dtype))
+    loaded = LoadedModel(name, model.to(place).eval(), processor, place, getattr(torch, dtype), reduced)
+    loaded.switch_on()  # a model or a location that cannot be reduced is refused before the first image
+    loaded.switch_off()
+    return loaded
+
+
+def require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise BadInputError('this command needs transformers: pip install "ailurus-hf[vision]"')
+
+
+def require_diffusers() -> None:
+    if importlib.util.find_spec("diffusers") is None:
+        raise BadInputError('this command needs diffusers: pip install "ailurus-hf[video]"')
+
+
+def read_pretrained(name: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return from_pretrained(name, **options)
+    except Exception as error:  # a folder can be wrong in as many ways as there are parsers behind this call
+        raise BadInputError(f"cannot load model {name}: {_first_line(error)}") from error
+
+
+def _ailurus_config(saved: dict[str, Any] | None, given: dict[str, Any]) -> AiluRusConfig:
+    fields = dict(saved or DEFAULT_FIELDS)
+    if "keep_ratio" in given or "num_clusters" in given:  # they exclude each other: the given one replaces both
+        fields |= {"keep_ratio": None, "num_clusters": None}
+    return AiluRusConfig.from_dict(fields | given)
+
+
+def _auto_class(config: Any, task: str | None) -> Any:
+    import transformers
+
+    architecture = (config.architectures or [""])[0]
+    if task == "segment" or (task is None and architecture.endswith("ForSemanticSegmentation")):
+        return transformers.AutoModelForSemanticSegmentation
+    if task == "classify" or (task is None and architecture.endswith("ForImageClassification")):
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModel
+
+
+def check_name(name: str, file: str = "config.json") -> None:
+    """Refuses at once what the Hub client would retry for half a minute: a folder that is not there.
+
+    file: what a folder of that kind has in it.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise BadInputError(f"{name} is no model folder: it has no {file}")
+        return
+    if path.is_file():
+        raise BadInputError(f"{name} is a file; a model is a folder with {file}, or a name on the Hub")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise BadInputError(f"no model folder {name}, and no name on the Hub looks like that")
+    if isinstance(try_to_load_from_cache(name, file), str) or urllib.request.getproxies():
+        return
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise BadInputError(f"no model folder {name}, and {host} cannot be reached to look for it there") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

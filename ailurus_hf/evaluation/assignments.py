@@ -1,0 +1,68 @@
+"""What a clustering did to an image's tokens: cluster sizes, spread inside clusters, and how far centers are (figure 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..clusters import TokenClusters
+from ..errors import AiluRusError
+
+
+@dataclass(frozen=True)
+class AssignmentStatistics:
+    """Of all images of a batch together.
+
+    sizes: clusters by their number of tokens, {1: 210, 2: 64, …} (figure 7b; divided by the sum, 7a). Empty ones are in 0.
+    singletons: share of the clusters that hold one token.
+    variance: mean squared distance of a token to its cluster's mean, over channels; unexplained: its share of the variance
+        of all tokens of the image (0: clusters of equal tokens, 1: no better than one mean). NaN where all are equal.
+    similarity: mean cosine between a token and its cluster's mean.
+    reach: largest distance on the grid, in tokens, between a token and its own center; gap: between a place and the
+        nearest center, whoever's it is. Where centers are no tokens, the mean place of a cluster stands for one.
+    """
+
+    sizes: dict[int, int]
+    singletons: float
+    variance: float
+    unexplained: float
+    similarity: float
+    reach: float
+    gap: float
+
+
+@torch.no_grad()
+def assignment_statistics(clusters: TokenClusters, tokens: Tensor, grid: Sequence[int]) -> AssignmentStatistics:
+    """Statistics of an assignment. tokens: what was clustered, Tensor[B, N, C]; grid: (H, W) or (T, H, W).
+
+    Raises AiluRusError on a grid or tokens that do not match the assignment.
+    """
+    if math.prod(grid) != clusters.num_tokens:
+        raise AiluRusError(f"grid {tuple(grid)} has {math.prod(grid)} places, the assignment {clusters.num_tokens}")
+    tokens = tokens.float()
+    means = clusters.unmerge(clusters.merge(tokens))
+    inside = (tokens - means).square().mean().item()
+    around = (tokens - tokens.mean(1, keepdim=True)).square().mean().item()
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).float()
+    places = places.to(tokens.device).expand(tokens.shape[0], -1, -1)
+    if clusters.centers is None:
+        centers = clusters.centroids(tuple(grid))
+    else:
+        centers = places.gather(1, clusters.centers[..., None].expand(-1, -1, len(grid)))
+    nearest = torch.cdist(places, centers).masked_fill((clusters.counts == 0)[:, None], math.inf).amin(-1)
+    counts = clusters.counts.long().flatten()
+    sizes = counts.bincount()
+    return AssignmentStatistics(
+        sizes={size: number for size, number in enumerate(sizes.tolist()) if number},
+        singletons=(counts == 1).float().mean().item(),
+        variance=inside,
+        unexplained=inside / around if around else math.nan,
+        similarity=F.cosine_similarity(tokens, means, dim=-1).mean().item(),
+        reach=torch.linalg.vector_norm(places - clusters.unmerge(centers), dim=-1).max().item(),
+        gap=nearest.max().item(),
+    )

@@ -1,0 +1,22 @@
+"""FLOPs of whole models (a multiply-add is two); those of single layers are in vision/flops.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def counted_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """FLOPs of a whole forward on a model's inputs, counted by torch on shapes alone: nothing is computed.
+
+    Attention counts as its two products, since torch does not know the fused kernels of all devices.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        shapes = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+        with FlopCounterMode(display=False) as counter:
+            model(**shapes)
+    return counter.get_total_flops()

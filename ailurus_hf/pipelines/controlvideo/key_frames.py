@@ -1,0 +1,34 @@
+"""The hierarchical sampler of ControlVideo (arXiv 2305.13077, section 3.3): key frames first, then the clips between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ...diffusion.frames import Frames
+
+
+@dataclass(frozen=True)
+class Part:
+    """Frames that are denoised together. frames: their numbers, and whom they attend to. kept: places of those it is for."""
+
+    frames: Frames
+    kept: list[int]
+
+
+def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[Part]:
+    """A whole video, or its key frames and then, for each two, those two and the frames between them.
+
+    clip_length: frames of a clip with both its key frames. A clip's frames take the keys and values of the two, which stay
+    as they came from among the key frames.
+    """
+    if clip_length is None or count <= clip_length:
+        return [Part(Frames.attending(cross_frame, range(count)), list(range(count)))]
+    keys = [*range(0, count - 1, clip_length - 1), count - 1]
+    parts = [Part(Frames.attending(cross_frame, keys), list(range(len(keys))))]
+    for left, right in pairwise(keys):
+        between = range(left + 1, right)
+        if between:
+            clip = Frames.attending("first_two", [left, right, *between])
+            parts.append(Part(clip, list(range(2, clip.count))))
+    return parts

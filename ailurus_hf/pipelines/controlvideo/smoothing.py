@@ -1,0 +1,47 @@
+"""The interleaved-frame smoother of ControlVideo (arXiv 2305.13077, section 3.2): flicker leaves by interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...errors import AiluRusError
+
+if TYPE_CHECKING:
+    from ...video.interpolation import Interpolator
+
+
+def interleaved(count: int, step: int) -> list[int]:
+    """The frames that a step replaces: every second one with a frame on both sides; odd ones at even steps, and even at odd."""
+    return list(range(1 if step % 2 == 0 else 2, count - 1, 2))
+
+
+def smoothed(
+    clean: Tensor,
+    step: int,
+    interpolator: Interpolator,
+    decode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Predicted clean latents Tensor[F, C, h, w] with every second frame made of its neighbors' pictures.
+
+    decode, encode: between latents and pictures in [0, 1]. The other frames keep their latents.
+    """
+    replaced = interleaved(len(clean), step)
+    if not replaced:
+        return clean
+    beside = [frame for frame in range(len(clean)) if frame - 1 in replaced or frame + 1 in replaced]
+    pictures = decode(clean[beside])
+    place = {frame: number for number, frame in enumerate(beside)}
+    before, after = (pictures[[place[frame + side] for frame in replaced]] for side in (-1, 1))
+    between = interpolator(before, after)
+    if between.shape != before.shape:
+        raise AiluRusError(
+            f"interpolator must return frames of shape {tuple(before.shape)}, got {tuple(between.shape)}"
+        )
+    result = clean.clone()
+    result[torch.tensor(replaced, device=clean.device)] = encode(between.clamp(0, 1)).to(clean.dtype)
+    return result

@@ -1,0 +1,171 @@
+"""VitDet and SAM: the few layers of global attention on representatives; the others attend in windows and keep the grid.
+
+Before a global layer its tokens are clustered and merged, its attention runs on M with the counts and with the relative
+positions of the clusters' centroids, its MLP on M; then each token adds what its representative gained. Nothing is shared
+between global layers, which are far apart. These models' attention takes no bias, so a global layer is given its own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..clustering import Clustering
+from ..config import AiluRusConfig
+from ..errors import AiluRusError
+from ..hooks import Hooks
+from ..status import Place, Record
+from .backend import qualified_name, weights_in_place
+from .flops import layer_flops
+from .forward_state import Stage, thread
+
+# The layers: the name of their attention, and whether their tokens are Tensor[B, C, H, W] (else [B, H, W, C]).
+LAYERS = {
+    "transformers.models.vitdet.modeling_vitdet.VitDetLayer": ("attention", True),
+    "transformers.models.sam.modeling_sam.SamVisionLayer": ("attn", False),
+    "transformers.models.sam_hq.modeling_sam_hq.SamHQVisionLayer": ("attn", False),
+}
+
+
+@dataclass
+class GlobalLayerReducer:
+    """Hooks on one global layer, its `number` in the encoder counted from 1."""
+
+    module: Any
+    number: int
+    config: AiluRusConfig
+    clustering: Clustering
+    records: list[Record] = field(default_factory=lambda: [Record()])
+    hooks: Hooks = field(default_factory=Hooks)
+    # One model may run in several threads at once.
+    runs: dict[int, Stage | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        name, self.channels_first = LAYERS[qualified_name(self.module)]
+        self.attention = getattr(self.module, name)
+        if getattr(self.module, "use_residual_block", False):
+            raise AiluRusError(f"layer {self.number} ends in convolutions on the grid: it cannot be reduced")
+
+    def install(self) -> None:
+        self.hooks.pre_forward(self.module, self.enter)
+        self.hooks.post_forward(self.module, self.leave, prepend=True)
+        # accelerate puts one of its own there, which brings weights to where they are needed.
+        self.own_forward = vars(self.attention).get("forward")
+        self.attention.forward = partial(self.attend, self.attention)
+        self.hooks.on_removal(self.give_forward_back)
+
+    def give_forward_back(self) -> None:
+        del self.attention.forward
+        if self.own_forward is not None:
+            self.attention.forward = self.own_forward
+
+    def remove(self) -> None:
+        self.hooks.remove()
+
+    def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            # It would call the layer again without hooks, and these layers hand nothing on to their attention.
+            raise AiluRusError(f"gradient checkpointing of {type(layer).__name__} loses the clusters: switch it off")
+        hidden = args[0]
+        hidden = hidden.permute(0, 2, 3, 1) if self.channels_first else hidden
+        # Plain numbers also where torch.compile would keep sizes symbolic.
+        grid = tuple(operator.index(side) for side in hidden.shape[1:3])
+        num_tokens = math.prod(grid)
+        target = self.config.clusters_for(num_tokens)
+        self.runs[thread()] = None
+        if target >= num_tokens:
+            self.records[0].unreduced(num_tokens)
+            return args, kwargs
+        tokens = hidden.flatten(1, 2)
+        clusters = self.clustering(tokens, grid, target)
+        self.records[0].reduced(num_tokens, clusters.num_clusters, clusters, grid)
+        stage = Stage(self.number - 1, grid, clusters, tokens, clusters.merge(tokens))
+        self.runs[thread()] = stage
+        # A column of representatives, which the layer takes for a grid.
+        merged = stage.merged[:, :, None]
+        return (merged.permute(0, 3, 1, 2) if self.channels_first else merged, *args[1:]), kwargs
+
+    def attend(self, attention: Any, *args: Any, **kwargs: Any) -> Any:
+        """Attention of representatives Tensor[B, M, 1, C], which count for their tokens; else the model's own."""
+        stage = self.runs.get(thread())
+        if stage is None:
+            own = self.own_forward or partial(type(attention).forward, attention)
+            return own(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if kwargs.get("output_attentions"):
+            raise AiluRusError("attention maps of global layers are not kept: call the model without output_attentions")
+        heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
+        query, key, value = attention.qkv(hidden[:, :, 0]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = stage.clusters.log_counts()[:, None, None].to(query.dtype)
+        if hasattr(attention, "rel_pos_h"):
+            with weights_in_place(attention):
+                bias = bias + relative_scores(attention, query, stage)
+        dropout = getattr(attention, "dropout", 0.0) if attention.training else 0.0
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=attention.scale
+        )
+        return attention.proj(out.transpose(1, 2).flatten(2))[:, :, None], None
+
+    def leave(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        stage = self.runs.pop(thread(), None)
+        if stage is None:
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        representatives = hidden[..., 0].transpose(1, 2) if self.channels_first else hidden[:, :, 0]
+        tokens = stage.unmerge(representatives, "residual").unflatten(1, stage.grid)
+        tokens = tokens.permute(0, 3, 1, 2) if self.channels_first else tokens
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def places(self) -> list[Place]:
+        """What the last forward did, for the status table; FLOPs are the layer's own."""
+        record = self.records[0]
+        tokens, count = record.last_tokens, record.last_clusters_count
+        full = None if tokens is None else layer_flops(self.module, tokens)
+        reduced = None if count is None else layer_flops(self.module, count)
+        where = f"{type(self.module).__name__} {self.number}"
+        return [record.place(where, self.number - 1, "behind the layer (residual)", full, reduced)]
+
+
+def relative_scores(attention: Any, query: Tensor, stage: Stage) -> Tensor:
+    """What a query adds for how many rows and columns a key is away, between centroids: Tensor[B, heads, M, M]."""
+    resized = getattr(attention, "get_rel_pos", None) or sys.modules[type(attention).__module__].get_rel_pos
+    centroids, total = stage.centroids(), query.new_zeros(())
+    for axis, side, table in zip((0, 1), stage.grid, (attention.rel_pos_h, attention.rel_pos_w), strict=True):
+        # Tensor[side, side, D] for every pair of rows, of which one row and one column hold all differences.
+        pairs = resized(side, side, table)
+        by_difference = torch.cat([pairs[0].flip(0), pairs[1:, 0]])
+        place = centroids[..., axis]
+        index = (place[:, :, None] - place[:, None]).round().long() + side - 1
+        scores = query @ by_difference.transpose(0, 1).to(query.dtype)
+        total = total + scores.gather(3, index[:, None].expand(-1, query.shape[1], -1, -1))
+    return total
+
+
+def global_layer_reducers(target: nn.Module, config: AiluRusConfig, clustering: Clustering) -> list[GlobalLayerReducer]:
+    """A reducer for each global layer behind the `cluster_location`-th layer of VitDet or SAM; none where there is none."""
+    lists = [m for m in target.modules() if isinstance(m, nn.ModuleList) and len(m) and qualified_name(m[0]) in LAYERS]
+    if lists and (config.restore != "residual" or len(config.locations) > 1):
+        raise AiluRusError(
+            "windowed layers have all tokens, so one cluster_location and restore='residual' are needed, got "
+            f"{config.cluster_location} and {config.restore!r}"
+        )
+    found = []
+    for layers in lists:
+        numbers = [n for n, layer in enumerate(layers, start=1) if layer.window_size == 0]
+        last = config.restore_location or len(layers)
+        chosen = [n for n in numbers if config.locations[0] < n <= last]
+        if not chosen:
+            raise AiluRusError(
+                f"layers {numbers} of {len(layers)} have global attention, none of which is behind cluster_location "
+                f"{config.locations[0]} and not behind restore_location {config.restore_location}"
+            )
+        found += [GlobalLayerReducer(layers[n - 1], n, config, clustering) for n in chosen]
+    return found

@@ -1,0 +1,38 @@
+"""The speed benchmark of SD3, Flux and Wan runs, undoes every way, and its ideals are what torch counts."""
+
+import pytest
+import torch
+from test_diffusion_behaviors import traces
+
+from ailurus_hf import apply_ailurus, remove_ailurus
+from benchmarks import joint_speed
+from benchmarks.harness import model_flops
+
+TINY = {
+    "sd35": {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16},
+    "flux": {"num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)},
+    "wan-1.3b": {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32},
+}
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_ways_take_turns_and_ideals_are_what_torch_counts(model, monkeypatch):
+    kind, fields, _ = joint_speed.MODELS[model]
+    monkeypatch.setitem(joint_speed.MODELS, model, (kind, {**fields, **TINY[model]}, 3))
+    monkeypatch.setattr(joint_speed, "WAN_LATENTS", (4, 64, 64))
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    network = joint_speed.make(model, 3, cpu, fp32)
+    before = traces(network)
+    plain, *rows = joint_speed.measure(network, model, 512, 3, 1, cpu, fp32)
+    assert traces(network) == before and plain["speed_up"] == 1
+    assert [row["method"] for row in rows] == list(joint_speed.METHODS)
+    assert all(row["ideal"] > 1 and row["speed_up"] > 0 and row["tokens"] == 1024 for row in rows)
+    whole = joint_speed.whole_networks([model], [512])
+    assert [row["ideal"] for row in whole] == pytest.approx([row["ideal"] for row in rows])
+    arguments = joint_speed.inputs(network, model, 512, cpu, fp32)
+    apply_ailurus(network, **joint_speed.METHODS["blocks 0.25"], refresh_every=2)
+    network(**arguments)
+    # The second forward takes the clusters of the first, so nothing is counted but the network.
+    counted = model_flops(lambda: network(**arguments))
+    remove_ailurus(network)
+    assert counted == pytest.approx(model_flops(lambda: network(**arguments)) / rows[1]["ideal"], rel=1e-3)

@@ -1,0 +1,466 @@
+"""What has to hold on every supported diffusion network, in every way of reducing it."""
+
+import copy
+import math
+import threading
+
+import pytest
+import torch
+from diffusion_models import LATENTS, NETWORKS, SETTINGS, latents, make_network, predict
+
+from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf.clustering import local_kmeans
+from ailurus_hf.diffusion.apply import install, reducers_of
+
+WAYS = {
+    "blocks": {},
+    "merged projections": {"projections": "merged"},
+    "attention": {"scope": "attention"},
+    "keys and values": {"scope": "attention", "reduce": "kv", "clustering": "kmeans"},
+    "density peaks": {"clustering": "density_peaks"},
+    "each stack": {"cluster_per": "stack"},
+}
+on_every_network = pytest.mark.parametrize("name", NETWORKS)
+in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def traces(network):
+    """Everything a hook or a patch could leave on a network."""
+    hooks = [
+        (name, sorted(vars(module)), [len(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and v])
+        for name, module in network.named_modules()
+    ]
+    return hooks, {name: type(processor) for name, processor in getattr(network, "attn_processors", {}).items()}
+
+
+def sample(name, **fields):
+    return latents(NETWORKS[name].shape, **fields)
+
+
+@on_every_network
+@in_every_way
+def test_changes_the_output_and_is_undone_bit_for_bit(name, way):
+    network, x = make_network(name), sample(name)
+    plain, before = predict(network, name, x), traces(network)
+    assert apply_ailurus(network, **SETTINGS, **way) is network
+    reduced = predict(network, name, x)
+    assert reduced.shape == plain.shape and reduced.isfinite().all()
+    assert (reduced - plain).abs().max() > 1e-3 * plain.abs().max()
+    assert torch.equal(predict(network, name, x), reduced)
+    remove_ailurus(network)
+    assert torch.equal(predict(network, name, x), plain)
+    assert traces(network) == before
+    assert not ailurus_status(network).active
+
+
+@on_every_network
+@in_every_way
+def test_identity_where_no_token_has_to_go(name, way):
+    network, x = make_network(name), sample(name)
+    plain = predict(network, name, x)
+    apply_ailurus(network, **{**SETTINGS, **way, "keep_ratio": 1.0})
+    torch.testing.assert_close(predict(network, name, x), plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+    apply_ailurus(network, **{**SETTINGS, **way, "min_tokens": 10**4})
+    torch.testing.assert_close(predict(network, name, x), plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+    assert all(p.num_tokens == p.num_clusters and p.clusterings == 0 for p in ailurus_status(network).places)
+
+
+@on_every_network
+@in_every_way
+def test_equals_the_plain_network_on_duplicated_tokens(name, way):
+    network = make_network(name)
+    if name == "Wan":
+        # The cells of k-means in three dimensions do not lie on the duplicates.
+        way = {**way, "clustering": "density_peaks"}
+    apply_ailurus(network, **SETTINGS, **way)
+    reducer = reducers_of(network)[0][1]
+    assert reducer.stacks
+    if not NETWORKS[name].maps:
+        if name == "Flux":
+            network.pos_embed.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+        elif name == "Wan":
+            network.rope.freqs_cos.fill_(1)
+            network.rope.freqs_sin.zero_()
+        else:
+            # At the size it was made for, places are in a buffer.
+            network.pos_embed.pos_embed.zero_()
+        doubled = duplicated(latents((4, 3, 2, 2) if name == "Wan" else (4, 4, 4)), 4)
+        reduced = predict(network, name, doubled)
+        assert [p.num_clusters for p in ailurus_status(network).places] == [doubled[0, 0].numel() // 16]
+        plain = predict(remove_ailurus(network), name, doubled)
+        torch.testing.assert_close(reduced, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+        return
+    # Convolutions lie between the stacks of a UNet, so each stack gets duplicated pixels of its own.
+    reduced = {}
+
+    def run(stack):
+        small = latents((stack.module.config.in_channels, LATENTS[0] // 2, LATENTS[1] // 2))
+        doubled = duplicated(small, 2)
+        with torch.no_grad():
+            return stack.module(doubled, encoder_hidden_states=text_of(network), return_dict=False)[0]
+
+    for stack in reducer.stacks:
+        reducer.store.begin(max(LATENTS), False, 5, None)
+        reduced[stack.name] = run(stack)
+        reducer.store.end()
+    assert all(p.num_tokens == 4 * p.num_clusters for p in ailurus_status(network).places)
+    remove_ailurus(network)
+    for stack in reducer.stacks:
+        plain = run(stack)
+        torch.testing.assert_close(reduced[stack.name], plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+def duplicated(small, times):
+    """Every pixel several times, and every fourth column like the one before, so that clusters differ in size."""
+    small[..., 1::4] = small[..., 0::4]
+    return small.repeat_interleave(times, -1).repeat_interleave(times, -2)
+
+
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
+def test_tokens_keep_what_sets_them_apart_from_their_cluster(name):
+    network, seen = make_network(name), []
+    path = {"UNet": "down_blocks.0.attentions.0.", "SDXL UNet": "down_blocks.1.attentions.0.", "PixArt": ""}[name]
+    blocks = network.get_submodule(f"{path}transformer_blocks")
+    # Hooks that were there before see all tokens.
+    blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    apply_ailurus(network, **SETTINGS)
+    predict(network, name, sample(name))
+    clusters = max((r.last_clusters for r in reducers_of(network)[0][1].records.values()), key=lambda c: c.num_tokens)
+    before, after = seen[:2]
+    gained = after - before
+    torch.testing.assert_close(clusters.unmerge(clusters.merge(gained)), gained, rtol=1e-4, atol=1e-4)
+    assert (clusters.unmerge(clusters.merge(after)) - after).abs().max() > 1e-2
+
+
+def test_pixels_keep_what_sets_them_apart_where_projections_are_merged():
+    network, seen = make_network("UNet"), []
+    apply_ailurus(network, **SETTINGS, projections="merged")
+    stack = reducers_of(network)[0][1].stacks[0].module
+    stack.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=True)
+    stack.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    predict(network, "UNet", sample("UNet"))
+    clusters = ailurus_status(network).last_clusters
+    before, after = seen[0].flatten(2).transpose(1, 2), seen[-1].flatten(2).transpose(1, 2)
+    gained = after - before
+    assert gained.shape[1] == 96
+    torch.testing.assert_close(clusters.unmerge(clusters.merge(gained)), gained, rtol=1e-4, atol=1e-4)
+
+
+def text_of(network):
+    return torch.randn(2, 5, network.config.cross_attention_dim, generator=torch.Generator().manual_seed(4))
+
+
+@on_every_network
+def test_status_says_what_happened(name):
+    network = make_network(name)
+    apply_ailurus(network, **SETTINGS)
+    assert "no forward yet" in str(ailurus_status(network))
+    predict(network, name, sample(name))
+    status = ailurus_status(network)
+    grids = {p.num_tokens for p in status.places}
+    assert grids == {math.prod(grid) for grid in NETWORKS[name].grids}
+    assert all(p.num_clusters == p.num_tokens // 4 and 0.3 < p.flops_saved < 1 for p in status.places)
+    # Once a resolution; all other stacks of it take that assignment.
+    assert sum(p.clusterings for p in status.places) == len(grids)
+    assert status.last_clusters.num_tokens == max(grids)
+    assert status.to_dict()["config"]["keep_ratio"] == SETTINGS["keep_ratio"]
+    assert name != "UNetMotionModel" or not any("motion" in p.where for p in status.places)
+
+
+@on_every_network
+@in_every_way
+def test_on_twice_replaces(name, way):
+    network, x = make_network(name), sample(name)
+    once = predict(apply_ailurus(network, **SETTINGS, **way), name, x)
+    hooks = traces(network)
+    apply_ailurus(network, keep_ratio=0.5, min_tokens=12)
+    apply_ailurus(network, **SETTINGS, **way)
+    assert torch.equal(predict(network, name, x), once)
+    assert traces(network) == hooks
+
+
+@on_every_network
+@in_every_way
+def test_an_image_gives_the_same_alone_and_in_a_batch(name, way):
+    network, x = make_network(name), sample(name, batch=3)
+    apply_ailurus(network, **SETTINGS, **way)
+    together = predict(network, name, x)
+    first = predict(network, name, x[:1])
+    if name == "UNetMotionModel":
+        torch.testing.assert_close(first, together[:1], rtol=1e-3, atol=1e-3 * together.abs().max().item())
+    elif NETWORKS[name].conditions(1).get("class_labels") is None:
+        torch.testing.assert_close(first, together[:1], rtol=1e-3, atol=1e-4 * together.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "ControlNet", "PixArt", "SD3", "Flux"])
+@in_every_way
+@pytest.mark.parametrize("size", [(9, 14), (20, 6), (5, 30)])
+def test_odd_and_long_latents(name, way, size):
+    if not NETWORKS[name].maps:
+        size = (2 * size[0], 2 * size[1])
+    network, x = make_network(name), latents((4, *size), batch=1)
+    plain = predict(network, name, x)
+    reduced = predict(apply_ailurus(network, **SETTINGS, **way), name, x)
+    assert reduced.shape == plain.shape and reduced.isfinite().all() and not torch.equal(reduced, plain)
+
+
+def test_a_ratio_for_each_level():
+    network, x = make_network("UNet"), sample("UNet", batch=1)
+    apply_ailurus(network, keep_ratio={1: 0.125, 2: 0.5}, min_tokens=1)
+    predict(network, "UNet", x)
+    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(96, 12), (24, 12)}
+    apply_ailurus(network, keep_ratio={2: 0.5}, min_tokens=1)
+    predict(network, "UNet", x)
+    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(96, 96), (24, 12)}
+    # At odd sizes levels are rounded up, and still known.
+    apply_ailurus(network, keep_ratio={1: 0.125, 2: 0.5}, min_tokens=1)
+    predict(network, "UNet", latents((4, 9, 7), batch=1))
+    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(63, 8), (20, 10)}
+
+
+@pytest.mark.parametrize("name", ["UNet", "ControlNet", "UNetMotionModel"])
+def test_queries_are_merged_at_the_levels_that_say_so(name):
+    network, x = make_network(name), sample(name)
+    plain = predict(network, name, x)
+
+    def reduced(reduce):
+        out = predict(apply_ailurus(network, **SETTINGS, scope="attention", reduce=reduce), name, x)
+        return out, sum(place.reduced_flops for place in ailurus_status(network).places)
+
+    (merged, fewest), (keys, most) = reduced("qkv"), reduced("kv")
+    mixed, between = reduced({2: "kv"})
+    assert fewest < between < most
+    assert not torch.allclose(mixed, merged) and not torch.allclose(mixed, keys)
+    assert torch.equal(reduced({1: "kv", 2: "kv"})[0], keys)
+    assert torch.equal(reduced({16: "kv"})[0], merged)
+    assert torch.equal(predict(remove_ailurus(network), name, x), plain)
+
+
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "ControlNet", "UNetMotionModel"])
+@pytest.mark.parametrize("projections", ["all", "merged"])
+def test_a_scope_for_each_level(name, projections):
+    network, x = make_network(name), sample(name)
+    plain, fields = predict(network, name, x), {**SETTINGS, "projections": projections}
+
+    def reduced(**scope):
+        return predict(apply_ailurus(network, **fields, **scope), name, x)
+
+    everywhere = {"scope": dict.fromkeys((1, 2), "attention"), "reduce": "kv"}
+    assert torch.equal(reduced(**everywhere), reduced(scope="attention", reduce="kv"))
+    torch.testing.assert_close(reduced(scope={16: "attention"}), reduced(), rtol=1e-4, atol=1e-5 * plain.abs().max())
+    mixed = reduced(scope={2: "attention"}, reduce="kv")
+    ways = {(place.num_tokens, "self-attention" in place.restored) for place in ailurus_status(network).places}
+    assert ways == {(math.prod(grid), grid == (4, 6)) for grid in NETWORKS[name].grids}
+    assert name == "SDXL UNet" or not torch.allclose(mixed, reduced(**everywhere))
+    assert torch.equal(predict(remove_ailurus(network), name, x), plain)
+
+
+@pytest.mark.parametrize("name", ["PixArt", "SD3.5", "Flux", "Wan"])
+@pytest.mark.parametrize("scope", ["blocks", "attention"])
+def test_tokens_are_clustered_at_the_output_of_a_block(name, scope):
+    network, x, entering, clustered = make_network(name), sample(name), {}, []
+    blocks = reducers_of(apply_ailurus(network, **SETTINGS))[0][1].stacks[0].blocks
+    remove_ailurus(network)
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(
+            lambda block, args, kwargs, n=number: entering.update({n: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
+        )
+    predict(network, name, x)
+    plain, outputs, saved = dict(entering), [], []
+
+    def clustering(features, grid, num_clusters):
+        clustered.append(features)
+        return local_kmeans(features, grid, num_clusters)
+
+    for location in (0, 1):
+        clustered.clear()
+        install(
+            network, AiluRusDiffusionConfig(**{**SETTINGS, "scope": scope, "cluster_location": location}), clustering
+        )
+        outputs.append(predict(network, name, x))
+        # These hooks were there before ours: a block's sees what the one before it gave.
+        for number in range(location + 1):
+            assert torch.equal(entering[number], plain[number])
+        assert len(clustered) == 1 and (scope == "attention" or torch.equal(clustered[0], plain[location]))
+        saved.append(ailurus_status(network).places[0].flops_saved)
+    assert saved[0] > saved[1] > 0 and not torch.allclose(*outputs)
+    with pytest.raises(AiluRusError, match=f"below the {len(blocks)} blocks.*got {len(blocks)}"):
+        apply_ailurus(network, **{**SETTINGS, "cluster_location": len(blocks)})
+
+
+def test_each_stack_clusters_its_own_tokens():
+    network, x = make_network("UNet"), sample("UNet")
+    by_resolution = predict(apply_ailurus(network, **SETTINGS), "UNet", x)
+    by_stack = predict(apply_ailurus(network, **SETTINGS, cluster_per="stack"), "UNet", x)
+    assert all(place.clusterings == place.forwards == 1 for place in ailurus_status(network).places)
+    every = [record.last_clusters for record in reducers_of(network)[0][1].records.values()]
+    first, *_, last = (clusters for clusters in every if clusters.num_tokens == math.prod(LATENTS))
+    assert not torch.equal(first.assignment, last.assignment)
+    assert not torch.allclose(by_stack, by_resolution)
+    apply_ailurus(network, **SETTINGS, cluster_per="stack", refresh_every=2)
+    for timestep in (9, 8, 7):
+        with torch.no_grad():
+            network(x, timestep, **NETWORKS["UNet"].conditions(2))
+    assert {place.clusterings for place in ailurus_status(network).places} == {2}
+
+
+@on_every_network
+@in_every_way
+def test_half_precision(name, way):
+    network, x = make_network(name).to(torch.bfloat16), sample(name).to(torch.bfloat16)
+    reduced = predict(apply_ailurus(network, **SETTINGS, **way), name, x)
+    assert reduced.dtype == torch.bfloat16 and reduced.isfinite().all()
+    exact = predict(apply_ailurus(make_network(name), **{**SETTINGS, **way}), name, sample(name))
+    assert torch.cosine_similarity(reduced.float().flatten(), exact.flatten(), 0) > 0.9
+
+
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        ("UNet", "blocks"),
+        ("UNet", "attention"),
+        ("SDXL UNet", "merged projections"),
+        ("ControlNet", "blocks"),
+        ("PixArt", "density peaks"),
+        ("SD3.5", "blocks"),
+        ("SD3.5", "attention"),
+        ("Wan", "blocks"),
+    ],
+)
+def test_compiles_to_one_graph_at_several_sizes(name, way):
+    network = apply_ailurus(make_network(name), **SETTINGS, **WAYS[way])
+    compiled = torch.compile(network, fullgraph=True, backend="eager", dynamic=False)
+    for size in (LATENTS, (16, 10)):
+        if not NETWORKS[name].maps:
+            size = (2 * size[0], 2 * size[1])
+        for seed in (0, 1):
+            x = latents((4, 3, *size) if name == "Wan" else (4, *size), seed=seed)
+            with torch._dynamo.config.patch(error_on_recompile=seed == 1):
+                got = predict(compiled, name, x)
+            want = predict(network, name, x)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("way", [WAYS["blocks"], WAYS["merged projections"]], ids=["blocks", "merged projections"])
+def test_two_threads_share_a_network(way):
+    network = apply_ailurus(make_network("UNet"), **SETTINGS, **way, refresh_every=2)
+    inputs = [latents((4, *size), batch=1) for size in (LATENTS, (10, 6))]
+    want = [predict(network, "UNet", x) for x in inputs]
+    # Both forwards stand still inside a reduced stack until the other one is there.
+    both = threading.Barrier(2, timeout=30)
+    network.down_blocks[0].attentions[0].transformer_blocks[0].attn2.register_forward_hook(
+        lambda *_: [both.wait(), None][1]
+    )
+    got = [None, None]
+
+    def work(index):
+        got[index] = predict(network, "UNet", inputs[index])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@on_every_network
+@in_every_way
+def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
+    network, x = make_network(name), sample(name)
+    plain = predict(network, name, x)
+    reduced = predict(apply_ailurus(network, **SETTINGS, **way), name, x)
+    twin = copy.deepcopy(network)
+    remove_ailurus(network)
+    assert torch.equal(predict(twin, name, x), reduced)
+    assert torch.equal(predict(network, name, x), plain)
+    remove_ailurus(twin)
+    assert torch.equal(predict(twin, name, x), plain)
+
+
+@pytest.mark.parametrize(
+    "fields, numbers",
+    [
+        ({"keep_ratio": 0}, "0"),
+        ({"keep_ratio": {3: 0.5}}, "3"),
+        ({"keep_ratio": {}}, "none"),
+        ({"keep_ratio": {1: 1.5}}, "1.5"),
+        ({"min_tokens": 0}, "at least 1, got 0"),
+        ({"refresh_every": 0}, "at least 1, got 0"),
+        ({"unreduced_first_steps": -1}, "-1"),
+        ({"scope": "layers"}, "'layers'"),
+        ({"scope": {1: "attention", 2: "layers"}}, "'layers'"),
+        ({"scope": {3: "attention"}}, "scope's keys.*3"),
+        ({"cluster_per": "block"}, "'block'"),
+        ({"cluster_location": -1}, "cluster_location must be at least 0, got -1"),
+        ({"scope": {1: "blocks"}, "reduce": "kv"}, "scope='attention'"),
+        ({"projections": "some"}, "'some'"),
+        ({"reduce": "q", "scope": "attention"}, "'q'"),
+        ({"reduce": "kv"}, "scope='attention'"),
+        ({"reduce": {1: "kv"}}, "scope='attention'"),
+        ({"reduce": {1: "kv", 2: "q"}, "scope": "attention"}, "'q'"),
+        ({"reduce": {3: "kv"}, "scope": "attention"}, "reduce's keys.*3"),
+        ({"clustering": "k-means"}, "'k-means'"),
+        ({"alpha": 2}, "2"),
+        ({"keep": 0.5}, "keep_ratio"),
+    ],
+)
+def test_wrong_settings_name_the_number_and_leave_the_network_as_it_was(fields, numbers):
+    network = make_network("UNet")
+    before = traces(network)
+    with pytest.raises(AiluRusError, match=numbers):
+        apply_ailurus(network, **fields)
+    assert traces(network) == before
+
+
+def test_the_config_survives_json():
+    import json
+
+    config = AiluRusDiffusionConfig(
+        keep_ratio={1: 0.25, 2: 0.5}, scope={1: "attention"}, reduce={1: "kv"}, refresh_every=3
+    )
+    assert AiluRusDiffusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_calls_that_cannot_be_followed_are_refused():
+    network, x = apply_ailurus(make_network("UNet"), **SETTINGS), sample("UNet")
+    with pytest.raises(AiluRusError, match="mask"):
+        predict(network, "UNet", x, attention_mask=torch.ones(2, 96))
+    with pytest.raises(AiluRusError, match="ip_adapter_masks"):
+        predict(network, "UNet", x, cross_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 8, 12)]})
+    apply_ailurus(network, **SETTINGS, share_cfg=True)
+    with pytest.raises(AiluRusError, match="3 images"):
+        predict(network, "UNet", sample("UNet", batch=3))
+    with pytest.raises(AiluRusError, match="unreduced_last_steps=1 needs a pipeline"):
+        apply_ailurus(network, unreduced_last_steps=1)
+
+
+def test_halves_share_one_assignment():
+    network, x = apply_ailurus(make_network("UNet"), **SETTINGS, share_cfg=True), sample("UNet", batch=4)
+    predict(network, "UNet", x)
+    clusters = ailurus_status(network).last_clusters
+    assert torch.equal(clusters.assignment[:2], clusters.assignment[2:])
+    assert not torch.equal(clusters.assignment[0], clusters.assignment[1])
+    apply_ailurus(network, **SETTINGS)
+    predict(network, "UNet", x)
+    clusters = ailurus_status(network).last_clusters
+    assert not torch.equal(clusters.assignment[:2], clusters.assignment[2:])
+
+
+def test_training_through_reduced_blocks():
+    gradients = []
+    for way in (WAYS["blocks"], WAYS["merged projections"]):
+        network = apply_ailurus(make_network("UNet"), **SETTINGS, **way).train()
+        out = network(sample("UNet"), 5, encoder_hidden_states=text_of(network), return_dict=False)[0]
+        out.square().mean().backward()
+        gradients.append(network.conv_in.weight.grad)
+        assert gradients[-1].abs().max() > 0
+    network.enable_gradient_checkpointing()
+    network.zero_grad()
+    network(sample("UNet"), 5, encoder_hidden_states=text_of(network), return_dict=False)[0].square().mean().backward()
+    torch.testing.assert_close(network.conv_in.weight.grad, gradients[1])
+    apply_ailurus(network, **SETTINGS)
+    with pytest.raises(AiluRusError, match="gradient checkpointing"):
+        network(sample("UNet"), 5, encoder_hidden_states=text_of(network))

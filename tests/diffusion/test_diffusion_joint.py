@@ -1,0 +1,488 @@
+"""What is special about SD3, Flux and Wan: joint attention, rotation at centroids, Flux's grid, pipelines and schedules."""
+
+import logging
+
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    WanPipeline,
+)
+from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from diffusion_models import (
+    NETWORKS,
+    SETTINGS,
+    latents,
+    make_network,
+    make_sd3,
+    make_vae,
+    packed,
+    predict,
+    sharpen,
+    text,
+)
+from test_diffusion_behaviors import duplicated, sample
+
+from ailurus_hf import (
+    AiluRusDiffusionConfig,
+    AiluRusError,
+    UnsupportedModelError,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
+from ailurus_hf.clusters import TokenClusters
+from ailurus_hf.diffusion import backend, joint
+from ailurus_hf.diffusion.apply import install, reducers_of
+from benchmarks.harness import model_flops
+
+on_both = pytest.mark.parametrize("name", ["SD3.5", "Flux"])
+in_both_scopes = pytest.mark.parametrize("scope", ["blocks", "attention"])
+
+
+def flux(network, tokens, ids, **kwargs):
+    batch = tokens.shape[0]
+    conditions = NETWORKS["Flux"].conditions(batch)
+    with torch.no_grad():
+        return network(
+            tokens, timestep=torch.full((batch,), 0.5), img_ids=ids, **conditions, **kwargs, return_dict=False
+        )[0]
+
+
+@on_both
+def test_tokens_keep_what_sets_them_apart_from_their_cluster(name):
+    network, seen = make_network(name), []
+    network.transformer_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    apply_ailurus(network, **SETTINGS)
+    network.norm_out.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    predict(network, name, sample(name))
+    clusters, (before, after) = ailurus_status(network).last_clusters, seen
+    gained = after - before
+    torch.testing.assert_close(clusters.unmerge(clusters.merge(gained)), gained, rtol=1e-4, atol=1e-4)
+    assert (clusters.unmerge(clusters.merge(after)) - after).abs().max() > 1e-2
+
+
+@on_both
+@pytest.mark.parametrize("scope", ["blocks", "attention"])
+def test_text_tokens_are_not_merged(name, scope):
+    network, lengths = make_network(name), []
+    apply_ailurus(network, **SETTINGS, scope=scope)
+    for block in reducers_of(network)[0][1].stacks[0].blocks:
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(
+                (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
+            ),
+            with_kwargs=True,
+        )
+    predict(network, name, sample(name))
+    # The first block's hooks run in their order, so they all see what was merged.
+    assert set(lengths) == {(5, 24 if scope == "blocks" else 96)}
+
+
+def pairs(features, grid, num_clusters):
+    """Clusters of two neighbors in a row; of the second image, in a column."""
+    index = torch.arange(features.shape[1]).view(grid)
+    rows, columns = index // grid[1], index % grid[1]
+    in_rows = rows * (grid[1] // 2) + columns // 2
+    in_columns = rows // 2 * grid[1] + columns
+    return TokenClusters.from_assignment(torch.stack([in_rows.flatten(), in_columns.flatten()]), num_clusters)
+
+
+def test_representatives_are_rotated_by_the_centroids_of_their_own_image():
+    network = make_network("Flux")
+    small = latents((16, 4, 6))
+    images = [small[0].repeat_interleave(2, -1), small[1].repeat_interleave(2, -2)]
+    grids = [image.shape[-2:] for image in images]
+    for turned in (0, 1):
+        height, width = grids[turned]
+        both = torch.stack([latents((16, height, width), batch=1)[0], latents((16, height, width), batch=1, seed=1)[0]])
+        both[turned] = images[turned]
+        tokens = both.flatten(2).transpose(1, 2)
+        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
+        install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1, cluster_location=0), pairs)
+        reduced = flux(network, tokens, ids)[turned]
+        remove_ailurus(network)
+        centroids = ids.clone()
+        centroids[:, 2 - turned] = centroids[:, 2 - turned] // 2 * 2 + 0.5
+        want = flux(network, tokens, centroids)[turned]
+        torch.testing.assert_close(reduced, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        assert (flux(network, tokens, ids)[turned] - want).abs().max() > 1e-2 * want.abs().max()
+
+
+@pytest.mark.parametrize("reduce", ["qkv", "kv"])
+def test_attention_merges_what_was_rotated(reduce):
+    # Duplicates at one place are rotated alike; at places of their own they are no duplicates any more.
+    network = make_network("Flux")
+    tokens, ids = packed(duplicated(latents((4, 4, 6)), 4))
+    together = ids.clone()
+    together[:, 1:] = ids[:, 1:] // 4
+    apply_ailurus(network, keep_ratio=0.25, min_tokens=1, cluster_location=0, scope="attention", reduce=reduce)
+    reduced = flux(network, tokens, together, joint_attention_kwargs={"grid": (8, 12)})
+    apart = flux(network, tokens, ids)
+    remove_ailurus(network)
+    want = flux(network, tokens, together)
+    torch.testing.assert_close(reduced, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert (apart - flux(network, tokens, ids)).abs().max() > 1e-3
+
+
+# The grid
+
+
+def test_ids_are_read_once_for_a_tensor(monkeypatch):
+    read, reads = joint.grid_from_ids, []
+    monkeypatch.setattr(joint, "grid_from_ids", lambda ids: [reads.append(1), read(ids)][1])
+    network = apply_ailurus(make_network("Flux"), **SETTINGS)
+    tokens, ids = packed(sample("Flux"))
+    for _ in range(3):
+        flux(network, tokens, ids)
+    assert len(reads) == 1
+    assert ailurus_status(network).last_grid == (8, 12)
+    turned = packed(latents((4, 24, 16)))[1]
+    flux(network, tokens, turned)
+    assert ailurus_status(network).last_grid == (12, 8)
+    ids.copy_(turned)
+    flux(network, tokens, ids)
+    assert len(reads) == 3 and ailurus_status(network).last_grid == (12, 8)
+    with torch.inference_mode():
+        flux(network, tokens, ids.clone()[None])
+    assert len(reads) == 4
+
+
+def test_half_precision_ids_and_ids_of_several_images():
+    # Above 256, bf16 knows no odd numbers.
+    rows, columns = torch.arange(2.0), torch.arange(300.0)
+    assert joint.grid_from_ids(torch.cartesian_prod(torch.zeros(1), rows, columns).bfloat16()) == (2, 300)
+    network = apply_ailurus(make_network("Flux"), **SETTINGS)
+    tokens, ids = packed(sample("Flux"))
+    for other in (torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, 0])):
+        with pytest.raises(AiluRusError, match=r"192 img_ids.*one image"):
+            flux(network, torch.cat([tokens, tokens], 1), torch.cat([ids, ids + other]))
+    with pytest.raises(AiluRusError, match="96 img_ids"):
+        flux(network, tokens, ids[torch.randperm(96, generator=torch.Generator().manual_seed(0))])
+
+
+@on_both
+def test_a_wrong_grid_is_an_error(name):
+    network = apply_ailurus(make_network(name), **SETTINGS)
+    for grid, numbers in (((8, 11), "8, 1[12]"), ((8,), r"\(H, W\)")):
+        with pytest.raises(AiluRusError, match=numbers):
+            predict(network, name, sample(name), joint_attention_kwargs={"grid": grid})
+    predict(network, name, sample(name), joint_attention_kwargs={"grid": (8, 12)})
+
+
+@in_both_scopes
+def test_flux_compiles_to_one_graph_where_its_grid_is_given(scope):
+    network = apply_ailurus(make_network("Flux"), **SETTINGS, scope=scope)
+    compiled = torch.compile(network, fullgraph=True, backend="eager", dynamic=False)
+    for height, width in ((8, 12), (16, 10)):
+        given = {"joint_attention_kwargs": {"grid": (height, width)}}
+        for seed in (0, 1):
+            x = latents((4, 2 * height, 2 * width), seed=seed)
+            with torch._dynamo.config.patch(error_on_recompile=seed == 1):
+                got = predict(compiled, "Flux", x, **given)
+            want = predict(network, "Flux", x)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    with pytest.raises(Exception, match='"grid"'):
+        predict(compiled, "Flux", sample("Flux"))
+
+
+# What cannot follow
+
+
+def test_processors_that_do_something_else_are_refused_or_noticed(caplog):
+    # Without normalized queries and keys, which diffusers' fused processor leaves out.
+    torch.manual_seed(0)
+    network, x = sharpen(make_sd3(qk_norm=None)), sample("SD3")
+    layer = network.transformer_blocks[0].attn
+    layer.set_processor(SD3IPAdapterJointAttnProcessor2_0(hidden_size=16, ip_hidden_states_dim=8, head_dim=8))
+    with pytest.raises(UnsupportedModelError, match=r"SD3IPAdapterJointAttnProcessor2_0.*no IP-Adapter"):
+        apply_ailurus(network, **SETTINGS)
+    layer.set_processor(JointAttnProcessor2_0())
+    plain = predict(network, "SD3", x)
+    apply_ailurus(network, **SETTINGS)
+    with caplog.at_level(logging.WARNING, "ailurus_hf"):
+        network.fuse_qkv_projections()
+        # On all tokens, because nothing would weigh the representatives.
+        torch.testing.assert_close(predict(network, "SD3", x), plain, rtol=1e-4, atol=1e-4)
+    assert "2 of 2 self-attention layers" in caplog.text
+    place = ailurus_status(network).places[0]
+    assert place.restored == "processor lost" and place.num_tokens == place.num_clusters == 96
+    apply_ailurus(network, **SETTINGS)
+    predict(network, "SD3", x)
+    assert ailurus_status(network).places[0].num_clusters == 24
+    remove_ailurus(network)
+    assert type(layer.processor).__name__ == "FusedJointAttnProcessor2_0"
+
+
+@on_both
+def test_calls_that_cannot_be_followed_are_refused(name):
+    network, x = apply_ailurus(make_network(name), **SETTINGS), sample(name)
+    for argument in ("attention_mask", "ip_hidden_states"):
+        with pytest.raises(AiluRusError, match=argument):
+            predict(network, name, x, joint_attention_kwargs={argument: torch.ones(2, 5)})
+    residuals = {"SD3.5": "block_controlnet_hidden_states", "Flux": "controlnet_block_samples"}[name]
+    given = {residuals: [torch.ones(2, 96, 16)]}
+    with pytest.raises(AiluRusError, match=f"{residuals}.*scope='attention'"):
+        predict(network, name, x, **given)
+    network.enable_gradient_checkpointing()
+    with pytest.raises(AiluRusError, match="gradient checkpointing"):
+        network(hidden_states=x, **NETWORKS[name].conditions(2)) if name != "Flux" else network(
+            packed(x)[0], img_ids=packed(x)[1], **NETWORKS[name].conditions(2)
+        )
+    network.disable_gradient_checkpointing()
+    without = predict(apply_ailurus(network, **SETTINGS, scope="attention"), name, x)
+    assert not torch.equal(predict(network, name, x, **given), without)
+    # What runs on all tokens takes everything.
+    predict(apply_ailurus(network), name, x, **given)
+
+
+@on_both
+@pytest.mark.parametrize("fields", [{"scope": {2: "attention"}}, {"scope": "attention", "reduce": {2: "kv"}}])
+def test_other_ways_for_each_level_are_refused(name, fields):
+    with pytest.raises(AiluRusError, match=r"one resolution.*\{2: '"):
+        apply_ailurus(make_network(name), **SETTINGS, **fields)
+
+
+def test_a_cache_of_block_outputs_is_refused():
+    network = apply_ailurus(make_network("Flux"), **SETTINGS)
+    network.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(AiluRusError, match="disable_cache"):
+        predict(network, "Flux", sample("Flux"))
+    network.disable_cache()
+    predict(network, "Flux", sample("Flux"))
+
+
+def test_skipped_blocks():
+    network, x = make_network("SD3"), sample("SD3")
+    plain = predict(network, "SD3", x)
+    for skipped in ([0], [1]):
+        reduced = predict(apply_ailurus(network, **SETTINGS), "SD3", x, skip_layers=skipped)
+        assert reduced.shape == plain.shape and ailurus_status(network).places[0].num_clusters == 24
+        assert not torch.equal(reduced, predict(remove_ailurus(network), "SD3", x, skip_layers=skipped))
+    apply_ailurus(network, **SETTINGS)
+    all_skipped = predict(network, "SD3", x, skip_layers=[0, 1])
+    assert torch.equal(all_skipped, predict(remove_ailurus(network), "SD3", x, skip_layers=[0, 1]))
+
+
+@on_both
+@in_both_scopes
+def test_training(name, scope):
+    network = apply_ailurus(make_network(name), **SETTINGS, scope=scope).train()
+    x, conditions = sample(name), NETWORKS[name].conditions(2)
+    if name == "Flux":
+        x, conditions["img_ids"] = packed(x)
+    network(hidden_states=x, timestep=torch.full((2,), 5.0), **conditions)[0].square().mean().backward()
+    for part in ("norm_out.linear", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj"):
+        assert network.get_submodule(part).weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["SD3", "SD3.5", "Flux", "Wan"])
+def test_flops_are_those_that_torch_counts(name):
+    network, counted, known = make_network(name), [], []
+    reducer = reducers_of(apply_ailurus(network, **SETTINGS))[0][1]
+    blocks = reducer.stacks[0].blocks
+    remove_ailurus(network)
+    for size in ((8, 12), (16, 24)):
+        x = latents((4, 1, *size) if name == "Wan" else (4, *size), batch=1)
+        counted.append(model_flops(lambda x=x: predict(network, name, x)))
+        tokens = size[0] * size[1] // 4
+        known.append(sum(reducer.block_flops(block, tokens, tokens, tokens, 5) for block in blocks))
+    # What is left is constant, but for the maps into and out of 16 channels.
+    width = 32 if name == "Wan" else 16
+    assert counted[1] - counted[0] == known[1] - known[0] + 72 * 4 * 16 * width
+
+
+# Whole generations
+
+
+def make_pipeline(name):
+    parts = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    kind = FluxPipeline if name == "Flux" else StableDiffusion3Pipeline
+    if name != "Flux":
+        parts |= dict.fromkeys(["text_encoder_3", "tokenizer_3"])
+    pipe = kind(scheduler=FlowMatchEulerDiscreteScheduler(), vae=make_vae(), transformer=make_network(name), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, seed=0, steps=4, **kwargs):
+    inputs = {"prompt_embeds": text(1), "pooled_prompt_embeds": text(1)[:, 0]}
+    inputs |= {"negative_prompt_embeds": text(1, 9), "negative_pooled_prompt_embeds": text(1, 9)[:, 0]}
+    inputs |= {"height": 32, "width": 48, "num_inference_steps": steps, "output_type": "latent"}
+    if isinstance(pipe, FluxPipeline):
+        inputs["true_cfg_scale"] = 2.0
+    return pipe(**{**inputs, **kwargs}, generator=torch.Generator().manual_seed(seed)).images
+
+
+@on_both
+@in_both_scopes
+def test_a_pipeline_on_off_and_the_same_image_from_the_same_seed(name, scope):
+    pipe = make_pipeline(name)
+    plain = generate(pipe)
+    apply_ailurus(pipe, **SETTINGS, scope=scope, refresh_every=2)
+    reduced = generate(pipe)
+    assert reduced.isfinite().all() and (reduced - plain).abs().max() > 1e-3
+    generate(pipe, seed=1)
+    assert torch.equal(generate(pipe), reduced)
+    assert torch.equal(generate(remove_ailurus(pipe)), plain)
+
+
+@on_both
+@pytest.mark.parametrize("refresh_every, expected", [(1, 6), (2, 3), (4, 2), (100, 1)])
+def test_assignments_serve_so_many_steps_and_no_other_generation(name, refresh_every, expected):
+    # Flux guides by two calls a step: without reuse over steps, each clusters for itself.
+    calls = 2 if name == "Flux" and refresh_every == 1 else 1
+    pipe = apply_ailurus(make_pipeline(name), **SETTINGS, refresh_every=refresh_every)
+    for images in (1, 2):
+        generate(pipe, steps=6, seed=images)
+        place = ailurus_status(pipe).places[0]
+        assert place.clusterings == images * expected * calls
+        assert place.forwards == images * 6 * (2 if name == "Flux" else 1)
+
+
+@on_both
+def test_first_and_last_steps_on_all_tokens(name):
+    pipe, seen = make_pipeline(name), []
+    apply_ailurus(pipe, **SETTINGS, unreduced_first_steps=1, unreduced_last_steps=2)
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    generate(pipe, steps=5)
+    assert seen[:: 2 if name == "Flux" else 1] == [96, 24, 24, 96, 96]
+
+
+def test_another_caller_of_the_same_flux_has_its_own_steps():
+    # Cut off in the middle, so that its scheduler still stands at a step.
+    pipe = apply_ailurus(make_pipeline("Flux"), **SETTINGS, refresh_every=2)
+
+    def stop(pipe, index, timestep, tensors):
+        if index == 1:
+            raise RuntimeError("enough")
+        return {}
+
+    with pytest.raises(RuntimeError, match="enough"):
+        generate(pipe, callback_on_step_end=stop)
+    before = ailurus_status(pipe).places[0].clusterings
+    tokens, ids = packed(latents((4, 16, 24), batch=1))
+    for timestep in (0.9, 0.6, 0.3, 0.1):
+        with torch.no_grad():
+            pipe.transformer(tokens, timestep=torch.tensor([timestep]), img_ids=ids, **NETWORKS["Flux"].conditions(1))
+    assert ailurus_status(pipe).places[0].clusterings - before == 2
+
+
+def test_halves_share_one_assignment_and_guidance_by_skipped_layers_has_none():
+    pipe, shared = apply_ailurus(make_pipeline("SD3"), **SETTINGS), []
+    reducer = reducers_of(pipe)[0][1]
+    pipe.transformer.register_forward_hook(
+        lambda *_: shared.append([reducer.store.run.share_cfg, len(reducer.records[""].last_clusters.assignment)]),
+        prepend=True,
+    )
+    inputs = {name: torch.cat([text(1), text(1, 5)]) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    inputs |= {f"{part}pooled_prompt_embeds": text(2)[:, 0] for part in ("", "negative_")}
+    generate(
+        pipe, steps=2, **inputs, skip_guidance_layers=[1], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=1
+    )
+    assert shared == [[True, 4], [True, 4], [False, 2]]
+
+
+@on_both
+def test_the_chosen_backend_is_used(name, monkeypatch):
+    network, used = apply_ailurus(make_network(name), **SETTINGS), []
+    want = predict(network, name, sample(name))
+    dispatch = backend.dispatch_attention_fn
+    monkeypatch.setattr(
+        backend, "dispatch_attention_fn", lambda *a, **k: [used.append(k["backend"].value), dispatch(*a, **k)][1]
+    )
+    network.transformer_blocks[0].attn.processor._attention_backend = backend.AttentionBackendName("_native_math")
+    got = predict(network, name, sample(name))
+    assert set(used) == {"_native_math"}
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+# Wan: frames, rows and columns
+
+
+def twos_along(axis_of_each_video):
+    """A clustering: each video's neighbors along an axis of its own, two by two."""
+
+    def clustering(features, grid, num_clusters):
+        assignments = []
+        for axis in axis_of_each_video:
+            places = torch.cartesian_prod(*(torch.arange(side) for side in grid))
+            places[:, axis] //= 2
+            assignments.append(places.unique(dim=0, return_inverse=True)[1])
+        return TokenClusters.from_assignment(torch.stack(assignments), num_clusters)
+
+    return clustering
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (2, 0)])
+def test_representatives_of_a_video_are_rotated_at_their_mean_place(axes):
+    network = make_network("Wan")
+    video = latents((4, 4, 8, 12))
+    for number, axis in enumerate(axes):
+        # Two tokens alike: two frames, or four rows or columns of patches of two.
+        patch = (1, 2, 2)[axis]
+        pairs = video[number].unflatten(1 + axis, (-1, 2, patch))
+        pairs.select(2 + axis, 1).copy_(pairs.select(2 + axis, 0).clone())
+    install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1, cluster_location=0), twos_along(axes))
+    reduced = predict(network, "Wan", video)
+    plain = predict(remove_ailurus(network), "Wan", video)
+    for number, axis in enumerate(axes):
+        places = torch.cartesian_prod(*(torch.arange(float(side)) for side in (4, 4, 6)))
+        places[:, axis] = places[:, axis] // 2 * 2 + 0.5
+        widths = (network.rope.t_dim, network.rope.h_dim, network.rope.w_dim)
+        parts = [
+            get_1d_rotary_pos_embed(width, places[:, i], use_real=True, freqs_dtype=torch.float64)
+            for i, width in enumerate(widths)
+        ]
+        rotary = tuple(torch.cat(part, 1)[None, :, None] for part in zip(*parts, strict=True))
+        hook = network.rope.register_forward_hook(lambda module, args, output, rotary=rotary: rotary)
+        want = predict(network, "Wan", video)[number]
+        hook.remove()
+        torch.testing.assert_close(reduced[number], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+        assert (plain[number] - want).abs().max() > 1e-2 * want.abs().max()
+
+
+def test_what_wan_cannot_follow_is_refused():
+    network, x = apply_ailurus(make_network("Wan"), **SETTINGS), sample("Wan")
+    with torch.no_grad(), pytest.raises(AiluRusError, match=r"timestep for each token, \(2, 72\).*\(2,\)"):
+        network(x, torch.full((2, 72), 5), text(2))
+    with pytest.raises(AiluRusError, match=r"\(3, 4, 6\), got \(4, 6\)"):
+        predict(network, "Wan", x, attention_kwargs={"grid": (4, 6)})
+
+
+@pytest.mark.parametrize("scope", ["blocks", "attention"])
+def test_wan_pipeline(scope):
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=make_network("Wan"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {
+        "prompt_embeds": text(2),
+        "negative_prompt_embeds": text(2, 9),
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+    }
+    inputs |= {"num_inference_steps": 4, "output_type": "latent"}
+    run = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
+    plain = run()
+    apply_ailurus(pipe, **SETTINGS, scope=scope, refresh_every=2)
+    reduced = run()
+    assert (reduced - plain).abs().max() > 1e-3 and torch.equal(run(), reduced)
+    place, clusters = ailurus_status(pipe).places[0], ailurus_status(pipe).last_clusters
+    assert (place.num_tokens, place.num_clusters, place.clusterings) == (72, 18, 4)
+    # Two videos, and not the halves of one: guidance calls twice.
+    assert not torch.equal(clusters.assignment[0], clusters.assignment[1])
+    assert torch.equal((remove_ailurus(pipe), run())[1], plain)

@@ -1,0 +1,137 @@
+"""The training scripts of examples/ on a made-up CamVid of a few pictures: train, go on, export, load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from ailurus_hf.segmenter import SegmenterForSemanticSegmentation
+
+pytest.importorskip("accelerate")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from camvid_data import (  # noqa: E402
+    UNLABELED,
+    CamVid,
+    confusion_on_images,
+    scores,
+    training_batch,
+    window_positions,
+)
+from widen_segmenter import widened  # noqa: E402
+
+
+def run(script, *args):
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_pretrain_train_resume_export_load(camvid, tmp_path):
+    small = ["--width", 64, "--layers", 1, "--decoder-layers", 1]
+    start, output = tmp_path / "pretrained", tmp_path / "run"
+    run("pretrain_masked.py", "--data", camvid, "--output", start, "--minutes", 0.02, "--batch-size", 2, *small)
+    train = ["--data", camvid, "--output", output, "--batch-size", 2, "--max-minutes", 1e9]
+    run("train_segmenter.py", *train, "--init", start, "--epochs", 1)
+    run("train_segmenter.py", *train, "--resume", *small, "--epochs", 2)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert [evaluation["step"] for evaluation in metrics["history"]] == [2, 4]
+    assert metrics["best"] == max(evaluation["miou"] for evaluation in metrics["history"])
+
+    run("train_segmenter.py", "--data", camvid, "--output", output, "--export", tmp_path / "out")
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
+    assert model.dtype == torch.float32 and model.config.id2label[3] == "road"
+    weights = sum(p.numel() for p in model.parameters())
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 2 * weights + 50_000  # half precision on disk
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").label_pad_value == UNLABELED
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    val = CamVid(camvid, "val")
+    assert result["miou"] == scores(confusion_on_images(model, val, range(2)))["miou"]
+    assert f"{result['miou']:.1f}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_second_stage_sees_the_images_enlarged(camvid, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train = ["--data", camvid, "--batch-size", 1, "--max-minutes", 1e9, "--epochs", 0.5]
+    small = ["--width", 64, "--layers", 1, "--decoder-layers", 1]
+    run("train_segmenter.py", *train, "--output", first, *small)
+    enlarged = ["--enlarge", 2, "--grid", 24, 32, "--min-batch-size", 1]
+    run("train_segmenter.py", *train, "--output", second, "--init", first / "best", *enlarged)
+    run("train_segmenter.py", "--data", camvid, "--output", second, "--enlarge", 2, "--export", tmp_path / "out")
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert tuple(model.config.encoder_config.image_size) == (720, 960)
+    # What a user does with the folder is what was scored.
+    data = CamVid(camvid, "val", enlarge=2)
+    inputs = processor(images=data.images[0], return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], data.image(0)[None])
+    with torch.no_grad():
+        predicted = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=[(360, 480)])[0]
+    confusion = torch.zeros(12, 11, dtype=torch.long)
+    confusion.index_put_((data.label(0).flatten(), predicted.flatten()), torch.tensor(1), accumulate=True)
+    assert torch.equal(confusion[:11], confusion_on_images(model, data, [0]))
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 1.7])
+@pytest.mark.parametrize("enlarge, grid", [(1, (12, 16)), (1, (23, 30)), (2, (12, 16)), (2, (45, 60))])
+def test_pixels_and_labels_of_a_window_move_together(camvid, scale, enlarge, grid):
+    data, rng = CamVid(camvid, "train", enlarge), np.random.default_rng(0)
+    images, labels, places = training_batch(data, [0, 1, 2, 3], grid, (scale, scale), 0.0, rng)
+    assert images.shape == (4, 3, grid[0] * 16, grid[1] * 16) and labels.shape == images[:, 0].shape
+    assert (places >= 0).all() and (places + torch.tensor(grid) <= torch.tensor(data.grid)).all()
+    for image, label in zip(images, labels, strict=True):
+        # Brightness grows with the class id whatever the color jitter: its order must survive.
+        seen = [i for i in range(11) if (label == i).sum() > 400]
+        brightness = [image.mean(0)[label == i].median().item() for i in seen]
+        assert len(seen) > 2 and np.corrcoef(seen, brightness)[0, 1] > 0.9
+
+
+def test_window_positions_are_the_rows_under_the_window():
+    table = torch.arange(1 + 23 * 30).float()[None, :, None]
+    rows = window_positions(table, torch.tensor([[0, 0], [11, 14]]), (12, 16), whole=(23, 30))[..., 0]
+    assert rows.shape == (2, 1 + 12 * 16)
+    assert rows[0, :3].tolist() == [0, 1, 2] and rows[0, 17] == 1 + 30
+    assert rows[1, 0] == 0 and rows[1, 1] == 1 + 11 * 30 + 14 and rows[1, -1] == 23 * 30
+
+
+def test_scores_are_of_the_whole_confusion_matrix():
+    confusion = torch.zeros(11, 11, dtype=torch.long)
+    confusion[0, 0], confusion[0, 1], confusion[1, 1] = 6, 2, 4
+    result = scores(confusion)
+    assert result["iou"]["sky"] == 75.0 and result["iou"]["building"] == 66.67
+    assert result["miou"] == 70.83  # classes that occur nowhere do not count
+    assert result["pixel_accuracy"] == 83.33
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_widened_segmenter_computes_the_same(factor):
+    narrow = SegmenterForSemanticSegmentation.from_pretrained(EXAMPLES / "assets" / "segmenter-camvid").eval()
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 160, 240)
+    with torch.no_grad():
+        before = narrow(image).logits
+        same = widened(narrow, factor).eval()
+        torch.testing.assert_close(same(image).logits, before, atol=1e-4, rtol=1e-4)
+        noisy = widened(narrow, factor, noise=0.02).eval()
+        assert 1e-3 < (noisy(image).logits - before).abs().mean() < 0.2 * before.std()
+    assert same.config.encoder_config.hidden_size == factor * 192
+    assert same.config.encoder_config.num_attention_heads == factor * 3
+
+
+def test_training_goes_on_from_a_widened_segmenter(camvid, tmp_path):
+    source = EXAMPLES / "assets" / "segmenter-camvid"
+    run("widen_segmenter.py", "--model", source, "--output", tmp_path / "wide")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "wide").size == {"shortest_edge": 720}
+    train = ["--data", camvid, "--batch-size", 1, "--max-minutes", 1e9, "--epochs", 0.5]
+    run("train_segmenter.py", *train, "--init", tmp_path / "wide", "--output", tmp_path / "run")
+    trained = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run" / "best")
+    assert trained.config.encoder_config.hidden_size == 384
