@@ -23,6 +23,7 @@ _HOME = {
     "SegmenterImageProcessor": "segmenter",
     "TokenClusters": "clusters",
     "UnsupportedModelError": "errors",
+    "ailurus_enabled": "apply",
     "ailurus_status": "apply",
     "apply_ailurus": "apply",
     "count_weighted_attention": "attention",
@@ -34,7 +35,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from .apply import ailurus_status, apply_ailurus, remove_ailurus
+    from .apply import ailurus_enabled, ailurus_status, apply_ailurus, remove_ailurus
     from .attention import count_weighted_attention
     from .clustering import local_kmeans, spatial_density_peaks
     from .clusters import TokenClusters

@@ -48,8 +48,20 @@ def remove_ailurus(target: Target) -> Target:
 
 
 @contextmanager
-def ailurus_on(target: Target, config: Config | None = None, **config_fields: Any) -> Iterator[Target]:
-    """Token reduction for a `with` block alone; with neither config nor fields the target stays as it is."""
+def ailurus_enabled(target: Target, config: Config | None = None, **config_fields: Any) -> Iterator[Target]:
+    """Switches token reduction on for a `with` block and off after it, also when the block raises.
+
+    Args:
+        target: as for `apply_ailurus`.
+        config, config_fields: as for `apply_ailurus`; with neither, the block runs with the target as it is.
+
+    Yields:
+        The target.
+
+    Example:
+        with ailurus_enabled(model, cluster_location=2, keep_ratio=0.5):
+            logits = model(**inputs).logits
+    """
     switched = config is not None or bool(config_fields)
     if switched:
         apply_ailurus(target, config, **config_fields)

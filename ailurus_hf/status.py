@@ -13,7 +13,7 @@ from .clusters import TokenClusters
 
 @dataclass
 class Record:
-    """Filled by the hooks of one encoder at one place. Compiled graphs leave it as it is: counting in them would recompile them.
+    """Filled by the hooks of one encoder at one location. Compiled graphs leave it as it is: counting in them would recompile them.
 
     attended: images whose keys a token takes in self-attention; more than 1 in cross-frame attention.
     """
@@ -34,7 +34,7 @@ class Record:
         grid: tuple[int, ...],
         clustered: bool = True,
     ) -> None:
-        """clustered: whether it was clustered here, or the clusters of another place or step were taken."""
+        """clustered: whether it was clustered here, or the clusters of another location or step were taken."""
         if torch.compiler.is_compiling():
             return
         self.forwards += 1
@@ -49,11 +49,11 @@ class Record:
         self.last_tokens = self.last_clusters_count = num_tokens
         self.last_clusters = self.last_grid = None
 
-    def place(
+    def location_status(
         self, where: str, location: int, restored: str, flops: float | None, reduced_flops: float | None
-    ) -> Place:
+    ) -> LocationStatus:
         """This record as a row of the table."""
-        return Place(
+        return LocationStatus(
             where,
             location,
             restored,
@@ -67,14 +67,14 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One place where tokens are reduced, and what the last forward did there.
+class LocationStatus:
+    """One location where tokens are reduced, and what the last forward did there.
 
     where: the encoder's class; location: L; restored: where all tokens are back.
-    num_tokens, num_clusters: N (M of the place before, where there is one) and M of the last forward, None before the first.
+    num_tokens, num_clusters: N (M of the location before, where there is one) and M of the last forward, None before the first.
     forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
     flops, reduced_flops: of the transformer layers for one image, without and with reduction, up to the encoder's next
-        place; at its first one also of those that run on all tokens. None before the first forward.
+        location; at its first one also of those that run on all tokens. None before the first forward.
     """
 
     where: str
@@ -97,40 +97,42 @@ class Place:
 
 @dataclass(frozen=True)
 class Status:
-    """What is on and what it did; `str()` is a table, `to_dict()` its JSON. Empty places: nothing is on."""
+    """What is on and what it did; `str()` is a table, `to_dict()` its JSON. No locations: nothing is on."""
 
     model: str
     config: dict[str, Any] | None = None
-    places: list[Place] = field(default_factory=list)
+    locations: list[LocationStatus] = field(default_factory=list)
     last_clusters: TokenClusters | None = None
     last_grid: tuple[int, ...] | None = None
 
     @property
     def active(self) -> bool:
-        return bool(self.places)
+        return bool(self.locations)
 
     @property
     def saved_flops(self) -> float:
-        """FLOPs that the last forward saved for one image, at all places; 0 before the first."""
-        return sum((place.flops or 0.0) - (place.reduced_flops or 0.0) for place in self.places)
+        """FLOPs that the last forward saved for one image, at all locations; 0 before the first."""
+        return sum((row.flops or 0.0) - (row.reduced_flops or 0.0) for row in self.locations)
 
     def to_dict(self) -> dict[str, Any]:
-        places = [{**dataclasses.asdict(place), "flops_saved": place.flops_saved} for place in self.places]
-        return {"model": self.model, "active": self.active, "config": self.config, "places": places}
+        locations = [{**dataclasses.asdict(row), "flops_saved": row.flops_saved} for row in self.locations]
+        return {"model": self.model, "active": self.active, "config": self.config, "locations": locations}
 
     def __str__(self) -> str:
         if not self.active:
             return f"{self.model}: AiluRus is off"
         rows = [("where", "location", "tokens", "restored", "clustered", "FLOPs saved")]
-        for place in self.places:
-            saved = place.flops_saved
+        for location in self.locations:
+            saved = location.flops_saved
             rows.append(
                 (
-                    place.where,
-                    str(place.location),
-                    "no forward yet" if place.num_tokens is None else f"{place.num_tokens} → {place.num_clusters}",
-                    place.restored,
-                    f"{place.clusterings} of {place.forwards} forwards",
+                    location.where,
+                    str(location.location),
+                    "no forward yet"
+                    if location.num_tokens is None
+                    else f"{location.num_tokens} → {location.num_clusters}",
+                    location.restored,
+                    f"{location.clusterings} of {location.forwards} forwards",
                     "–" if saved is None else f"{saved:.0%}",
                 )
             )

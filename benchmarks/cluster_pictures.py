@@ -17,8 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
-from ailurus_hf.apply import ailurus_on, ailurus_status
+from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, ailurus_enabled, ailurus_status
 from ailurus_hf.config import CLUSTERINGS
 from ailurus_hf.visualization import draw_assignment, reconstruct_image
 
@@ -37,7 +36,7 @@ def draw(model: SegmenterForSemanticSegmentation, pixels: torch.Tensor, image: I
     figure = Figure(figsize=(5 * len(settings), 5 * 2 * image.height / image.width + 0.4), layout="constrained")
     axes = figure.subplots(2, len(settings), squeeze=False)
     for column, (title, fields) in enumerate(settings.items()):
-        with ailurus_on(model, **fields):
+        with ailurus_enabled(model, **fields):
             model(pixels)
             status = ailurus_status(model)
         clusters, grid = status.last_clusters, status.last_grid

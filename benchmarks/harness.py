@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ailurus_hf import AiluRusConfig, ailurus_status
-from ailurus_hf.apply import ailurus_on
+from ailurus_hf import AiluRusConfig, ailurus_enabled, ailurus_status
 from ailurus_hf.evaluation.timing import interleaved, markdown, measured_on, wait_for
 
 __all__ = [
@@ -156,12 +155,14 @@ def reductions_in_turn(
     full, before = model_flops(lambda: run(images[0])), run(images[0])
     rows: list[dict[str, Any]] = []
     for config in configs:
-        with ailurus_on(model, config):
+        with ailurus_enabled(model, config):
             after, status = run(images[0]), ailurus_status(model)
         cosines = [F.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(before, after, strict=True)]
         rows.append(
             {
-                "tokens": ", ".join(f"{place.num_tokens} → {place.num_clusters}" for place in status.places),
+                "tokens": ", ".join(
+                    f"{location.num_tokens} → {location.num_clusters}" for location in status.locations
+                ),
                 "ideal": full / (full - status.saved_flops),
                 "cosine": torch.stack(cosines).mean().item(),
             }
@@ -170,7 +171,7 @@ def reductions_in_turn(
     seconds = interleaved(
         {number: lambda n: run(images[n % len(images)]) for number in range(len(contenders))},
         repeats,
-        around=lambda number: ailurus_on(model, contenders[number]),
+        around=lambda number: ailurus_enabled(model, contenders[number]),
     )
     for number, row in enumerate(rows, start=1):
         row["plain_ms"], row["reduced_ms"] = 1e3 * seconds[0], 1e3 * seconds[number]

@@ -22,8 +22,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransfor
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
-from ailurus_hf.apply import ailurus_on
+from ailurus_hf import ailurus_enabled, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.apply import reducers_of
 
 from .harness import environment, interleaved, log, markdown, model_flops, save
@@ -149,7 +148,7 @@ def measure(
     start = {} if layers == MODELS[model][2] else {"cluster_location": 0}
 
     def switched_on(name: str) -> AbstractContextManager:
-        return ailurus_on(network, **({**METHODS[name], **start} if name in METHODS else {}))
+        return ailurus_enabled(network, **({**METHODS[name], **start} if name in METHODS else {}))
 
     for name in ("plain", *METHODS):
         with switched_on(name):

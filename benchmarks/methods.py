@@ -66,12 +66,12 @@ class OurReduction:
     settings: dict[str, Any]
 
     def num_clusters(self) -> int | None:
-        """Behind the last place."""
-        return ailurus_status(self.model).places[-1].num_clusters
+        """After the last location."""
+        return ailurus_status(self.model).locations[-1].num_clusters
 
     def flops(self, full: int, run: Run) -> float:
         """By the layers alone: what clustering costs is no part of the ideal. Of the last forward, or of `run`."""
-        if ailurus_status(self.model).places[0].flops is None:
+        if ailurus_status(self.model).locations[0].flops is None:
             run()
         return full - ailurus_status(self.model).saved_flops
 

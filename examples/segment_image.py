@@ -15,10 +15,10 @@ from ailurus_hf import (
     AiluRusConfig,
     SegmenterForSemanticSegmentation,
     SegmenterImageProcessor,
+    ailurus_enabled,
     ailurus_status,
     apply_ailurus,
 )
-from ailurus_hf.apply import ailurus_on
 from ailurus_hf.evaluation.comparison import confusion, format_table, mean_iou
 from ailurus_hf.evaluation.timing import interleaved
 from ailurus_hf.visualization import compare_predictions, draw_assignment
@@ -65,7 +65,7 @@ seconds = interleaved(
     {"off": lambda _: run(), "on": lambda _: run()},
     args.repeats,
     device=device,
-    around=lambda name: ailurus_on(model, reduction if name == "on" else None),
+    around=lambda name: ailurus_enabled(model, reduction if name == "on" else None),
 )
 off_ms, on_ms = 1e3 * seconds["off"], 1e3 * seconds["on"]
 plain = run()

@@ -194,8 +194,8 @@ def test_status_counts_and_prints():
     status = ailurus_status(model)
     assert "96 → 24" in str(status) and "2 of 2 forwards" in str(status)
     assert status.last_grid == GRID and status.last_clusters.num_clusters == 24
-    place = status.to_dict()["places"][0]
-    assert place["num_tokens"] == 96 and 0 < place["flops_saved"] < 1
+    location = status.to_dict()["locations"][0]
+    assert location["num_tokens"] == 96 and 0 < location["flops_saved"] < 1
 
 
 @pytest.mark.parametrize("num_tokens", [10, 97])

@@ -172,9 +172,9 @@ class LoadedModel:
         inputs = self.one_sequence(inputs)
         self.model(**inputs)
         status = ailurus_status(self.model)
-        place, clusters, grid = status.places[0], status.last_clusters, status.last_grid
+        location, clusters, grid = status.locations[0], status.last_clusters, status.last_grid
         if clusters is None or grid is None:  # the image has no more tokens than are kept
-            return ClusterPictures(None, None, place.num_tokens or 0, place.num_clusters or 0)
+            return ClusterPictures(None, None, location.num_tokens or 0, location.num_clusters or 0)
         seen = self._seen_image(inputs["pixel_values"])
         patch = getattr(self.model.config, "patch_size", None)
         # A model that pads inside has the last tokens reach past the image; otherwise the tokens span it.

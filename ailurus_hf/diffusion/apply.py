@@ -10,7 +10,7 @@ from torch import nn
 from ..clustering import Clustering, configured
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
-from ..status import Place, Status
+from ..status import LocationStatus, Status
 from .backend import (
     JOINT_TRANSFORMERS,
     Stack,
@@ -92,7 +92,7 @@ def status(target: Any) -> Status:
     name, found = type(target).__name__, reducers_of(target)
     if not found:
         return _status_of_processors(target)
-    places = [
+    locations = [
         _place(path, reducer, number, stack) for path, reducer in found for number, stack in enumerate(reducer.stacks)
     ]
     records = [
@@ -102,13 +102,13 @@ def status(target: Any) -> Status:
     return Status(
         name,
         found[0][1].config.to_dict(),
-        places,
+        locations,
         None if last is None else last.last_clusters,
         None if last is None else last.last_grid,
     )
 
 
-def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Place:
+def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> LocationStatus:
     record, config = reducer.records[stack.name], reducer.config
     level = reducer.last_levels.get(stack.name)
     scope = config.scope if level is None else config.scope_at(level)
@@ -135,7 +135,7 @@ def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> Pla
         reduced = sum(whole[:first]) + projection_flops(stack, projected)
         reduced += sum(block_flops(block, queries, clusters, others, record.attended) for block in stack.blocks[first:])
     where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
-    return record.place(where, number, restored, full, reduced)
+    return record.location_status(where, number, restored, full, reduced)
 
 
 def _status_of_processors(target: Any) -> Status:
@@ -148,5 +148,5 @@ def _status_of_processors(target: Any) -> Status:
     ]
     config = on[0][1].config.to_dict() if on else None
     restored = "after self-attention (copy)"
-    places = [Place(path, n, restored, None, None, 0, 0, None, None) for n, (path, _) in enumerate(on)]
-    return Status(type(target).__name__, config, places)
+    locations = [LocationStatus(path, n, restored, None, None, 0, 0, None, None) for n, (path, _) in enumerate(on)]
+    return Status(type(target).__name__, config, locations)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..apply import ailurus_on, ailurus_status
+from ..apply import ailurus_enabled, ailurus_status
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from . import counted_flops
@@ -120,7 +120,7 @@ def benchmark(
     Raises AiluRusError where the model cannot be reduced so, before the first image is read.
     """
     for config in configs.values():
-        with ailurus_on(loaded.model, config):
+        with ailurus_enabled(loaded.model, config):
             pass
     fidelity = {setting: _Fidelity() for setting in configs}
     flops: dict[Any, int] = {}
@@ -135,7 +135,7 @@ def benchmark(
         repeats,
         warmup=0,
         device=loaded.device,
-        around=lambda setting: ailurus_on(loaded.model, None if setting is None else configs[setting]),
+        around=lambda setting: ailurus_enabled(loaded.model, None if setting is None else configs[setting]),
         progress=progress,
     )
     plain, *reduced = (1e3 * taken for taken in seconds.values())
@@ -180,13 +180,13 @@ def _compare(
     if shape not in flops:
         flops[shape] = counted_flops(loaded.model, seen)
     for setting, config in configs.items():
-        with ailurus_on(loaded.model, config):
+        with ailurus_enabled(loaded.model, config):
             reduced, _ = _prediction(loaded(inputs))
             status = ailurus_status(loaded.model)
         found = fidelity[setting]
         found.full += flops[shape]
         found.reduced += flops[shape] - status.saved_flops
-        found.tokens = f"{status.places[0].num_tokens} → {status.places[0].num_clusters}"
+        found.tokens = f"{status.locations[0].num_tokens} → {status.locations[0].num_clusters}"
         found.cosine.append(F.cosine_similarity(plain, reduced, dim=-1).mean().item())
         if has_labels:
             found.agreement.append((plain.argmax(-1) == reduced.argmax(-1)).float().mean().item())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..apply import ailurus_on
+from ..apply import ailurus_enabled
 from ..visualization import class_palette, compare_predictions, overlay_labels
 from .timing import interleaved
 
@@ -108,11 +108,11 @@ def compare_image(
         repeats,
         warmup=1,
         device=loaded.device,
-        around=lambda name: ailurus_on(loaded.model, configs[name]),
+        around=lambda name: ailurus_enabled(loaded.model, configs[name]),
     )
     plain_ms, reduced_ms = 1e3 * seconds["plain"], 1e3 * seconds["reduced"]
     plain = segment(loaded, inputs, image)
-    with ailurus_on(loaded.model, loaded.ailurus):
+    with ailurus_enabled(loaded.model, loaded.ailurus):
         reduced = segment(loaded, inputs, image)
         pictures = loaded.draw_clusters(inputs)
     names = loaded.class_names()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import AiluRusError, UnsupportedModelError
 from .backend import weights_in_place
-from .forward_state import Run, Stage
+from .forward_state import ForwardState, Reduction
 
-Adapter = Callable[[dict[str, Any], Run, Stage, Tensor], Tensor]
+Adapter = Callable[[dict[str, Any], ForwardState, Reduction, Tensor], Tensor]
 
 
 # Relative position bias (BEiT, Data2VecVision): a table over displacements, expanded to [heads, 1 + N, 1 + N].
@@ -35,15 +35,15 @@ def relative_bias_modules(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def relative_bias_of_clusters(module: nn.Module, run: Run, stage: Stage) -> Tensor:
+def relative_bias_of_clusters(module: nn.Module, run: ForwardState, reduction: Reduction) -> Tensor:
     """Relative position bias between clusters, Tensor[B, heads, 1 + M, 1 + M].
 
     The bias of two clusters is the table's entry at the displacement of their centroids, which is the mean displacement
     of their tokens. The mean of the entries themselves would need all N² pairs, which is what is to be saved.
     """
     with weights_in_place(module):
-        table = _resized_table(module, stage.grid)
-    index = stage.once("relative index", lambda: _relative_index(stage))
+        table = _resized_table(module, reduction.grid)
+    index = reduction.once("relative index", lambda: _relative_index(reduction))
     batch, length, _ = index.shape
     return table.t().index_select(1, index.flatten()).view(-1, batch, length, length).transpose(0, 1)
 
@@ -57,10 +57,10 @@ def _resized_table(module: nn.Module, grid: tuple[int, ...]) -> Tensor:
     return torch.cat([new.permute(0, 2, 3, 1).flatten(0, 2), table[-3:]])
 
 
-def _relative_index(stage: Stage) -> Tensor:
+def _relative_index(reduction: Reduction) -> Tensor:
     """Rows of the resized table, LongTensor[B, 1 + M, 1 + M]; its last three are class to patch, patch to class, class to class."""
-    height, width = stage.grid
-    centroids = stage.centroids()
+    height, width = reduction.grid
+    centroids = reduction.centroids()
     displacement = (centroids[:, :, None] - centroids[:, None]).round().long()
     index = (displacement[..., 0] + height - 1) * (2 * width - 1) + displacement[..., 1] + width - 1
     patches = (2 * height - 1) * (2 * width - 1)
@@ -72,9 +72,9 @@ def _relative_index(stage: Stage) -> Tensor:
 def add_relative_bias(modules: list[nn.Module]) -> Adapter:
     """Adds the biases of `modules`; what a model expanded for all N tokens and gave as the mask is dropped."""
 
-    def adapter(arguments: dict[str, Any], run: Run, stage: Stage, bias: Tensor) -> Tensor:
+    def adapter(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
         for module in modules:
-            bias = bias + relative_bias_of_clusters(module, run, stage)
+            bias = bias + relative_bias_of_clusters(module, run, reduction)
         return bias
 
     return adapter
@@ -111,7 +111,7 @@ def _is_reduced(given: dict[str, Any]) -> bool:
 # Rotary position embeddings (DINOv3): (cos, sin) of angles that are linear in a patch's row and column.
 
 
-def rotate_at_centroids(arguments: dict[str, Any], run: Run, stage: Stage, bias: Tensor) -> Tensor:
+def rotate_at_centroids(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
     """Gives each representative the rotary embedding of its cluster's centroid."""
     given = arguments.get("position_embeddings")
     if not (isinstance(given, tuple) and len(given) == 2 and given[0].shape == (run.num_tokens, given[0].shape[-1])):
@@ -120,12 +120,12 @@ def rotate_at_centroids(arguments: dict[str, Any], run: Run, stage: Stage, bias:
         )
     # A step is 4π over the side's patches at most, and up to four times that by the augmentation of training.
     longest = 16 if run.training else 4
-    arguments["position_embeddings"] = stage.once("rotary", lambda: rotary_at_centroids(given, stage, longest))
+    arguments["position_embeddings"] = reduction.once("rotary", lambda: rotary_at_centroids(given, reduction, longest))
     return bias
 
 
 def rotary_at_centroids(
-    rotary: tuple[Tensor, Tensor], stage: Stage, longest_ambiguous: int = 4
+    rotary: tuple[Tensor, Tensor], reduction: Reduction, longest_ambiguous: int = 4
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin) at each cluster's centroid, Tensor[B, 1, M, D] each, from those of the patches, Tensor[N, D].
 
@@ -133,12 +133,12 @@ def rotary_at_centroids(
     cosine and sine tell a step's angle only where it is under half a turn: along a side of at most `longest_ambiguous`
     patches the nearest patch's angle is taken as it is.
     """
-    centroids = stage.centroids()
+    centroids = reduction.centroids()
     nearest = centroids.round()
-    place = (nearest[..., 0] * stage.grid[1] + nearest[..., 1]).long()
-    angle = torch.atan2(rotary[1].float(), rotary[0].float()).unflatten(0, stage.grid)
+    place = (nearest[..., 0] * reduction.grid[1] + nearest[..., 1]).long()
+    angle = torch.atan2(rotary[1].float(), rotary[0].float()).unflatten(0, reduction.grid)
     at_nearest = angle.flatten(0, 1)[place]
-    for axis, side in enumerate(stage.grid):
+    for axis, side in enumerate(reduction.grid):
         if side > longest_ambiguous:
             step = angle.select(axis, side // 2) - angle.select(axis, side // 2 - 1)
             step = torch.remainder(step[0] + torch.pi, 2 * torch.pi) - torch.pi
@@ -151,7 +151,7 @@ def rotary_at_centroids(
 # as the query may look at, which is exact where they are equal.
 
 
-def follow_query_mask(arguments: dict[str, Any], run: Run, stage: Stage, bias: Tensor) -> Tensor:
+def follow_query_mask(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
     """Replaces a mask over all N patches by one over clusters."""
     mask = arguments.get("attention_mask")
     if mask is None:
@@ -161,16 +161,16 @@ def follow_query_mask(arguments: dict[str, Any], run: Run, stage: Stage, bias: T
     front = mask.shape[-1] - run.num_tokens
     # The same for all heads, and open for all but the queries.
     allowed = (mask[:, 0, :front, front:] >= 0).transpose(1, 2).float()
-    count = stage.clusters.merge(allowed) * stage.clusters.counts[..., None]
+    count = reduction.clusters.merge(allowed) * reduction.clusters.counts[..., None]
     # Rounded, because a mean times a count is a whole number but for rounding.
     of_queries = F.pad(count.round().log().transpose(1, 2), (front, 0))[:, None]
-    of_patches = bias.expand(-1, 1, stage.clusters.num_clusters, -1)
+    of_patches = bias.expand(-1, 1, reduction.clusters.num_clusters, -1)
     return torch.cat([of_queries.to(bias.dtype), of_patches], 2)
 
 
 # Padding behind the patches (SigLIP 2): nobody looks at it. The mask that says so is as long as all N patches.
 
 
-def mask_padding(arguments: dict[str, Any], run: Run, stage: Stage, bias: Tensor) -> Tensor:
+def mask_padding(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
     """The bias with padding closed; the mask over all patches is dropped."""
     return F.pad(bias[..., : bias.shape[-1] - run.suffix], (0, run.suffix), value=-torch.inf)

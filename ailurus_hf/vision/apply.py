@@ -76,7 +76,7 @@ def status(target: nn.Module) -> Status:
     return Status(
         name,
         reducers[0].config.to_dict(),
-        [place for reducer in reducers for place in reducer.places()],
+        [place for reducer in reducers for place in reducer.locations()],
         last.last_clusters,
         last.last_grid,
     )

@@ -1,6 +1,6 @@
 """EncoderReducer: the hooks that run an encoder's later layers on representatives and unmerge the result.
 
-One forward goes: encoder pre-hook (a new Run) -> layers up to L as they are -> pre-hook of layer L (cluster, merge) ->
+One forward goes: encoder pre-hook (a new ForwardState) -> layers up to L as they are -> pre-hook of layer L (cluster, merge) ->
 each later layer gets the count bias as an argument -> restored after the last layer, at `restore_location`, or after the
 token decoder. Hidden states that somebody reads are unmerged where they leave the stack of layers. Layers receive
 everything by argument, so that gradient checkpointing recomputes the same.
@@ -21,7 +21,7 @@ from ..clustering import Clustering, Nesting
 from ..config import AiluRusConfig
 from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
-from ..status import Place, Record
+from ..status import LocationStatus, Record
 from . import adapters
 from .backend import (
     EAGER_NAME,
@@ -32,8 +32,8 @@ from .backend import (
     use_ailurus_attention,
 )
 from .discovery import FoundEncoder
-from .encoder_status import encoder_places
-from .forward_state import Run, Stage, thread
+from .encoder_status import encoder_locations
+from .forward_state import ForwardState, Reduction, thread
 from .weighted_probabilities import weighted_probabilities
 
 
@@ -47,8 +47,8 @@ class EncoderReducer:
     nesting: Nesting
     records: list[Record] = field(default_factory=list)
     hooks: Hooks = field(default_factory=Hooks)
-    # One model may run in several threads at once, so each has a Run of its own.
-    runs: dict[int, Run] = field(default_factory=dict)
+    # One model may run in several threads at once, so each has a ForwardState of its own.
+    runs: dict[int, ForwardState] = field(default_factory=dict)
     # What the reader around the encoder is about to read.
     wanted: dict[int, frozenset[int] | None] = field(default_factory=dict)
 
@@ -101,9 +101,9 @@ class EncoderReducer:
     def module(self) -> nn.Module:
         return self.found.encoder
 
-    def places(self) -> list[Place]:
+    def locations(self) -> list[LocationStatus]:
         """What the last forward did at each location, for the status table."""
-        return encoder_places(self)
+        return encoder_locations(self)
 
     def install(self) -> None:
         found, locations, last, hooks = self.found, self.config.locations, self.restore_location, self.hooks
@@ -165,7 +165,7 @@ class EncoderReducer:
         else:
             reads = None if _asks_for_states(encoder, kwargs) else family.reads
             wanted = None if reads is None else frozenset(reads(encoder))
-        self.runs[thread()] = Run(
+        self.runs[thread()] = ForwardState(
             grid,
             num_tokens,
             self._targets(num_tokens),
@@ -196,23 +196,23 @@ class EncoderReducer:
         hidden_states = arguments.pop(self.parameters[0])
         if index in self.config.locations:
             hidden_states = self._reduce(run, self.config.locations.index(index), hidden_states)
-        elif run.stage is not None and index - 1 in run.between:
-            hidden_states = run.merge(hidden_states, run.stage)
-        if run.stage is None:
+        elif run.reduction is not None and index - 1 in run.between:
+            hidden_states = run.merge(hidden_states, run.reduction)
+        if run.reduction is None:
             return args, kwargs
         if arguments.get(self.bias_parameter) is not None and not self.takes_masks:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
-        front = hidden_states.shape[1] - run.suffix - run.stage.clusters.num_clusters
-        bias = run.stage.clusters.log_counts(front, run.suffix)[:, None, None, :]
+        front = hidden_states.shape[1] - run.suffix - run.reduction.clusters.num_clusters
+        bias = run.reduction.clusters.log_counts(front, run.suffix)[:, None, None, :]
         for adapter in self.adapters[index]:
-            bias = adapter(arguments, run, run.stage, bias)
+            bias = adapter(arguments, run, run.reduction, bias)
         arguments[self.bias_parameter] = bias.to(hidden_states.dtype)
         return (hidden_states,), arguments
 
-    def _reduce(self, run: Run, place: int, hidden_states: Tensor) -> Tensor:
+    def _reduce(self, run: ForwardState, place: int, hidden_states: Tensor) -> Tensor:
         """Clusters, and gives back the sequence with representatives for patches."""
         target, record, location = run.targets[place], self.records[place], self.config.locations[place]
-        before = run.stage
+        before = run.reduction
         left = run.num_tokens if before is None else before.clusters.num_clusters
         # Behind a layer whose output the model reads on the grid there are all patches again.
         is_merged = before is not None and location - 1 not in run.between
@@ -230,11 +230,11 @@ class EncoderReducer:
             representatives = patches if is_merged else before.clusters.merge(patches)
             clusters = self.nesting(before.clusters, representatives, tokens, run.grid, target)
         # Also where the output is copied: the hidden state at L itself was never reduced.
-        run.stages.append(Stage(location, run.grid, clusters, tokens, clusters.merge(tokens)))
+        run.reductions.append(Reduction(location, run.grid, clusters, tokens, clusters.merge(tokens)))
         record.reduced(left, clusters.num_clusters, clusters, run.grid)
-        return torch.cat([front, run.stages[-1].merged, suffix], 1)
+        return torch.cat([front, run.reductions[-1].merged, suffix], 1)
 
-    def _check_length(self, run: Run, hidden_states: Tensor, patches: int, location: int) -> None:
+    def _check_length(self, run: ForwardState, hidden_states: Tensor, patches: int, location: int) -> None:
         """Whether the sequence is prefix + patches + suffix; queries that have joined count to the prefix."""
         around, queries = self.found.prefix + run.suffix, self.found.family.queries
         length = hidden_states.shape[1] - around
@@ -248,47 +248,47 @@ class EncoderReducer:
     def leave_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
         run = self.runs[thread()]
         is_last = index == self.restore_location - 1 and not self.through_decoder
-        if run.stage is None or not (is_last or index in run.between):
+        if run.reduction is None or not (is_last or index in run.between):
             return output
         if isinstance(output, tuple):
-            return (run.unmerge(output[0], run.stage, self.config.restore), *output[1:])
-        return run.unmerge(output, run.stage, self.config.restore)
+            return (run.unmerge(output[0], run.reduction, self.config.restore), *output[1:])
+        return run.unmerge(output, run.reduction, self.config.restore)
 
     def finish_stack(self, stack: nn.Module, args: tuple, output: Any) -> Any:
         return self._unmerge_hidden_states(self.runs[thread()], output)
 
     def finish_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
         run = self.runs[thread()]
-        if not run.stages and any(target is not None for target in run.targets):
+        if not run.reductions and any(target is not None for target in run.targets):
             raise UnsupportedModelError(
                 f"{type(encoder).__name__} ran without calling its layers as modules, so their hooks saw no token and nothing "
                 "was reduced; this version of transformers runs them in a way that is not known here"
             )
         output = self._unmerge_hidden_states(run, output)
-        if run.stage is None or not self.through_decoder:
+        if run.reduction is None or not self.through_decoder:
             del self.runs[thread()]
         return output
 
     def enter_decoder_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         run = self.runs.get(thread())
-        if run is None or run.stage is None:
+        if run is None or run.reduction is None:
             return args, kwargs
         arguments = {**dict(zip(self.decoder_parameters[1:], args[1:])), **kwargs}
         if arguments.get(self.decoder_bias_parameter) is not None:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
-        bias = run.stage.clusters.log_counts(0, self.found.decoder_suffix)[:, None, None, :]
+        bias = run.reduction.clusters.log_counts(0, self.found.decoder_suffix)[:, None, None, :]
         arguments[self.decoder_bias_parameter] = bias.to(args[0].dtype)
         return (args[0],), arguments
 
     def finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
         run = self.runs.pop(thread(), None)
-        return output if run is None or run.stage is None else run.stage.unmerge(output, self.config.restore)
+        return output if run is None or run.reduction is None else run.reduction.unmerge(output, self.config.restore)
 
     # Hidden states: transformers collects what layers put out, which is M long; they are unmerged once, where they leave.
 
-    def _unmerge_hidden_states(self, run: Run, output: Any) -> Any:
+    def _unmerge_hidden_states(self, run: ForwardState, output: Any) -> Any:
         """The output with all hidden states that somebody reads N tokens long."""
-        if not run.stages or run.states_unmerged:
+        if not run.reductions or run.states_unmerged:
             return output
         if isinstance(output, tuple):
             # return_dict=False: hidden states are the tuple of [B, L, C], attention maps that of [B, heads, L, L].
@@ -303,7 +303,7 @@ class EncoderReducer:
             run.states_unmerged = True
         return output
 
-    def _unmerge_each(self, run: Run, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    def _unmerge_each(self, run: ForwardState, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         unmerged = []
         for location, state in enumerate(hidden_states):
             is_read = run.wanted is None or location in run.wanted
@@ -312,9 +312,9 @@ class EncoderReducer:
             unmerged.append(state)
         return tuple(unmerged)
 
-    def _unmerge_at(self, run: Run, location: int, state: Tensor) -> Tensor:
+    def _unmerge_at(self, run: ForwardState, location: int, state: Tensor) -> Tensor:
         """The hidden state at a location, from what was collected there."""
-        first = run.stages[0]
+        first = run.reductions[0]
         if location == first.location == 0:
             if state.shape[1] == self.found.prefix + run.num_tokens + run.suffix:
                 return state
@@ -324,9 +324,9 @@ class EncoderReducer:
         is_last = location == self.restore_location and not self.through_decoder
         if is_last or location > self.restore_location or location - 1 in run.between:
             return state
-        for stage in reversed(run.stages):
-            if stage.location < location:
-                return run.unmerge(state, stage, self.config.restore)
+        for reduction in reversed(run.reductions):
+            if reduction.location < location:
+                return run.unmerge(state, reduction, self.config.restore)
         return state
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..status import Place
+from ..status import LocationStatus
 from .flops import layers_flops
 
 if TYPE_CHECKING:
     from .encoder import EncoderReducer
 
 
-def encoder_places(reducer: EncoderReducer) -> list[Place]:
-    """One Place a location."""
+def encoder_locations(reducer: EncoderReducer) -> list[LocationStatus]:
+    """One LocationStatus a location."""
     return [_place(reducer, number) for number in range(len(reducer.records))]
 
 
-def _place(reducer: EncoderReducer, number: int) -> Place:
+def _place(reducer: EncoderReducer, number: int) -> LocationStatus:
     record, found, config = reducer.records[number], reducer.found, reducer.config
     locations = config.locations
     if reducer.through_decoder:
@@ -31,7 +31,7 @@ def _place(reducer: EncoderReducer, number: int) -> Place:
     if (first := reducer.records[0].last_tokens) is not None and record.last_clusters_count is not None:
         full, reduced = (_flops(reducer, number, first, count) for count in (first, record.last_clusters_count))
     where = type(found.encoder).__name__
-    return record.place(where, locations[number], f"{restored} ({config.restore})", full, reduced)
+    return record.location_status(where, locations[number], f"{restored} ({config.restore})", full, reduced)
 
 
 def _flops(reducer: EncoderReducer, number: int, num_tokens: int, num_clusters: int) -> float:

@@ -1,4 +1,4 @@
-"""Run: what one forward carries from hook to hook, and how N tokens become M and M become N again.
+"""ForwardState: what one forward carries from hook to hook, and how N tokens become M and M become N again.
 
 A sequence is front + patches + suffix: class, distillation, register and query tokens in front, detection tokens behind.
 What stands in front may grow between layers, so patches are counted from the end.
@@ -19,18 +19,18 @@ from ..clusters import TokenClusters
 
 
 def thread() -> int:
-    """The running thread: one model may run in several at once, and each has a Run of its own."""
-    # The compiler cannot trace the question; compiled graphs keep a Run of their own.
+    """The running thread: one model may run in several at once, and each has a ForwardState of its own."""
+    # The compiler cannot trace the question; compiled graphs keep a ForwardState of their own.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 @dataclass(eq=False)
-class Stage:
+class Reduction:
     """One reduction: from a location on, the patches are M representatives.
 
-    clusters: of the N patches, also where an earlier stage had merged them: clusters nest.
+    clusters: of the N patches, also where an earlier reduction had merged them: clusters nest.
     tokens, merged: the patches at the location before and after merging, Tensor[B, N, C] and [B, M, C].
-    derived: what adapters made of the clusters, to be used by all layers of the stage.
+    derived: what adapters made of the clusters, to be used by all layers of the reduction.
     """
 
     location: int
@@ -61,7 +61,7 @@ class Stage:
 
 
 @dataclass(eq=False)
-class Run:
+class ForwardState:
     """One forward of one encoder.
 
     targets: M of each place, in order; None where the image has no more tokens than that.
@@ -77,12 +77,12 @@ class Run:
     between: frozenset[int] = frozenset()
     wanted: frozenset[int] | None = None
     training: bool = False
-    stages: list[Stage] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
     states_unmerged: bool = False
 
     @property
-    def stage(self) -> Stage | None:
-        return self.stages[-1] if self.stages else None
+    def reduction(self) -> Reduction | None:
+        return self.reductions[-1] if self.reductions else None
 
     def split(self, hidden_states: Tensor, num_patches: int) -> tuple[Tensor, Tensor, Tensor]:
         """Front, patches and suffix of a sequence."""
@@ -93,12 +93,12 @@ class Run:
             hidden_states[:, front + num_patches :],
         )
 
-    def unmerge(self, hidden_states: Tensor, stage: Stage, restore: str | None) -> Tensor:
-        """A sequence with all N patches from one with a stage's M."""
-        front, representatives, suffix = self.split(hidden_states, stage.clusters.num_clusters)
-        return torch.cat([front, stage.unmerge(representatives, restore), suffix], 1)
+    def unmerge(self, hidden_states: Tensor, reduction: Reduction, restore: str | None) -> Tensor:
+        """A sequence with all N patches from one with a reduction's M."""
+        front, representatives, suffix = self.split(hidden_states, reduction.clusters.num_clusters)
+        return torch.cat([front, reduction.unmerge(representatives, restore), suffix], 1)
 
-    def merge(self, hidden_states: Tensor, stage: Stage) -> Tensor:
-        """A sequence with a stage's M patches from one with all N."""
+    def merge(self, hidden_states: Tensor, reduction: Reduction) -> Tensor:
+        """A sequence with a reduction's M patches from one with all N."""
         front, patches, suffix = self.split(hidden_states, self.num_tokens)
-        return torch.cat([front, stage.clusters.merge(patches), suffix], 1)
+        return torch.cat([front, reduction.clusters.merge(patches), suffix], 1)

@@ -23,7 +23,7 @@ from ..clusters import TokenClusters
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..hooks import Hooks
-from ..status import Place, Record
+from ..status import LocationStatus, Record
 from .backend import attention_configs, qualified_name, use_ailurus_attention
 from .forward_state import thread
 
@@ -52,7 +52,7 @@ class StageReducer:
     clustering: Clustering
     records: list[Record] = field(default_factory=lambda: [Record()])
     hooks: Hooks = field(default_factory=Hooks)
-    # One model may run in several threads at once, so each has clusters and a Run of its own.
+    # One model may run in several threads at once, so each has clusters and a ForwardState of its own.
     clusters: dict[int, TokenClusters | None] = field(default_factory=dict)
     runs: dict[int, StageRun] = field(default_factory=dict)
 
@@ -160,7 +160,7 @@ class StageReducer:
         # Gradient checkpointing, which runs a block again later, hands it the clusters as an argument.
         self.clusters.pop(thread(), None)
 
-    def places(self) -> list[Place]:
+    def locations(self) -> list[LocationStatus]:
         """What the last forward did, for the status table."""
         record, full, reduced = self.records[0], None, None
         if record.last_tokens is not None and record.last_clusters_count is not None:
@@ -172,7 +172,7 @@ class StageReducer:
                 block_flops(block, record.last_tokens, record.last_clusters_count) for block in inside
             )
         where = f"{type(self.module).__name__} {self.number}"
-        return [record.place(where, self.first, "in every layer (residual)", full, reduced)]
+        return [record.location_status(where, self.first, "in every layer (residual)", full, reduced)]
 
 
 def block_flops(block: Any, num_tokens: int, num_clusters: int) -> float:

@@ -22,10 +22,10 @@ from ..clustering import Clustering
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..hooks import Hooks
-from ..status import Place, Record
+from ..status import LocationStatus, Record
 from .backend import qualified_name, weights_in_place
 from .flops import layer_flops
-from .forward_state import Stage, thread
+from .forward_state import Reduction, thread
 
 # The layers: the name of their attention, and whether their tokens are Tensor[B, C, H, W] (else [B, H, W, C]).
 LAYERS = {
@@ -46,7 +46,7 @@ class GlobalLayerReducer:
     records: list[Record] = field(default_factory=lambda: [Record()])
     hooks: Hooks = field(default_factory=Hooks)
     # One model may run in several threads at once.
-    runs: dict[int, Stage | None] = field(default_factory=dict)
+    runs: dict[int, Reduction | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name, self.channels_first = LAYERS[qualified_name(self.module)]
@@ -87,16 +87,16 @@ class GlobalLayerReducer:
         tokens = hidden.flatten(1, 2)
         clusters = self.clustering(tokens, grid, target)
         self.records[0].reduced(num_tokens, clusters.num_clusters, clusters, grid)
-        stage = Stage(self.number - 1, grid, clusters, tokens, clusters.merge(tokens))
-        self.runs[thread()] = stage
+        reduction = Reduction(self.number - 1, grid, clusters, tokens, clusters.merge(tokens))
+        self.runs[thread()] = reduction
         # A column of representatives, which the layer takes for a grid.
-        merged = stage.merged[:, :, None]
+        merged = reduction.merged[:, :, None]
         return (merged.permute(0, 3, 1, 2) if self.channels_first else merged, *args[1:]), kwargs
 
     def attend(self, attention: Any, *args: Any, **kwargs: Any) -> Any:
         """Attention of representatives Tensor[B, M, 1, C], which count for their tokens; else the model's own."""
-        stage = self.runs.get(thread())
-        if stage is None:
+        reduction = self.runs.get(thread())
+        if reduction is None:
             own = self.own_forward or partial(type(attention).forward, attention)
             return own(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -104,10 +104,10 @@ class GlobalLayerReducer:
             raise AiluRusError("attention maps of global layers are not kept: call the model without output_attentions")
         heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
         query, key, value = attention.qkv(hidden[:, :, 0]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = stage.clusters.log_counts()[:, None, None].to(query.dtype)
+        bias = reduction.clusters.log_counts()[:, None, None].to(query.dtype)
         if hasattr(attention, "rel_pos_h"):
             with weights_in_place(attention):
-                bias = bias + relative_scores(attention, query, stage)
+                bias = bias + relative_scores(attention, query, reduction)
         dropout = getattr(attention, "dropout", 0.0) if attention.training else 0.0
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=attention.scale
@@ -115,30 +115,30 @@ class GlobalLayerReducer:
         return attention.proj(out.transpose(1, 2).flatten(2))[:, :, None], None
 
     def leave(self, layer: nn.Module, args: tuple, output: Any) -> Any:
-        stage = self.runs.pop(thread(), None)
-        if stage is None:
+        reduction = self.runs.pop(thread(), None)
+        if reduction is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
         representatives = hidden[..., 0].transpose(1, 2) if self.channels_first else hidden[:, :, 0]
-        tokens = stage.unmerge(representatives, "residual").unflatten(1, stage.grid)
+        tokens = reduction.unmerge(representatives, "residual").unflatten(1, reduction.grid)
         tokens = tokens.permute(0, 3, 1, 2) if self.channels_first else tokens
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
-    def places(self) -> list[Place]:
+    def locations(self) -> list[LocationStatus]:
         """What the last forward did, for the status table; FLOPs are the layer's own."""
         record = self.records[0]
         tokens, count = record.last_tokens, record.last_clusters_count
         full = None if tokens is None else layer_flops(self.module, tokens)
         reduced = None if count is None else layer_flops(self.module, count)
         where = f"{type(self.module).__name__} {self.number}"
-        return [record.place(where, self.number - 1, "behind the layer (residual)", full, reduced)]
+        return [record.location_status(where, self.number - 1, "behind the layer (residual)", full, reduced)]
 
 
-def relative_scores(attention: Any, query: Tensor, stage: Stage) -> Tensor:
+def relative_scores(attention: Any, query: Tensor, reduction: Reduction) -> Tensor:
     """What a query adds for how many rows and columns a key is away, between centroids: Tensor[B, heads, M, M]."""
     resized = getattr(attention, "get_rel_pos", None) or sys.modules[type(attention).__module__].get_rel_pos
-    centroids, total = stage.centroids(), query.new_zeros(())
-    for axis, side, table in zip((0, 1), stage.grid, (attention.rel_pos_h, attention.rel_pos_w), strict=True):
+    centroids, total = reduction.centroids(), query.new_zeros(())
+    for axis, side, table in zip((0, 1), reduction.grid, (attention.rel_pos_h, attention.rel_pos_w), strict=True):
         # Tensor[side, side, D] for every pair of rows, of which one row and one column hold all differences.
         pairs = resized(side, side, table)
         by_difference = torch.cat([pairs[0].flip(0), pairs[1:, 0]])

@@ -58,8 +58,10 @@ def test_a_clip_goes_in_and_a_video_comes_out(capsys: pytest.CaptureFixture[str]
     assert (len(frames), clip.size, clip.fps) == (12, (48, 32), 12)
     assert (found["frames"], found["size"], found["fps"]) == (12, [48, 32], 12)
     assert all(np.asarray(frame).std() > 5 for frame in frames)
-    reduced = [place for place in found["ailurus"]["places"] if place["num_clusters"] < place["num_tokens"]]
-    assert {place["num_tokens"] for place in reduced} == {384, 96}
+    reduced = [
+        location for location in found["ailurus"]["locations"] if location["num_clusters"] < location["num_tokens"]
+    ]
+    assert {location["num_tokens"] for location in reduced} == {384, 96}
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 

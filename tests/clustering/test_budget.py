@@ -54,9 +54,9 @@ def test_flat_images_keep_the_least_and_noise_the_most(name):
         ("half", torch.cat([noise(1, 3, 32, 24), torch.ones(1, 3, 32, 24)], -1)),
     ):
         out = predict(model, name, x)
-        place = ailurus_status(model).places[0]
-        kept[kind] = place.num_clusters
-        assert out.isfinite().all() and place.num_tokens == CASES[name].num_tokens and 0 < place.flops_saved < 1
+        location = ailurus_status(model).locations[0]
+        kept[kind] = location.num_clusters
+        assert out.isfinite().all() and location.num_tokens == CASES[name].num_tokens and 0 < location.flops_saved < 1
     assert kept["flat"] == 24 and kept["noise"] == 72 and 40 <= kept["half"] <= 54
 
 
@@ -66,7 +66,7 @@ def test_a_stage_of_segformer_too():
     for x in (torch.zeros(1, 3, 96, 160), noise(1, 3, 96, 160)):
         with torch.no_grad():
             model(x)
-        kept.append(ailurus_status(model).places[0].num_clusters)
+        kept.append(ailurus_status(model).locations[0].num_clusters)
     assert 15 <= kept[0] < kept[1] <= 45  # the grid's border is no flat place
 
 

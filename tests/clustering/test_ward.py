@@ -144,7 +144,7 @@ def test_on_a_model_eager_and_compiled_in_two_steps(restore):
     apply_ailurus(model, cluster_location=(1, 2), keep_ratio=(0.5, 0.25), **settings)
     after = predict(model, name, x)
     status = ailurus_status(model)
-    assert [place.num_clusters for place in status.places] == [48, 24] and not torch.equal(before, after)
+    assert [location.num_clusters for location in status.locations] == [48, 24] and not torch.equal(before, after)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(predict(compiled, name, x), after)

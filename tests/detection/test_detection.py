@@ -121,8 +121,8 @@ def test_reduced_maps_change_and_come_back(name, taps, fields):
     reduced = maps_of(made, x)
     assert lengths == [15 + 1]
     assert [m.shape for m in reduced] == [m.shape for m in plain]
-    place = ailurus_status(made).places[-1]
-    assert (place.num_tokens or 0) > place.num_clusters == 15
+    location = ailurus_status(made).locations[-1]
+    assert (location.num_tokens or 0) > location.num_clusters == 15
     for number, (a, b) in enumerate(zip(plain, reduced, strict=True)):
         tap = made.taps[number if len(made.taps) == 4 else 0]
         assert torch.equal(a, b) == (tap <= 1), f"map {number} of layer {tap}"
@@ -147,11 +147,11 @@ def test_maps_equal_the_plain_ones_on_duplicated_tokens(name, taps):
 
 
 def test_only_what_is_read_is_unmerged(monkeypatch):
-    from ailurus_hf.vision.forward_state import Stage
+    from ailurus_hf.vision.forward_state import Reduction
 
     unmerged = []
-    unmerge = Stage.unmerge
-    monkeypatch.setattr(Stage, "unmerge", lambda *args: (unmerged.append(1), unmerge(*args))[1])
+    unmerge = Reduction.unmerge
+    monkeypatch.setattr(Reduction, "unmerge", lambda *args: (unmerged.append(1), unmerge(*args))[1])
     for taps, times in (((2, 2, 3, 4), 3), ((DEPTH,), 1)):
         maps_of(apply_ailurus(pyramid("ViT", taps), **REDUCED), images())
         assert len(unmerged) == times
@@ -207,8 +207,8 @@ def test_detector_on_and_off(mask_rcnn, name, taps):
         apply_ailurus(detector, **REDUCED)
         reduced = detector(pictures)
         # 64 x 90 and 96 x 61 pixels, padded to common whole patches.
-        (place,) = ailurus_status(detector).places
-        assert (place.num_tokens, place.num_clusters) == (12 * 12, 36) and place.flops_saved > 0.3
+        (location,) = ailurus_status(detector).locations
+        assert (location.num_tokens, location.num_clusters) == (12 * 12, 36) and location.flops_saved > 0.3
         remove_ailurus(detector)
         again = detector(pictures)
     for picture, before, between, after in zip(pictures, plain, reduced, again, strict=True):

@@ -62,7 +62,7 @@ def test_identity_where_no_token_has_to_go(name, way):
     torch.testing.assert_close(predict(network, name, x), plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
     apply_ailurus(network, **{**SETTINGS, **way, "min_tokens": 10**4})
     torch.testing.assert_close(predict(network, name, x), plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
-    assert all(p.num_tokens == p.num_clusters and p.clusterings == 0 for p in ailurus_status(network).places)
+    assert all(p.num_tokens == p.num_clusters and p.clusterings == 0 for p in ailurus_status(network).locations)
 
 
 @on_every_network
@@ -86,7 +86,7 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
             network.pos_embed.pos_embed.zero_()
         doubled = duplicated(latents((4, 3, 2, 2) if name == "Wan" else (4, 4, 4)), 4)
         reduced = predict(network, name, doubled)
-        assert [p.num_clusters for p in ailurus_status(network).places] == [doubled[0, 0].numel() // 16]
+        assert [p.num_clusters for p in ailurus_status(network).locations] == [doubled[0, 0].numel() // 16]
         plain = predict(remove_ailurus(network), name, doubled)
         torch.testing.assert_close(reduced, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
         return
@@ -103,7 +103,7 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
         reducer.store.begin(max(LATENTS), False, 5, None)
         reduced[stack.name] = run(stack)
         reducer.store.end()
-    assert all(p.num_tokens == 4 * p.num_clusters for p in ailurus_status(network).places)
+    assert all(p.num_tokens == 4 * p.num_clusters for p in ailurus_status(network).locations)
     remove_ailurus(network)
     for stack in reducer.stacks:
         plain = run(stack)
@@ -158,14 +158,14 @@ def test_status_says_what_happened(name):
     assert "no forward yet" in str(ailurus_status(network))
     predict(network, name, sample(name))
     status = ailurus_status(network)
-    grids = {p.num_tokens for p in status.places}
+    grids = {p.num_tokens for p in status.locations}
     assert grids == {math.prod(grid) for grid in NETWORKS[name].grids}
-    assert all(p.num_clusters == p.num_tokens // 4 and 0.3 < p.flops_saved < 1 for p in status.places)
+    assert all(p.num_clusters == p.num_tokens // 4 and 0.3 < p.flops_saved < 1 for p in status.locations)
     # Once a resolution; all other stacks of it take that assignment.
-    assert sum(p.clusterings for p in status.places) == len(grids)
+    assert sum(p.clusterings for p in status.locations) == len(grids)
     assert status.last_clusters.num_tokens == max(grids)
     assert status.to_dict()["config"]["keep_ratio"] == SETTINGS["keep_ratio"]
-    assert name != "UNetMotionModel" or not any("motion" in p.where for p in status.places)
+    assert name != "UNetMotionModel" or not any("motion" in p.where for p in status.locations)
 
 
 @on_every_network
@@ -209,14 +209,14 @@ def test_a_ratio_for_each_level():
     network, x = make_network("UNet"), sample("UNet", batch=1)
     apply_ailurus(network, keep_ratio={1: 0.125, 2: 0.5}, min_tokens=1)
     predict(network, "UNet", x)
-    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(96, 12), (24, 12)}
+    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).locations} == {(96, 12), (24, 12)}
     apply_ailurus(network, keep_ratio={2: 0.5}, min_tokens=1)
     predict(network, "UNet", x)
-    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(96, 96), (24, 12)}
+    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).locations} == {(96, 96), (24, 12)}
     # At odd sizes levels are rounded up, and still known.
     apply_ailurus(network, keep_ratio={1: 0.125, 2: 0.5}, min_tokens=1)
     predict(network, "UNet", latents((4, 9, 7), batch=1))
-    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).places} == {(63, 8), (20, 10)}
+    assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).locations} == {(63, 8), (20, 10)}
 
 
 @pytest.mark.parametrize("name", ["UNet", "ControlNet", "UNetMotionModel"])
@@ -226,7 +226,7 @@ def test_queries_are_merged_at_the_levels_that_say_so(name):
 
     def reduced(reduce):
         out = predict(apply_ailurus(network, **SETTINGS, scope="attention", reduce=reduce), name, x)
-        return out, sum(place.reduced_flops for place in ailurus_status(network).places)
+        return out, sum(location.reduced_flops for location in ailurus_status(network).locations)
 
     (merged, fewest), (keys, most) = reduced("qkv"), reduced("kv")
     mixed, between = reduced({2: "kv"})
@@ -250,7 +250,9 @@ def test_a_scope_for_each_level(name, projections):
     assert torch.equal(reduced(**everywhere), reduced(scope="attention", reduce="kv"))
     torch.testing.assert_close(reduced(scope={16: "attention"}), reduced(), rtol=1e-4, atol=1e-5 * plain.abs().max())
     mixed = reduced(scope={2: "attention"}, reduce="kv")
-    ways = {(place.num_tokens, "self-attention" in place.restored) for place in ailurus_status(network).places}
+    ways = {
+        (location.num_tokens, "self-attention" in location.restored) for location in ailurus_status(network).locations
+    }
     assert ways == {(math.prod(grid), grid == (4, 6)) for grid in NETWORKS[name].grids}
     assert name == "SDXL UNet" or not torch.allclose(mixed, reduced(**everywhere))
     assert torch.equal(predict(remove_ailurus(network), name, x), plain)
@@ -284,7 +286,7 @@ def test_tokens_are_clustered_at_the_output_of_a_block(name, scope):
         for number in range(location + 1):
             assert torch.equal(entering[number], plain[number])
         assert len(clustered) == 1 and (scope == "attention" or torch.equal(clustered[0], plain[location]))
-        saved.append(ailurus_status(network).places[0].flops_saved)
+        saved.append(ailurus_status(network).locations[0].flops_saved)
     assert saved[0] > saved[1] > 0 and not torch.allclose(*outputs)
     with pytest.raises(AiluRusError, match=f"below the {len(blocks)} blocks.*got {len(blocks)}"):
         apply_ailurus(network, **{**SETTINGS, "cluster_location": len(blocks)})
@@ -294,7 +296,7 @@ def test_each_stack_clusters_its_own_tokens():
     network, x = make_network("UNet"), sample("UNet")
     by_resolution = predict(apply_ailurus(network, **SETTINGS), "UNet", x)
     by_stack = predict(apply_ailurus(network, **SETTINGS, cluster_per="stack"), "UNet", x)
-    assert all(place.clusterings == place.forwards == 1 for place in ailurus_status(network).places)
+    assert all(location.clusterings == location.forwards == 1 for location in ailurus_status(network).locations)
     every = [record.last_clusters for record in reducers_of(network)[0][1].records.values()]
     first, *_, last = (clusters for clusters in every if clusters.num_tokens == math.prod(LATENTS))
     assert not torch.equal(first.assignment, last.assignment)
@@ -303,7 +305,7 @@ def test_each_stack_clusters_its_own_tokens():
     for timestep in (9, 8, 7):
         with torch.no_grad():
             network(x, timestep, **NETWORKS["UNet"].conditions(2))
-    assert {place.clusterings for place in ailurus_status(network).places} == {2}
+    assert {location.clusterings for location in ailurus_status(network).locations} == {2}
 
 
 @on_every_network

@@ -77,7 +77,7 @@ def test_reduced_networks_skip_as_whole_ones_do(cache, way, cached_first):
     skipped = run(pipe)
     assert torch.equal(run(pipe), skipped)
     assert skipped.isfinite().all() and (skipped - want).abs().max() > 1e-4
-    assert all(place.num_clusters == place.num_tokens // 4 for place in ailurus_status(pipe).places)
+    assert all(location.num_clusters == location.num_tokens // 4 for location in ailurus_status(pipe).locations)
     # Of the full size, which is never skipped as a whole, in every second step; twice.
     assert clusterings(pipe)[0] == STEPS
     whole = text_to_image()[0]

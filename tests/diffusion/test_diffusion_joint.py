@@ -211,11 +211,11 @@ def test_processors_that_do_something_else_are_refused_or_noticed(caplog):
         # On all tokens, because nothing would weigh the representatives.
         torch.testing.assert_close(predict(network, "SD3", x), plain, rtol=1e-4, atol=1e-4)
     assert "2 of 2 self-attention layers" in caplog.text
-    place = ailurus_status(network).places[0]
-    assert place.restored == "processor lost" and place.num_tokens == place.num_clusters == 96
+    location = ailurus_status(network).locations[0]
+    assert location.restored == "processor lost" and location.num_tokens == location.num_clusters == 96
     apply_ailurus(network, **SETTINGS)
     predict(network, "SD3", x)
-    assert ailurus_status(network).places[0].num_clusters == 24
+    assert ailurus_status(network).locations[0].num_clusters == 24
     remove_ailurus(network)
     assert type(layer.processor).__name__ == "FusedJointAttnProcessor2_0"
 
@@ -263,7 +263,7 @@ def test_skipped_blocks():
     plain = predict(network, "SD3", x)
     for skipped in ([0], [1]):
         reduced = predict(apply_ailurus(network, **SETTINGS), "SD3", x, skip_layers=skipped)
-        assert reduced.shape == plain.shape and ailurus_status(network).places[0].num_clusters == 24
+        assert reduced.shape == plain.shape and ailurus_status(network).locations[0].num_clusters == 24
         assert not torch.equal(reduced, predict(remove_ailurus(network), "SD3", x, skip_layers=skipped))
     apply_ailurus(network, **SETTINGS)
     all_skipped = predict(network, "SD3", x, skip_layers=[0, 1])
@@ -341,9 +341,9 @@ def test_assignments_serve_so_many_steps_and_no_other_generation(name, refresh_e
     pipe = apply_ailurus(make_pipeline(name), **SETTINGS, refresh_every=refresh_every)
     for images in (1, 2):
         generate(pipe, steps=6, seed=images)
-        place = ailurus_status(pipe).places[0]
-        assert place.clusterings == images * expected * calls
-        assert place.forwards == images * 6 * (2 if name == "Flux" else 1)
+        location = ailurus_status(pipe).locations[0]
+        assert location.clusterings == images * expected * calls
+        assert location.forwards == images * 6 * (2 if name == "Flux" else 1)
 
 
 @on_both
@@ -368,12 +368,12 @@ def test_another_caller_of_the_same_flux_has_its_own_steps():
 
     with pytest.raises(RuntimeError, match="enough"):
         generate(pipe, callback_on_step_end=stop)
-    before = ailurus_status(pipe).places[0].clusterings
+    before = ailurus_status(pipe).locations[0].clusterings
     tokens, ids = packed(latents((4, 16, 24), batch=1))
     for timestep in (0.9, 0.6, 0.3, 0.1):
         with torch.no_grad():
             pipe.transformer(tokens, timestep=torch.tensor([timestep]), img_ids=ids, **NETWORKS["Flux"].conditions(1))
-    assert ailurus_status(pipe).places[0].clusterings - before == 2
+    assert ailurus_status(pipe).locations[0].clusterings - before == 2
 
 
 def test_halves_share_one_assignment_and_guidance_by_skipped_layers_has_none():
@@ -481,8 +481,8 @@ def test_wan_pipeline(scope):
     apply_ailurus(pipe, **SETTINGS, scope=scope, refresh_every=2)
     reduced = run()
     assert (reduced - plain).abs().max() > 1e-3 and torch.equal(run(), reduced)
-    place, clusters = ailurus_status(pipe).places[0], ailurus_status(pipe).last_clusters
-    assert (place.num_tokens, place.num_clusters, place.clusterings) == (72, 18, 4)
+    location, clusters = ailurus_status(pipe).locations[0], ailurus_status(pipe).last_clusters
+    assert (location.num_tokens, location.num_clusters, location.clusterings) == (72, 18, 4)
     # Two videos, and not the halves of one: guidance calls twice.
     assert not torch.equal(clusters.assignment[0], clusters.assignment[1])
     assert torch.equal((remove_ailurus(pipe), run())[1], plain)

@@ -77,9 +77,9 @@ def networks(pipe):
 def clusterings(pipe):
     """How often each resolution of the UNet was clustered, largest first."""
     found = {}
-    for place in ailurus_status(pipe).places:
-        if place.where.startswith("unet"):
-            found[place.num_tokens] = found.get(place.num_tokens, 0) + place.clusterings
+    for location in ailurus_status(pipe).locations:
+        if location.where.startswith("unet"):
+            found[location.num_tokens] = found.get(location.num_tokens, 0) + location.clusterings
     return [found[tokens] for tokens in sorted(found, reverse=True)]
 
 
@@ -138,8 +138,8 @@ def test_other_schedulers(kind):
     apply_ailurus(pipe, **SETTINGS, unreduced_first_steps=1, unreduced_last_steps=1)
     generate(pipe, steps=5)
     total = len(pipe.scheduler.timesteps)
-    place = ailurus_status(pipe).places[0]
-    assert place.forwards == total and place.clusterings == total - 2
+    location = ailurus_status(pipe).locations[0]
+    assert location.forwards == total and location.clusterings == total - 2
 
 
 def test_first_and_last_steps_run_on_all_tokens():
@@ -155,14 +155,14 @@ def test_first_and_last_steps_run_on_all_tokens():
 
 def test_a_network_alone_tells_a_new_image_by_its_timestep():
     network = apply_ailurus(make_network("UNet"), **SETTINGS, refresh_every=2, unreduced_first_steps=1)
-    place = lambda: ailurus_status(network).places[0]  # noqa: E731
+    location = lambda: ailurus_status(network).locations[0]  # noqa: E731
     with torch.no_grad():
         for image in (1, 2):
             for timestep in (900, torch.tensor(700), torch.tensor([500]), 300, 100):
                 network(torch.ones(1, 4, *LATENTS), timestep, text(1))
-            assert place().forwards == 5 * image
-            assert place().clusterings == 2 * image  # the first runs unreduced, then 2 and 2 steps
-    assert place().num_clusters == 24
+            assert location().forwards == 5 * image
+            assert location().clusterings == 2 * image  # the first runs unreduced, then 2 and 2 steps
+    assert location().num_clusters == 24
 
 
 def test_guidance_shares_assignments_where_the_pipeline_says_so():
@@ -225,7 +225,7 @@ def test_adapters_for_text_to_image():
         out = pipe.unet(x, 5, text(1), down_intrablock_additional_residuals=list(features)).sample
         plain = pipe.unet(x, 5, text(1)).sample
     assert (out - plain).abs().max() > 1e-3
-    assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).places)
+    assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).locations)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -279,15 +279,15 @@ def test_an_image_prompt_loaded_after_is_noticed(scope, caplog):
     if scope == "blocks":
         # Blocks run on representatives whatever their processors are.
         assert not ours(caplog)
-        assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).places)
+        assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).locations)
         assert (reduced - generate(remove_ailurus(pipe), **inputs)).abs().max() > 1e-3
     else:
         assert "7 of 7 self-attention layers" in caplog.text and "apply_ailurus again" in caplog.text
         assert len(ours(caplog)) == 1
-        assert all(p.restored == "processor lost" for p in ailurus_status(pipe).places)
+        assert all(p.restored == "processor lost" for p in ailurus_status(pipe).locations)
         apply_ailurus(pipe, **SETTINGS, scope=scope)
         assert not torch.equal(generate(pipe, **inputs), reduced)
-        assert all(p.restored != "processor lost" for p in ailurus_status(pipe).places)
+        assert all(p.restored != "processor lost" for p in ailurus_status(pipe).locations)
 
 
 OTHER_SAVINGS = {
@@ -316,7 +316,7 @@ def test_together_with_what_diffusers_saves(saving, way):
             saving(pipe)
         torch.testing.assert_close(generate(pipe), want, rtol=1e-3, atol=1e-3)
         assert generate(pipe, output_type="pt").isfinite().all()
-        assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).places)
+        assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).locations)
 
 
 def test_animation_leaves_its_motion_modules_alone():
@@ -335,8 +335,8 @@ def test_animation_leaves_its_motion_modules_alone():
     plain = run()
     apply_ailurus(pipe, **SETTINGS)
     assert (run() - plain).abs().max() > 1e-3
-    places = ailurus_status(pipe).places
-    assert places and not any("motion_modules" in p.where for p in places)
+    rows = ailurus_status(pipe).locations
+    assert rows and not any("motion_modules" in p.where for p in rows)
     clusters = ailurus_status(pipe).last_clusters
     assert torch.equal(clusters.assignment[:3], clusters.assignment[3:])  # the halves are of 3 frames
     assert torch.equal((remove_ailurus(pipe), run())[1], plain)
@@ -356,8 +356,8 @@ def test_patch_transformer_pipeline():
     plain = run()
     apply_ailurus(pipe, **SETTINGS, refresh_every=2)
     assert (run() - plain).abs().max() > 1e-3
-    place = ailurus_status(pipe).places[0]
-    assert (place.num_tokens, place.num_clusters, place.forwards, place.clusterings) == (96, 24, 3, 2)
+    location = ailurus_status(pipe).locations[0]
+    assert (location.num_tokens, location.num_clusters, location.forwards, location.clusterings) == (96, 24, 3, 2)
 
 
 def test_nothing_reduced_is_said(caplog):
@@ -404,4 +404,4 @@ def test_every_stack_of_the_networks_is_found():
     for name, network in NETWORKS.items():
         model = apply_ailurus(make_network(name), **SETTINGS)
         stacks = [m for m in model.modules() if isinstance(m, Transformer2DModel)]
-        assert len(ailurus_status(model).places) == (len(stacks) if network.maps else 1)
+        assert len(ailurus_status(model).locations) == (len(stacks) if network.maps else 1)

@@ -104,7 +104,7 @@ def test_set_as_users_do(shared):
     reduced = predict(unet, "UNet", x)
     assert (reduced - plain).abs().max() > 1e-3 and torch.equal(predict(unet, "UNet", x), reduced)
     # The same as by apply_ailurus, but for reused assignments: at the first layer there are none.
-    assert len(ailurus_status(unet).places) == 7
+    assert len(ailurus_status(unet).locations) == 7
     with pytest.raises(AiluRusError, match="96 tokens are no square"):
         predict(unet, "UNet", latents((4, 8, 12)))
     unet.set_attn_processor(AiluRusProcessor(**fields, grid=(8, 12)))

@@ -106,7 +106,7 @@ def test_latency_by_part(config):
     assert found["attention"] > 0 and found["mlp"] > 0 and found["rest"] > 0
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for m in model.modules()] == before
     if config:
-        assert ailurus_status(model).places[0].num_clusters == 48
+        assert ailurus_status(model).locations[0].num_clusters == 48
         remove_ailurus(model)
 
 

@@ -251,5 +251,5 @@ def test_the_example_from_start_to_a_model_that_loads(loop, camvid, tmp_path):
     for model, name in ((reduced, "reduced"), (plain, "plain")):
         with torch.autocast("cpu", torch.bfloat16):
             assert scores(confusion_on_images(model, val, range(2)))["miou"] == metrics[name]["miou"]
-    place = ailurus_status(reduced).places[0]
-    assert (place.num_tokens, place.num_clusters) == (690, 173)
+    location = ailurus_status(reduced).locations[0]
+    assert (location.num_tokens, location.num_clusters) == (690, 173)

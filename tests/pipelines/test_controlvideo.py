@@ -397,8 +397,8 @@ def test_every_part_of_a_long_video_has_its_own_assignment(frames, scope):
     made = video(pipe, **options, clip_length=3)
     assert made.isfinite().all() and torch.equal(video(pipe, **options, clip_length=3), made)
     # Key frames and four clips, at every other of 4 steps, twice.
-    places = [p for p in ailurus_status(pipe).places if p.num_tokens == 96]
-    by_network = {n: sum(p.clusterings for p in places if p.where.startswith(n)) for n in ("unet", "controlnet")}
+    rows = [p for p in ailurus_status(pipe).locations if p.num_tokens == 96]
+    by_network = {n: sum(p.clusterings for p in rows if p.where.startswith(n)) for n in ("unet", "controlnet")}
     assert by_network == {"unet": 5 * 2 * 2, "controlnet": 5 * 2 * 2}
 
 
@@ -423,9 +423,9 @@ def test_ailurus_on_and_off(way, caplog):
     reduced = video(pipe, latents=noise())
     assert differ(reduced, plain) and torch.cosine_similarity(reduced.flatten(), plain.flatten(), 0) > 0.7
     assert torch.equal(video(pipe, latents=noise()), reduced)
-    places = ailurus_status(pipe).places
-    assert {p.where.split(".")[0] for p in places} == {"unet", "controlnet"}
-    assert all(p.num_clusters == p.num_tokens // 4 and p.flops_saved > 0 for p in places)
+    rows = ailurus_status(pipe).locations
+    assert {p.where.split(".")[0] for p in rows} == {"unet", "controlnet"}
+    assert all(p.num_clusters == p.num_tokens // 4 and p.flops_saved > 0 for p in rows)
     assert not [r for r in caplog.records if r.name.startswith("ailurus_hf")]  # no processor is said to be lost
     for cross_frame in ("sparse_causal", "first"):
         assert differ(video(pipe, latents=noise(), cross_frame=cross_frame), reduced)
@@ -457,7 +457,7 @@ def test_joint_clusters_are_the_unets_alone():
 def test_steps_are_counted_once_each():
     pipe = apply_ailurus(make_pipeline(), **SETTINGS, refresh_every=2, unreduced_first_steps=1, unreduced_last_steps=1)
     video(pipe, num_inference_steps=6)
-    first = ailurus_status(pipe).places[0]
+    first = ailurus_status(pipe).locations[0]
     assert (first.forwards, first.clusterings) == (6, 2)
 
 

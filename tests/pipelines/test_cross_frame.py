@@ -193,7 +193,7 @@ def test_equals_plain_on_duplicated_pixels(way, frames, mode):
     plain = stack_outputs(network, duplicated, mode)
     apply_ailurus(network, **SETTINGS, **way, frames=frames)
     reduced = stack_outputs(network, duplicated, mode)
-    assert all(p.num_tokens == 4 * p.num_clusters for p in ailurus_status(network).places)
+    assert all(p.num_tokens == 4 * p.num_clusters for p in ailurus_status(network).locations)
     for name, want in plain.items():
         torch.testing.assert_close(reduced[name], want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
@@ -245,8 +245,8 @@ def test_flops_count_the_keys_of_all_frames():
     saved = {}
     for mode in ("own", "full"):
         of_video(network, x, mode)
-        place = ailurus_status(network).places[0]
-        saved[mode] = place.flops - place.reduced_flops
+        location = ailurus_status(network).locations[0]
+        saved[mode] = location.flops - location.reduced_flops
     heads_wide, tokens = 16, LATENTS[0] * LATENTS[1]
     more = 4 * heads_wide * tokens * (COUNT - 1) * tokens * (1 - 1 / 16)
     assert saved["full"] - saved["own"] == pytest.approx(more)

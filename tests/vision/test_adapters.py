@@ -12,14 +12,14 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePosi
 from ailurus_hf import AiluRusConfig, AiluRusError, TokenClusters, apply_ailurus
 from ailurus_hf.clustering import configured, configured_nesting
 from ailurus_hf.vision.adapters import relative_bias_of_clusters, rotary_at_centroids
-from ailurus_hf.vision.forward_state import Run, Stage
+from ailurus_hf.vision.forward_state import ForwardState, Reduction
 
 GRIDS = [(5, 7), (8, 12), (16, 6), (3, 9), (1, 2)]
 
 
-def stage_of(clusters, grid):
+def reduction_of(clusters, grid):
     tokens = torch.zeros(len(clusters.assignment), math.prod(grid), 4)
-    return Stage(1, grid, clusters, tokens, clusters.merge(tokens))
+    return Reduction(1, grid, clusters, tokens, clusters.merge(tokens))
 
 
 def every_token(grid):
@@ -43,18 +43,18 @@ def rope(grid):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_where_all_tokens_are_kept_they_keep_their_rotation(grid):
     _, rotary = rope(grid)
-    for got, want in zip(rotary_at_centroids(rotary, stage_of(every_token(grid), grid)), rotary, strict=True):
+    for got, want in zip(rotary_at_centroids(rotary, reduction_of(every_token(grid), grid)), rotary, strict=True):
         torch.testing.assert_close(got, want.expand(2, 1, -1, -1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if min(grid) > 4])
 def test_a_cluster_rotates_as_a_patch_at_its_centroid_would(grid):
     module, rotary = rope(grid)
-    stage = stage_of(random_clusters(grid, 9), grid)
+    reduction = reduction_of(random_clusters(grid, 9), grid)
     # As the model makes them: centers of patches, from -1 to 1 along each side.
-    coordinates = (stage.centroids() + 0.5) / torch.tensor(grid) * 2 - 1
+    coordinates = (reduction.centroids() + 0.5) / torch.tensor(grid) * 2 - 1
     angles = (2 * math.pi * coordinates[..., None] * module.inv_freq).flatten(2).tile(2)
-    cos, sin = rotary_at_centroids(rotary, stage)
+    cos, sin = rotary_at_centroids(rotary, reduction)
     torch.testing.assert_close(cos[:, 0], angles.cos(), rtol=0, atol=1e-4)
     torch.testing.assert_close(sin[:, 0], angles.sin(), rtol=0, atol=1e-4)
 
@@ -64,8 +64,8 @@ def test_along_a_short_side_a_cluster_rotates_as_the_patch_nearest_to_its_centro
     _, rotary = rope(grid)
     # Columns 0 and 1 of a row are one cluster: its centroid is at column 0.5, which rounds to 0.
     assignment = torch.tensor([[0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8]])
-    stage = stage_of(TokenClusters.from_assignment(assignment, 9), grid)
-    cos, _ = rotary_at_centroids(rotary, stage)
+    reduction = reduction_of(TokenClusters.from_assignment(assignment, 9), grid)
+    cos, _ = rotary_at_centroids(rotary, reduction)
     torch.testing.assert_close(cos[0, 0], rotary[0][[0, 2, 3, 4, 6, 7, 8, 10, 11]], rtol=0, atol=1e-5)
 
 
@@ -77,8 +77,8 @@ def test_where_all_tokens_are_kept_the_relative_bias_is_the_models(grid):
     torch.nn.init.normal_(module.relative_position_bias_table)
     with torch.no_grad():
         want = module(grid, interpolate_pos_encoding=True, dim_size=math.prod(grid) + 1)
-        run = Run(grid, math.prod(grid), [None], 0)
-        got = relative_bias_of_clusters(module, run, stage_of(every_token(grid), grid))
+        run = ForwardState(grid, math.prod(grid), [None], 0)
+        got = relative_bias_of_clusters(module, run, reduction_of(every_token(grid), grid))
     torch.testing.assert_close(got, want.view_as(got[:1]).expand_as(got), rtol=1e-5, atol=1e-5)
 
 

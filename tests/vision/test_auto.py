@@ -202,4 +202,4 @@ def test_it_works_in_a_pipeline(task):
     apply_ailurus(model, **SETTINGS)
     after = numbers(run(photograph(), **arguments))
     assert np.shape(after) == np.shape(before) and not np.allclose(after, before)
-    assert ailurus_status(model).places[0].forwards == 1
+    assert ailurus_status(model).locations[0].forwards == 1

@@ -99,8 +99,8 @@ def test_identity_where_no_token_has_to_go(name):
         location = (1, 2) if isinstance(fields.get("num_clusters"), tuple) else 1
         apply_ailurus(model, cluster_location=location, **fields)
         assert torch.equal(predict(model, name, x), plain)
-        for place in ailurus_status(model).places:
-            assert (place.num_tokens, place.num_clusters, place.clusterings) == (tokens, tokens, 0)
+        for location in ailurus_status(model).locations:
+            assert (location.num_tokens, location.num_clusters, location.clusterings) == (tokens, tokens, 0)
 
 
 @on_every_model_in_its_ways
@@ -109,7 +109,7 @@ def test_equals_the_plain_model_on_duplicated_tokens(name, config):
     plain = predict(model, name, x)
     apply_ailurus(model, config)
     reduced = predict(model, name, x)
-    assert ailurus_status(model).places[-1].num_clusters == CASES[name].num_tokens // 4
+    assert ailurus_status(model).locations[-1].num_clusters == CASES[name].num_tokens // 4
     torch.testing.assert_close(reduced, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
@@ -222,7 +222,7 @@ def test_other_sizes(name):
         apply_ailurus(model, cluster_location=1, num_clusters=4)
         reduced = predict(model, name, x)
         assert reduced.shape == plain.shape and reduced.isfinite().all()
-        assert ailurus_status(model).places[0].num_tokens == grid[0] * grid[1]
+        assert ailurus_status(model).locations[0].num_tokens == grid[0] * grid[1]
 
 
 SIZES = ((5, 7), (1, 12), (3, 3))

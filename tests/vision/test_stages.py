@@ -174,9 +174,9 @@ def test_status_and_saved_settings(tmp_path):
     model = apply_ailurus(make(), **EVERY_STAGE)
     expected = predict(model, images())
     status = ailurus_status(model)
-    assert [place.num_tokens for place in status.places] == [960, 240, 60, 15]
-    assert [place.num_clusters for place in status.places] == [384, 96, 24, 6]
-    assert all(0 < place.flops_saved < 1 for place in status.places) and "SegformerStage 3" in str(status)
+    assert [location.num_tokens for location in status.locations] == [960, 240, 60, 15]
+    assert [location.num_clusters for location in status.locations] == [384, 96, 24, 6]
+    assert all(0 < location.flops_saved < 1 for location in status.locations) and "SegformerStage 3" in str(status)
 
     model.save_pretrained(tmp_path)
     again = AiluRusModelForSemanticSegmentation.from_pretrained(tmp_path).eval()

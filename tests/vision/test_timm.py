@@ -90,7 +90,7 @@ def test_on_and_off(fields, setting):
     apply_ailurus(model, **{**REDUCED, **setting})
     reduced = predict(model, x)
     assert reduced.shape == plain.shape and (reduced - plain).abs().max() > 1e-2 * plain.abs().max()
-    assert ailurus_status(model).places[-1].num_clusters == 15
+    assert ailurus_status(model).locations[-1].num_clusters == 15
     for i in range(2):
         torch.testing.assert_close(predict(model, x[i : i + 1]), reduced[i : i + 1], rtol=1e-4, atol=1e-4)
     remove_ailurus(model)

@@ -17,7 +17,7 @@ from ailurus_hf import (
     remove_ailurus,
 )
 from ailurus_hf.vision.apply import reducers_of
-from ailurus_hf.vision.forward_state import Stage, thread
+from ailurus_hf.vision.forward_state import Reduction, thread
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 4}
 SAM = {**SIZES, "mlp_dim": 64, "output_channels": 8, "window_size": 4, "global_attn_indexes": [1, 3]}
@@ -69,9 +69,9 @@ def test_on_and_off(name):
     apply_ailurus(model, **REDUCED)
     reduced = predict(model, x)
     assert reduced.shape == plain.shape and (reduced - plain).abs().max() > 1e-2 * plain.abs().max()
-    places = ailurus_status(model).places
-    assert [place.location for place in places] == [1, 3]
-    assert all((p.num_tokens, p.num_clusters, p.clusterings) == (64, 16, 1) and p.flops_saved > 0.5 for p in places)
+    rows = ailurus_status(model).locations
+    assert [row.location for row in rows] == [1, 3]
+    assert all((p.num_tokens, p.num_clusters, p.clusterings) == (64, 16, 1) and p.flops_saved > 0.5 for p in rows)
     for i in range(2):
         torch.testing.assert_close(predict(model, x[i : i + 1]), reduced[i : i + 1], rtol=1e-4, atol=1e-4)
     assert torch.equal(predict(copy.deepcopy(model), x), reduced)
@@ -132,7 +132,7 @@ def test_attention_of_single_tokens_is_the_models_own(name):
     clusters = TokenClusters.from_assignment(torch.arange(64).expand(2, -1), 64)
     with torch.no_grad():
         want = type(reducer.attention).forward(reducer.attention, hidden)[0]
-        reducer.runs[thread()] = Stage(1, (8, 8), clusters, hidden.flatten(1, 2), hidden.flatten(1, 2))
+        reducer.runs[thread()] = Reduction(1, (8, 8), clusters, hidden.flatten(1, 2), hidden.flatten(1, 2))
         got = reducer.attention(hidden.view(2, 64, 1, 32))[0]
     torch.testing.assert_close(got.view(2, 8, 8, 32), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
@@ -168,7 +168,7 @@ def test_other_grids():
     x = torch.randn(1, 3, 24, 40)
     plain = predict(model, x)
     reduced = predict(apply_ailurus(model, **REDUCED), x)
-    assert reduced.shape == plain.shape and ailurus_status(model).places[0].num_clusters == 15
+    assert reduced.shape == plain.shape and ailurus_status(model).locations[0].num_clusters == 15
 
 
 @pytest.mark.parametrize(
