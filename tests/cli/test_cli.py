@@ -14,8 +14,7 @@ from PIL import Image
 from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, config
-from ailurus_hf.cli import doctor
-from ailurus_hf.cli import AILURUS_FIELDS, build_parser, main
+from ailurus_hf.cli import AILURUS_FIELDS, build_parser, doctor, main
 from ailurus_hf.evaluation.comparison import confusion, mean_iou
 from ailurus_hf.segmenter import sliding_window_logits
 

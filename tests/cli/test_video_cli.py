@@ -17,8 +17,8 @@ from PIL import Image
 from video_clips import moving_square, save_pipeline
 
 from ailurus_hf import config, video
-from ailurus_hf.cli import video as cli_video
 from ailurus_hf.cli import build_parser, main
+from ailurus_hf.cli import video as cli_video
 from ailurus_hf.pipelines import ControlVideoPipeline
 from ailurus_hf.video import open_clip, psnr, write_video
 
