@@ -15,34 +15,25 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ailurus_hf.vision.refused import supported_models
 
-from . import (
+from . import tables
+from .clustering import clustering_cost, clustering_overhead, clusterings
+from .diffusion import diffusion_quality, diffusion_speed, joint_speed
+from .harness import RESULTS, ROOT, markdown, measured_columns
+from .training import finetune_quality, finetune_speed, trained_models
+from .video import controlvideo_speed, video_quality
+from .vision import (
     classification_quality,
-    clustering_cost,
-    clustering_overhead,
-    clusterings,
-    controlvideo_speed,
     detection_speed,
-    diffusion_quality,
-    diffusion_speed,
     families_speed,
-    finetune_quality,
-    finetune_speed,
-    joint_speed,
     segmenter_quality,
     similarity,
-    tables,
-    trained_models,
-    video_quality,
     vit_speed,
 )
-from .harness import RESULTS, markdown, measured_columns
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md", "docs/tables.md", "docs/training.md")
 TARGETS = (1.5, 2.0, 2.5, 3.0)
 
@@ -74,7 +65,7 @@ def rows_as_measured(name: str, columns: dict[str, str]) -> Callable[[], str]:
 
 def quality_table() -> str:
     """mIoU of each method, and the speed-up in brackets, by location and number of clusters."""
-    result = load("segmenter_quality-cpu-fp32")
+    result = load("cpu/segmenter_quality-fp32")
     plain, *rows = result["rows"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     places = sorted({(row["location"], -row["num_clusters"]) for row in rows})
@@ -89,12 +80,12 @@ def quality_table() -> str:
         lines.append(line)
     head = f"Unreduced: {plain['miou']:.1f} mIoU, {plain['ms']:.0f} ms an image, {result['images']} images.\n\n"
     table = markdown(lines, {"place": "L, M", **{method: method for method in methods}})
-    return head + table + "\n" + source(result, "segmenter_quality-cpu-fp32")
+    return head + table + "\n" + source(result, "cpu/segmenter_quality-fp32")
 
 
 def equal_speed_table() -> str:
     """The least mIoU that each method loses at a speed-up, over all L and M that were measured."""
-    result = load("segmenter_quality-cpu-fp32")
+    result = load("cpu/segmenter_quality-fp32")
     plain, *rows = result["rows"]
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -110,12 +101,12 @@ def equal_speed_table() -> str:
         lines.append(line)
     heads = {str(target): f"lost at ≥ {target}×" for target in TARGETS}
     head = f"Unreduced: {plain['miou']:.2f} mIoU.\n\n"
-    return head + markdown(lines, {"method": "method", **heads}) + "\n" + source(result, "segmenter_quality-cpu-fp32")
+    return head + markdown(lines, {"method": "method", **heads}) + "\n" + source(result, "cpu/segmenter_quality-fp32")
 
 
 def parts_table() -> str:
     """Every table and figure: what makes it, what that needs, and about how long it takes."""
-    folders = {"data": "DATA", "weights": "WEIGHTS"}
+    folders = {"data": "DATA", "weights": "WEIGHTS", "gpu": "GPU"}
     lines = [
         {
             "names": entry.names,
@@ -134,18 +125,16 @@ def measured_tables() -> str:
     for entry in tables.ENTRIES:
         words = shlex.split(entry.command)
         name = words[words.index("--name") + 1] if "--name" in words else None
-        for path in sorted(RESULTS.glob(f"{name}-c*.json")) if name else []:
-            result = load(path.stem)
-            blocks.append(
-                f"### {entry.names}: {entry.what}\n\n{as_printed(entry, result)}\n{source(result, path.stem)}"
-            )
+        for path in sorted(RESULTS.glob(f"*/{name}-*.json")) if name else []:
+            result = load(stem := f"{path.parent.name}/{path.stem}")
+            blocks.append(f"### {entry.names}: {entry.what}\n\n{as_printed(entry, result)}\n{source(result, stem)}")
     return "\n\n".join(blocks) or "No result file of these is here yet."
 
 
 def as_printed(entry: tables.Entry, result: dict[str, Any]) -> str:
     """A result's rows as the benchmark that made them has them."""
     rows = result["rows"]
-    if entry.module == "benchmarks.similarity":
+    if entry.module == "benchmarks.vision.similarity":
         return similarity.tables(rows, result["pairs"])
     columns = importlib.import_module(str(entry.module)).COLUMNS
     return measured_columns(rows, columns)
@@ -155,10 +144,10 @@ def pictures_table(task: str) -> Callable[[], str]:
     """What each method does to the pictures of the trained text-to-image model, and ours against each setting of tomesd."""
 
     def table() -> str:
-        name = f"diffusion_quality_{task}-cpu-fp32"
+        name = f"cpu/diffusion_quality_{task}-fp32"
         result = load(name)
         rows = result["rows"]
-        speeds = diffusion_quality.speeds_of(load("diffusion_speed_methods_sd15-cpu-bf16"))
+        speeds = diffusion_quality.speeds_of(load("cpu/diffusion_speed_methods_sd15-bf16"))
         against = markdown(diffusion_quality.against_tomesd(rows, speeds), diffusion_quality.AGAINST)
         head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps.\n\n"
         line = "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of this model and by the time of a step of SD 1.5 at 512² in half precision:\n\n"
@@ -171,38 +160,38 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": parts_table,
     "measured": measured_tables,
     "families": supported_models,
-    "peers": rows_as_measured("tab1_camvid-cpu-fp32", segmenter_quality.COLUMNS),
-    "speed": rows_as_measured("vit_speed-cpu-fp32", vit_speed.COLUMNS),
-    "dense heads": rows_as_measured("families_speed-cpu-fp32", families_speed.COLUMNS),
-    "depth": rows_as_measured("families_speed_dpt-cpu-fp32", families_speed.COLUMNS),
-    "stages": rows_as_measured("families_speed_stages-cpu-fp32", families_speed.COLUMNS),
-    "stages of SegFormer": rows_as_measured("families_speed_segformer_stages-cpu-fp32", families_speed.COLUMNS),
-    "detection": rows_as_measured("detection_speed-cpu-fp32", detection_speed.COLUMNS),
-    "detection with relative positions": rows_as_measured("detection_speed_cae-cpu-fp32", detection_speed.COLUMNS),
-    "other detectors": rows_as_measured("detection_speed_others-cpu-fp32", detection_speed.COLUMNS),
-    "diffusion": rows_as_measured("diffusion_speed_sd15-cpu-fp32", diffusion_speed.COLUMNS),
-    "diffusion in half precision": rows_as_measured("diffusion_speed_sd15-cpu-bf16", diffusion_speed.COLUMNS),
-    "settings in half precision": rows_as_measured("diffusion_speed_methods_sd15-cpu-bf16", diffusion_speed.COLUMNS),
-    "diffusion at 1024": rows_as_measured("diffusion_speed_1024_sd15-cpu-fp32", diffusion_speed.COLUMNS),
-    "SDXL": rows_as_measured("diffusion_speed_sdxl-cpu-bf16", diffusion_speed.COLUMNS),
+    "peers": rows_as_measured("cpu/tab1_camvid-fp32", segmenter_quality.COLUMNS),
+    "speed": rows_as_measured("cpu/vit_speed-fp32", vit_speed.COLUMNS),
+    "dense heads": rows_as_measured("cpu/families_speed-fp32", families_speed.COLUMNS),
+    "depth": rows_as_measured("cpu/families_speed_dpt-fp32", families_speed.COLUMNS),
+    "stages": rows_as_measured("cpu/families_speed_stages-fp32", families_speed.COLUMNS),
+    "stages of SegFormer": rows_as_measured("cpu/families_speed_segformer_stages-fp32", families_speed.COLUMNS),
+    "detection": rows_as_measured("cpu/detection_speed-fp32", detection_speed.COLUMNS),
+    "detection with relative positions": rows_as_measured("cpu/detection_speed_cae-fp32", detection_speed.COLUMNS),
+    "other detectors": rows_as_measured("cpu/detection_speed_others-fp32", detection_speed.COLUMNS),
+    "diffusion": rows_as_measured("cpu/diffusion_speed_sd15-fp32", diffusion_speed.COLUMNS),
+    "diffusion in half precision": rows_as_measured("cpu/diffusion_speed_sd15-bf16", diffusion_speed.COLUMNS),
+    "settings in half precision": rows_as_measured("cpu/diffusion_speed_methods_sd15-bf16", diffusion_speed.COLUMNS),
+    "diffusion at 1024": rows_as_measured("cpu/diffusion_speed_1024_sd15-fp32", diffusion_speed.COLUMNS),
+    "SDXL": rows_as_measured("cpu/diffusion_speed_sdxl-bf16", diffusion_speed.COLUMNS),
     "pictures from text": pictures_table("text"),
     "pictures from text and edges": pictures_table("control"),
-    "video flops": rows_as_measured("controlvideo_flops_sd15-cpu-bf16", controlvideo_speed.COLUMNS),
-    "video steps of 8 frames": rows_as_measured("controlvideo_step_8x256-cpu-fp32", controlvideo_speed.COLUMNS),
-    "video steps of 4 frames": rows_as_measured("controlvideo_step_4x512-cpu-bf16", controlvideo_speed.COLUMNS),
-    "video quality": rows_as_measured("video_quality-cpu-fp32", video_quality.COLUMNS),
-    "joint flops": rows_as_measured("joint_flops-cpu-fp32", joint_speed.COLUMNS),
-    "cost": rows_as_measured("clustering_cost-cpu-fp32", clustering_cost.COLUMNS),
-    "overhead": rows_as_measured("clustering_overhead-cpu-fp32", clustering_overhead.COLUMNS),
-    "clusters of CamVid": rows_as_measured("clusterings_smooth-cpu-fp32", clusterings.COLUMNS),
-    "clusters at the size of detection": rows_as_measured("clusterings_detection-cpu-fp32", clusterings.COLUMNS),
-    "clusters of CIFAR": rows_as_measured("clusterings_cifar10-cpu-fp32", clusterings.COLUMNS),
-    "classification in steps": rows_as_measured("tab8_cifar10_all-cpu-fp32", classification_quality.COLUMNS),
-    "classification": rows_as_measured("tab8_cifar10-cpu-fp32", classification_quality.COLUMNS),
-    "trained models": rows_as_measured("trained_models-cpu-fp32", trained_models.COLUMNS),
-    "a wider Segmenter": rows_as_measured("segmenter_quality_s_like-cpu-fp32", segmenter_quality.COLUMNS),
-    "fine tuning in turns": rows_as_measured("tab5_training_camvid-cpu-bf16", finetune_speed.COLUMNS),
-    "fine tuning": rows_as_measured("tab5_finetuning-cpu-bf16", finetune_quality.COLUMNS),
+    "video flops": rows_as_measured("cpu/controlvideo_flops_sd15-bf16", controlvideo_speed.COLUMNS),
+    "video steps of 8 frames": rows_as_measured("cpu/controlvideo_step_8x256-fp32", controlvideo_speed.COLUMNS),
+    "video steps of 4 frames": rows_as_measured("cpu/controlvideo_step_4x512-bf16", controlvideo_speed.COLUMNS),
+    "video quality": rows_as_measured("cpu/video_quality-fp32", video_quality.COLUMNS),
+    "joint flops": rows_as_measured("cpu/joint_flops-fp32", joint_speed.COLUMNS),
+    "cost": rows_as_measured("cpu/clustering_cost-fp32", clustering_cost.COLUMNS),
+    "overhead": rows_as_measured("cpu/clustering_overhead-fp32", clustering_overhead.COLUMNS),
+    "clusters of CamVid": rows_as_measured("cpu/clusterings_smooth-fp32", clusterings.COLUMNS),
+    "clusters at the size of detection": rows_as_measured("cpu/clusterings_detection-fp32", clusterings.COLUMNS),
+    "clusters of CIFAR": rows_as_measured("cpu/clusterings_cifar10-fp32", clusterings.COLUMNS),
+    "classification in steps": rows_as_measured("cpu/tab8_cifar10_all-fp32", classification_quality.COLUMNS),
+    "classification": rows_as_measured("cpu/tab8_cifar10-fp32", classification_quality.COLUMNS),
+    "trained models": rows_as_measured("cpu/trained_models-fp32", trained_models.COLUMNS),
+    "a wider Segmenter": rows_as_measured("cpu/segmenter_quality_s_like-fp32", segmenter_quality.COLUMNS),
+    "fine tuning in turns": rows_as_measured("cpu/tab5_training_camvid-bf16", finetune_speed.COLUMNS),
+    "fine tuning": rows_as_measured("cpu/tab5_finetuning-bf16", finetune_quality.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,
 }

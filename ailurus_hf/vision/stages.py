@@ -28,7 +28,7 @@ from .backend import attention_configs, qualified_name, use_ailurus_attention
 from .forward_state import thread
 
 STAGE = "transformers.models.segformer.modeling_segformer.SegformerStage"
-# The stage that holds most of a model's layers; benchmarks/families_speed.py measures the others beside it.
+# The stage that holds most of a model's layers; benchmarks/vision/families_speed.py measures the others beside it.
 DEFAULT_STAGES = (3,)
 # What a block hands on to its attention, where gradient checkpointing finds it again when it recomputes the block.
 CLUSTERS = "ailurus_clusters"

@@ -12,33 +12,23 @@ from PIL import Image
 
 from ailurus_hf import AiluRusError, SegmenterImageProcessor, ailurus_status
 from ailurus_hf.cli.support import load_model
-from benchmarks import (
-    cluster_pictures,
-    clustering_cost,
-    datasets,
-    detection_speed,
-    families_speed,
-    finetune_speed,
-    harness,
-    methods,
-    quality,
-    report,
-    segmenter_quality,
-    similarity,
-    vit_speed,
-)
+from benchmarks import harness, methods, report
+from benchmarks.clustering import cluster_pictures, clustering_cost
+from benchmarks.harness import datasets
 from benchmarks.peers.controls import grid_pooling, random_centers
+from benchmarks.training import finetune_speed
+from benchmarks.vision import detection_speed, families_speed, quality, segmenter_quality, similarity, vit_speed
 
 
 def test_results_say_where_they_come_from(tmp_path):
     about = harness.environment(torch.device("cpu"), "fp32")
     path = harness.save("x", [{"ms": 1.5}], about, tmp_path)
     stored = json.loads(path.read_text())
-    assert path.name == "x-cpu-fp32.json" and stored["rows"] == [{"ms": 1.5}]
+    assert path == tmp_path / "cpu" / "x-fp32.json" and stored["rows"] == [{"ms": 1.5}]
     assert stored["versions"]["torch"] == torch.__version__ and stored["device"] and stored["command"]
 
 
-@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*/*.json")), ids=lambda path: path.stem)
 def test_every_result_file_says_so_and_names_no_folder_of_a_machine(path):
     stored = json.loads(path.read_text())
     assert all(stored[key] for key in ("device", "precision", "versions", "date", "command", "rows"))
@@ -241,10 +231,11 @@ def test_pictures_are_shown_by_task_and_beside_tomesd(tmp_path, monkeypatch):
     about = {"device": "a CPU", "precision": "fp32", "versions": {}, "date": "today", "command": "python"}
     about = {**about, "prompts": 12, "seeds": 1, "steps": 20}
     controlled = [{"method": "keys 0.5", "psnr": 30.0, "psnr_of_all": 29.0, **row, "edges": 0.7}]
+    (tmp_path / "cpu").mkdir()
     for task, of_task in (("text", rows), ("control", controlled)):
-        (tmp_path / f"diffusion_quality_{task}-cpu-fp32.json").write_text(json.dumps({**about, "rows": of_task}))
+        (tmp_path / f"cpu/diffusion_quality_{task}-fp32.json").write_text(json.dumps({**about, "rows": of_task}))
     speeds = [{"method": name, "size": 512, "speed_up": 1.2} for name in (tomesd, "keys 0.25")]
-    (tmp_path / "diffusion_speed_methods_sd15-cpu-bf16.json").write_text(json.dumps({"rows": speeds}))
+    (tmp_path / "cpu/diffusion_speed_methods_sd15-bf16.json").write_text(json.dumps({"rows": speeds}))
     text = report.rewritten(marked)
     assert "| keys 0.25 | 23.00 dB | 23.00 dB |" in text and "edges" not in text and "keys 0.5" not in text
     assert (

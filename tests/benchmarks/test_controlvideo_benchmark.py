@@ -7,9 +7,9 @@ from diffusion_models import UNET, UP
 from test_diffusion_behaviors import traces
 
 from ailurus_hf import ailurus_status, apply_ailurus
-from benchmarks import controlvideo_speed as speed
 from benchmarks import harness
 from benchmarks.peers.vidtome import VidToMeProcessor, replaced
+from benchmarks.video import controlvideo_speed as speed
 
 WIDTHS = {"attention_head_dim": 2}
 NETWORKS = {

@@ -11,7 +11,9 @@ from diffusion_models import UNET, UP
 from test_diffusion_behaviors import traces
 
 from ailurus_hf import ailurus_status, apply_ailurus
-from benchmarks import diffusion_methods, diffusion_speed, harness
+from benchmarks import harness
+from benchmarks.diffusion import diffusion_speed
+from benchmarks.methods import diffusion as diffusion_methods
 from benchmarks.peers.todo import ToDoProcessor
 
 ROOT = Path(__file__).parents[2]

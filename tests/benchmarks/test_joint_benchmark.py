@@ -5,7 +5,7 @@ import torch
 from test_diffusion_behaviors import traces
 
 from ailurus_hf import apply_ailurus, remove_ailurus
-from benchmarks import joint_speed
+from benchmarks.diffusion import joint_speed
 from benchmarks.harness import model_flops
 
 TINY = {

@@ -12,8 +12,11 @@ from PIL import Image
 from ailurus_hf import SegmenterImageProcessor, ailurus_status, spatial_density_peaks
 from ailurus_hf.cli.support import load_model
 from ailurus_hf.vision.discovery import find_encoders
-from benchmarks import clusterings, datasets, methods, segmenter_quality, variants
-from benchmarks.harness import model_flops
+from benchmarks import methods
+from benchmarks.clustering import clusterings
+from benchmarks.harness import datasets, model_flops
+from benchmarks.methods import variants
+from benchmarks.vision import segmenter_quality
 
 GRID = (6, 8)
 

@@ -15,7 +15,7 @@ from video_clips import moving_square, save_pipeline
 
 from ailurus_hf.video import write_video
 from benchmarks import harness
-from benchmarks import video_quality as benchmark
+from benchmarks.video import video_quality as benchmark
 
 METHODS = ["plain", "each 0.5", "each 0.125", "joint 0.25", "joint 0.25, every 4 steps", "tomesd 0.5", "VidToMe"]
 

@@ -14,7 +14,7 @@ from oracle import GRIDS, partition, slow_unions
 from ailurus_hf import ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
 from ailurus_hf.clustering import neighbors
 from ailurus_hf.clustering.ward import LEAST_SHARE, SHARE, adjacent_clusters, join_regions, ward
-from benchmarks.variants import exact_ward
+from benchmarks.methods.variants import exact_ward
 
 
 def tokens(grid, batch=1, channels=8):

@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from benchmarks import classification_quality, datasets, methods, quality, trained_models
+from benchmarks import methods
+from benchmarks.harness import datasets
+from benchmarks.training import trained_models
+from benchmarks.vision import classification_quality, quality
 
 pytest.importorskip("accelerate")
 pyarrow = pytest.importorskip("pyarrow")

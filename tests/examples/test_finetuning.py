@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import AutoModelForSemanticSegmentation
 
 from ailurus_hf import AiluRusModelForSemanticSegmentation, ailurus_status, apply_ailurus
-from benchmarks import finetune_quality, trained_models
+from benchmarks.training import finetune_quality, trained_models
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))

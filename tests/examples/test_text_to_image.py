@@ -157,8 +157,8 @@ def test_the_folder_is_diffusers_own(folder):
 
 def test_the_benchmark_compares_with_the_plain_pictures(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("skimage")
-    from benchmarks import diffusion_quality as benchmark
     from benchmarks import harness
+    from benchmarks.diffusion import diffusion_quality as benchmark
 
     monkeypatch.setattr(benchmark, "save", lambda *args: harness.save(*args, folder=tmp_path))
     methods = ["tomesd 0.5, max_downsample 2, all", "ToDo 2", "blocks 0.5", "blocks 0.25", "attention 0.5"]
@@ -167,7 +167,7 @@ def test_the_benchmark_compares_with_the_plain_pictures(folder, tmp_path, monkey
     benchmark.main()
 
     for task in ("text", "control"):
-        rows = json.loads((tmp_path / f"diffusion_quality_{task}-cpu-fp32.json").read_text())["rows"]
+        rows = json.loads((tmp_path / f"cpu/diffusion_quality_{task}-fp32.json").read_text())["rows"]
         of_task = {row["method"]: row for row in rows}
         assert list(of_task) == ["plain", *methods]
         plain = of_task.pop("plain")
@@ -188,7 +188,7 @@ def test_the_benchmark_compares_with_the_plain_pictures(folder, tmp_path, monkey
 
 def test_ours_is_held_against_tomesd_at_no_more_cost():
     pytest.importorskip("skimage")
-    from benchmarks.diffusion_quality import against_tomesd
+    from benchmarks.diffusion.diffusion_quality import against_tomesd
 
     def row(name, psnr, gflops):
         return {"method": name, "psnr": psnr, "psnr_of_all": psnr, "gflops": gflops, "fewer_flops": 9 / gflops}

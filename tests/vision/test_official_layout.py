@@ -9,7 +9,9 @@ import test_segmenter_original as original
 from PIL import Image
 
 from ailurus_hf.segmenter.convert import convert_segmenter_checkpoint
-from benchmarks import datasets, harness, methods, segmenter_quality, similarity, tables
+from benchmarks import harness, methods, tables
+from benchmarks.harness import datasets
+from benchmarks.vision import segmenter_quality, similarity
 
 SIDE = 64  # larger than the checkpoint's windows of 48 pixels
 
@@ -77,7 +79,7 @@ def run(module, entry, folders, few, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "save", lambda name, rows, about: harness.save(name, rows, about, tmp_path))
     module.main()
     name = shlex.split(entry.command)[-1]
-    return json.loads((tmp_path / f"{name}-cpu-fp32.json").read_text())
+    return json.loads((tmp_path / f"cpu/{name}-fp32.json").read_text())
 
 
 @pytest.mark.parametrize("names, data, model", tables.OFFICIAL[:3], ids=[row[1] for row in tables.OFFICIAL[:3]])

@@ -1,0 +1,1 @@
+"""Steps and pictures of reduced diffusion networks: UNets and joint transformers."""

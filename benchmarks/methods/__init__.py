@@ -1,0 +1,37 @@
+"""The contenders: every way of reducing a vision model (registry, variants) or a diffusion network (diffusion)."""
+
+from .registry import (
+    EVERY,
+    METHODS,
+    PAPER,
+    VARIANTS,
+    Direct,
+    Matched,
+    OurReduction,
+    Ours,
+    PeerReduction,
+    Reduction,
+    Setting,
+    apply_method,
+    flops_with,
+    parsed,
+    token_grid,
+)
+
+__all__ = [
+    "EVERY",
+    "METHODS",
+    "PAPER",
+    "VARIANTS",
+    "Direct",
+    "Matched",
+    "OurReduction",
+    "Ours",
+    "PeerReduction",
+    "Reduction",
+    "Setting",
+    "apply_method",
+    "flops_with",
+    "parsed",
+    "token_grid",
+]

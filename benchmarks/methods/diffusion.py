@@ -1,0 +1,138 @@
+"""The registry of methods for diffusion: by name, what reduces the networks of a pipeline, or one network alone.
+
+"Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
+stack clusters its own tokens, every second step where nothing else is said. "k-means": over the whole image, every fourth
+step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
+cross-attention and MLP too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ailurus_hf import apply_ailurus, remove_ailurus
+
+from ..peers.todo import ToDoProcessor
+from ..peers.tomesd import merged_by_tomesd
+
+# What tomesd merges beside self-attention.
+PARTS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", MLP": {"merge_mlp": True},
+    ", cross": {"merge_crossattn": True},
+    ", all": {"merge_mlp": True, "merge_crossattn": True},
+}
+# Arguments of tomesd.apply_patch.
+TOMESD: dict[str, dict[str, Any]] = {
+    f"tomesd {ratio}, max_downsample {most}{parts}": {"ratio": ratio, "max_downsample": most, **fields}
+    for parts, fields in PARTS.items()
+    for most in (1, 2)
+    for ratio in (0.25, 0.5, 0.75)
+}
+# By how much keys are downsampled per side.
+TODO = {"ToDo 2": 2, "ToDo 4": 4}
+
+KEYS = {"scope": "attention", "reduce": "kv"}
+STACKS = {"cluster_per": "stack", "refresh_every": 2}
+MIXED = {"scope": {1: "attention", 2: "blocks"}, "reduce": "kv", **STACKS}
+# Keys far apart on the grid may share a cluster: their own place says little to an attention that looks everywhere.
+ANYWHERE = {"clustering": "kmeans", "cluster_per": "stack", "refresh_every": 4}
+EVERY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", every step": {"refresh_every": 1},
+    ", every 4 steps": {"refresh_every": 4},
+}
+# Fields of AiluRusDiffusionConfig.
+OURS: dict[str, dict[str, Any]] = {
+    **{
+        f"{name} {keep}": {"keep_ratio": keep, **fields}
+        for name, (keeps, fields) in {
+            "attention": ((0.5, 0.25), {"scope": "attention"}),
+            "keys": ((0.5, 0.25), KEYS),
+            "keys of each stack": ((0.25, 0.125), {**KEYS, **STACKS}),
+            "blocks": ((0.5, 0.35, 0.25, 0.125), {}),
+            "blocks, every 4 steps": ((0.5, 0.35, 0.25, 0.125), {"refresh_every": 4}),
+            "blocks of each stack": ((0.5, 0.25), STACKS),
+        }.items()
+        for keep in keeps
+    },
+    **{
+        f"blocks {keep}, {name}": {"keep_ratio": keep, **fields}
+        for name, fields in {
+            "merged projections": {"projections": "merged"},
+            "density peaks": {"clustering": "density_peaks"},
+            "first 4 steps whole": {"unreduced_first_steps": 4},
+        }.items()
+        for keep in (0.5, 0.25)
+    },
+    **{
+        f"{name}, k-means": {**fields, **ANYWHERE}
+        for name, fields in {
+            "attention 0.25 at full size": {"scope": "attention", "keep_ratio": {1: 0.25}},
+            **{f"keys {keys} at full size": {**KEYS, "keep_ratio": {1: keys}} for keys in (0.125, 0.0625, 0.03125)},
+            "keys 0.0625 at full size, 0.25 at half": {**KEYS, "keep_ratio": {1: 0.0625, 2: 0.25}},
+        }.items()
+    },
+    **{
+        f"{name}, halves apart": {**fields, "share_cfg": False}
+        for name, fields in {
+            "keys 0.03125 at full size, 0.25 at half": {**KEYS, **STACKS, "keep_ratio": {1: 0.03125, 2: 0.25}},
+            "keys 0.0625 at full size, blocks 0.35 at half": {**MIXED, "keep_ratio": {1: 0.0625, 2: 0.35}},
+            "keys 0.03125 at full size, merged projections 0.2 at half": {
+                **MIXED,
+                "keep_ratio": {1: 0.03125, 2: 0.2},
+                "projections": "merged",
+            },
+        }.items()
+    },
+    **{
+        f"keys {keys} at full size{every}": {"keep_ratio": {1: keys}, **KEYS, **STACKS, **steps}
+        for every, steps in EVERY.items()
+        for keys in (0.25, 0.125, 0.0625, 0.03125)
+    },
+    **{
+        f"keys {keys} at full size, {half} at half{every}": {"keep_ratio": {1: keys, 2: keep}, **fields, **EVERY[every]}
+        for half, (keep, fields) in {
+            "0.5": (0.5, {**KEYS, **STACKS}),
+            "0.25": (0.25, {**KEYS, **STACKS}),
+            "blocks 0.5": (0.5, MIXED),
+            "blocks 0.25": (0.25, MIXED),
+            "blocks 0.125": (0.125, MIXED),
+            "merged projections 0.125": (0.125, {**MIXED, "projections": "merged"}),
+        }.items()
+        for keys, every in ((0.0625, ""), (0.03125, ""), (0.03125, ", every 4 steps"))
+    },
+}
+METHODS = ("plain", *TOMESD, *TODO, *OURS)
+
+
+def networks_of(target: Any) -> list[nn.Module]:
+    """UNet and ControlNet of a pipeline: given one, tomesd takes the UNet alone, and AiluRus takes both."""
+    if isinstance(target, nn.Module):
+        return [target]
+    return [target.unet, *([target.controlnet] if hasattr(target, "controlnet") else [])]
+
+
+def switch_on(name: str, target: Any, latent_tokens: int, **more: Any) -> Callable[[], Any]:
+    """Switches a method on for a pipeline or network; returns the call that switches it off.
+
+    latent_tokens: of the full grid. more: fields of AiluRusDiffusionConfig that go before ours.
+    """
+    if name == "plain":
+        return lambda: None
+    if name in TOMESD:
+        return merged_by_tomesd(networks_of(target), **TOMESD[name])
+    if name in TODO:
+        offs = [_downsampled(network, latent_tokens, TODO[name]) for network in networks_of(target)]
+        return lambda: [off() for off in offs]
+    apply_ailurus(target, **{**OURS[name], **more})
+    return lambda: remove_ailurus(target)
+
+
+def _downsampled(network: Any, latent_tokens: int, factor: int) -> Callable[[], Any]:
+    before = dict(network.attn_processors)
+    network.set_attn_processor(ToDoProcessor(latent_tokens, factor))
+    return lambda: network.set_attn_processor(before)

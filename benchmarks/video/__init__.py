@@ -1,0 +1,1 @@
+"""Steps and clips of the reduced ControlVideo pipeline."""

@@ -1,0 +1,131 @@
+"""How much of the speed-up that the FLOPs allow is reached on full-size ViTs, and what clustering costs.
+
+"Of slicing": the time of the same layers on the first M tokens (nothing clustered, merged, weighted or unmerged) over
+ours. What that leaves of the share is the machine's: matrix products of fewer rows run at a lower rate.
+
+    python -m benchmarks.vision.vit_speed                 # ViT-L at 640 x 640 and ViT-B at 512 x 512, batch 1, fp32
+
+Random weights: speed does not depend on them. Fidelity here is the cosine to the plain model's output on random images,
+a lower bound that real images and weights do not reach; benchmarks.vision.segmenter_quality measures quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import ViTConfig, ViTModel
+
+from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus
+from ailurus_hf.clustering import Clustering, configured
+from ailurus_hf.hooks import Hooks
+from ailurus_hf.vision.discovery import find_encoders
+
+from ..harness import environment, interleaved, log, markdown, model_flops, save
+
+GEOMETRIES = {
+    "ViT-L/16 640": (640, 400, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
+    "ViT-B/16 512": (512, 256, {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
+}
+COLUMNS = {
+    "model": "model",
+    "clustering": "clustering",
+    "plain_ms": "plain|{:.0f} ms",
+    "reduced_ms": "reduced|{:.0f} ms",
+    "speed_up": "speed-up|{:.2f}×",
+    "ideal": "FLOPs-ideal|{:.2f}×",
+    "share_of_ideal": "share|{:.3f}",
+    "share_of_slicing": "of slicing|{:.3f}",
+    "overhead": "cluster + merge + unmerge|{:.2%}",
+    "cosine": "cosine|{:.3f}",
+}
+
+
+@torch.inference_mode()
+def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) -> list[dict[str, Any]]:
+    """A row a clustering: plain and reduced forwards in turn, and the clustering steps alone on the features at L.
+
+    All contenders are one set of weights: where in memory weights lie moves a ratio by several percent.
+    """
+    size, num_clusters, sizes = GEOMETRIES[name]
+    torch.manual_seed(0)
+    config = ViTConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], image_size=size, patch_size=16)
+    plain = ViTModel(config, add_pooling_layer=False).eval()
+    images = torch.randn(4, 1, 3, size, size)
+    full = model_flops(lambda: plain(images[0]))
+    before = plain(images[0], output_hidden_states=True)
+    tokens, grid = before.hidden_states[location][:, 1:].contiguous(), (size // 16, size // 16)
+
+    def twin() -> ViTModel:
+        with torch.device("meta"):
+            model = ViTModel(config, add_pooling_layer=False).eval()
+        model.load_state_dict(plain.state_dict(), assign=True)
+        return model
+
+    sliced = twin()
+    first = 1 + num_clusters
+    Hooks().pre_forward(
+        find_encoders(sliced)[0].layers[location], lambda layer, args, kwargs: ((args[0][:, :first],), kwargs)
+    )
+    contenders: dict[str, Callable[[int], Any]] = {
+        "plain": lambda n: plain(images[n % len(images)]),
+        "slicing": lambda n: sliced(images[n % len(images)]),
+    }
+    rows: list[dict[str, Any]] = []
+    for clustering in clusterings:
+        settings = AiluRusConfig(cluster_location=location, num_clusters=num_clusters, clustering=clustering)
+        reduced = apply_ailurus(twin(), settings)
+        after = reduced(images[0]).last_hidden_state
+        rows.append(
+            {
+                "model": name,
+                "clustering": clustering,
+                "location": location,
+                "num_tokens": tokens.shape[1],
+                "num_clusters": num_clusters,
+                "ideal": full / (full - ailurus_status(reduced).saved_flops),
+                "cosine": cosine_similarity(before.last_hidden_state, after, dim=-1).mean().item(),
+            }
+        )
+        contenders[clustering] = lambda n, model=reduced: model(images[n % len(images)])
+        contenders[f"{clustering} steps"] = partial(_steps, configured(settings), tokens, grid, num_clusters)
+
+    seconds = interleaved(contenders, repeats)
+    for row in rows:
+        reduced_seconds, steps = seconds[row["clustering"]], seconds[f"{row['clustering']} steps"]
+        row["speed_up"] = seconds["plain"] / reduced_seconds
+        row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+        row["share_of_slicing"] = seconds["slicing"] / reduced_seconds
+        row["overhead"] = steps / reduced_seconds
+        row |= {"plain_ms": 1e3 * seconds["plain"], "reduced_ms": 1e3 * reduced_seconds, "steps_ms": 1e3 * steps}
+    return rows
+
+
+def _steps(cluster: Clustering, tokens: Tensor, grid: tuple[int, int], num_clusters: int, _: int) -> None:
+    clusters = cluster(tokens, grid, num_clusters)
+    clusters.unmerge(clusters.merge(tokens))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
+    parser.add_argument("--clusterings", nargs="+", default=["density_peaks", "local_kmeans"])
+    parser.add_argument("--repeats", type=int, default=11)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = []
+    for name in args.models:
+        rows += measure(name, args.clusterings, args.repeats)
+        log.info("%s done", name)
+    save("vit_speed", rows, environment(torch.device("cpu"), "fp32"))
+    print(markdown(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
