@@ -139,6 +139,6 @@ def let_compiler_see_hooks() -> None:
     config.skip_nnmodule_hook_guards = False
     # Settings hold for the thread that makes them; other threads see the default.
     entry = getattr(config, "_config", {}).get("skip_nnmodule_hook_guards")
-    if hasattr(entry, "default"):
+    if entry is not None and hasattr(entry, "default"):
         entry.default = False
     torch.compiler.reset()
