@@ -1,0 +1,66 @@
+"""The assignment of tokens to clusters, drawn on the image (the paper's Fig. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import AiluRusError
+from .arrays import ImageLike, cluster_means, tiled, token_assignment, untiled
+from .palettes import Color, distinct_colors
+
+if TYPE_CHECKING:
+    from ..clusters import TokenClusters
+
+
+def draw_assignment(
+    image: ImageLike,
+    clusters: TokenClusters | torch.Tensor,
+    grid: Sequence[int],
+    *,
+    index: int = 0,
+    fill: str = "mean",
+    border: Color | None = (255, 255, 255),
+    patch_size: int | None = None,
+) -> Image.Image:
+    """The image with every cluster of tokens filled with one color and outlined (the paper's Fig. 2).
+
+    Args:
+        image: the image the model saw, [H, W, 3] uint8 or PIL.
+        clusters: TokenClusters, or its assignment LongTensor[B, N].
+        grid: (rows, columns) of tokens, N in all.
+        index: which image of the batch.
+        fill: "mean", the cluster's mean color, or "distinct", a color of its own.
+        border: color of the outlines, None for none.
+        patch_size: side of a token in pixels where the image was padded on the right and at the bottom to make
+            whole tokens; None where the tokens span the image.
+
+    Raises:
+        AiluRusError: a grid that does not match the tokens or the image, an index past the batch, an unknown fill.
+    """
+    assignment = token_assignment(clusters, grid, index)
+    pixels, side, crop = tiled(image, grid, patch_size)
+    cluster_of_pixel = assignment.repeat(side, axis=0).repeat(side, axis=1)
+    num_clusters = int(assignment.max()) + 1
+    if fill == "mean":
+        colors = cluster_means(pixels.reshape(-1, 3), cluster_of_pixel.reshape(-1), num_clusters)
+    elif fill == "distinct":
+        colors = distinct_colors(num_clusters)
+    else:
+        raise AiluRusError(f'fill is "mean" or "distinct", not {fill!r}')
+    picture = colors.round().astype(np.uint8)[cluster_of_pixel]
+    if border is not None:
+        picture[_edges(cluster_of_pixel)] = border
+    return untiled(picture, crop)
+
+
+def _edges(regions: np.ndarray) -> np.ndarray:
+    """True where a pixel's right or lower neighbor belongs to another region."""
+    edges = np.zeros(regions.shape, dtype=bool)
+    edges[:, :-1] |= regions[:, :-1] != regions[:, 1:]
+    edges[:-1, :] |= regions[:-1, :] != regions[1:, :]
+    return edges
