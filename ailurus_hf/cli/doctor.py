@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import platform
 import sys
 import warnings
@@ -20,6 +22,17 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "detection": ("torchvision", "pycocotools"),
     "bench": ("matplotlib", "tomesd", "pyarrow", "scikit-image"),
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; returns 1 where the self-check failed."""
+    found = report()
+    print(json.dumps(found, indent=2) if args.json else format_report(found))
+    return 1 if found["self_check"]["ok"] is False else 0
 
 
 def report() -> dict[str, Any]:

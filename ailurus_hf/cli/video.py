@@ -1,7 +1,4 @@
-"""`ailurus-hf video`: a clip's motion and a prompt to a new video by ControlVideo, reduced or compared with plain.
-
-The options are declared without torch, so that --help answers at once; `run` imports what it needs.
-"""
+"""`ailurus-hf video`: a clip's motion and a prompt to a new video by ControlVideo, reduced or compared with plain."""
 
 from __future__ import annotations
 
@@ -11,13 +8,11 @@ import io
 import json
 import logging
 import math
-import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import CLUSTERINGS, FRAMES, SCOPES
+from .arguments import add_model, positive
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,8 +32,8 @@ AILURUS_FIELDS = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """The options of the command, but those for model, device and precision that all commands have."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     parser.add_argument("--controlnet", required=True, help="ControlNet of the condition: folder or Hub name")
     parser.add_argument("--prompt", required=True, help="what the video shows")
     parser.add_argument("--negative-prompt", help="what it shall not show")
@@ -98,14 +93,16 @@ def run(args: argparse.Namespace) -> int:
     """Makes the video; returns 0, or raises AiluRusError before anything is written."""
     from .. import AiluRusDiffusionConfig, ailurus_status, apply_ailurus, remove_ailurus
     from .. import video as media
-    from . import support
+    from ..evaluation.loading import BadInputError, choose_device
+    from .batch import progress
+    from .video_sampling import fitted_size, load_pipeline, read_frames, sample_frames, side_by_side, trained_side
 
     given = {n: v for n in AILURUS_FIELDS if (v := getattr(args, f"ailurus_{n}")) is not None}
     if args.no_ailurus and (given or args.compare):
         other = "--compare" if args.compare else f"--ailurus-{next(iter(given)).replace('_', '-')}"
-        raise support.BadInputError(f"--no-ailurus and {other} do not go together")
+        raise BadInputError(f"--no-ailurus and {other} do not go together")
     if args.interpolator and not args.smooth_steps:
-        raise support.BadInputError("--interpolator is for --smooth-steps: without it nothing is interpolated")
+        raise BadInputError("--interpolator is for --smooth-steps: without it nothing is interpolated")
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
     # What can be wrong is told before anything slow, in the order of its cost.
     config = AiluRusDiffusionConfig(**given)
@@ -118,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         max_frames=args.frames or DEFAULT_FRAMES,
         min_frames=args.frames or 2,
     )
-    device = support.choose_device(args.device)
+    device = choose_device(args.device)
     with contextlib.redirect_stdout(io.StringIO()):  # some of controlnet_aux's detectors print while they load
         condition = media.load_condition(
             args.condition,
@@ -132,17 +129,17 @@ def run(args: argparse.Namespace) -> int:
         interpolator = media.NetworkInterpolator.from_file(args.interpolator, device)
     elif args.smooth_steps:
         interpolator = media.FlowInterpolator()
-    pipe = _load_pipeline(args, device)
+    pipe = load_pipeline(args, device)
     if not args.no_ailurus:
         apply_ailurus(pipe, config)  # a model that cannot be reduced is refused before the clip is read
 
-    size = fitted_size(clip.size, args.height, args.width, _trained_side(pipe), pipe.vae_scale_factor)
+    size = fitted_size(clip.size, args.height, args.width, trained_side(pipe), pipe.vae_scale_factor)
     frames = read_frames(clip, size)
-    controls = [condition(frame) for frame in support.progress(frames)]
+    controls = [condition(frame) for frame in progress(frames)]
     fps = clip.fps or DEFAULT_FPS
 
     def sample(name: str, steps: int = args.steps) -> tuple[list[Image.Image], float]:
-        return _sample(pipe, args, name, steps, controls, size, interpolator)
+        return sample_frames(pipe, args, name, steps, controls, size, interpolator)
 
     result: dict[str, Any] = {}
     plain: list[Image.Image] = []
@@ -191,121 +188,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _beside(output: Path) -> Path:
     return output.with_name(f"{output.stem}_comparison{output.suffix}")
-
-
-def _load_pipeline(args: argparse.Namespace, device: Any) -> Any:
-    import torch
-
-    from . import support
-
-    support.require_diffusers()
-    # Errors are told in one line: transformers warns already while diffusers is imported.
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        for library in (diffusers, transformers):
-            library.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    from ..pipelines import ControlVideoPipeline
-
-    support.check_name(args.model, "model_index.json")
-    support.check_name(args.controlnet, "config.json")
-    controlnet = support.read_pretrained(args.controlnet, diffusers.ControlNetModel.from_pretrained)
-    pipe = support.read_pretrained(args.model, ControlVideoPipeline.from_pretrained, controlnet=controlnet)
-    if args.smooth_steps:  # the smoother is derived for it
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    # The precision's name in from_pretrained differs between versions of diffusers.
-    return pipe.to(device, getattr(torch, args.dtype))
-
-
-def _trained_side(pipe: Any) -> int:
-    """Pixels of a side that the UNet was trained for."""
-    latents = getattr(pipe.unet.config, "sample_size", None) or 64
-    return (latents if isinstance(latents, int) else min(latents)) * pipe.vae_scale_factor
-
-
-def fitted_size(
-    source: tuple[int, int], height: int | None, width: int | None, shorter: int, multiple: int
-) -> tuple[int, int]:
-    """(width, height) of the video: what was not asked for keeps the source's shape, in multiples of the VAE's factor."""
-
-    def nearest(side: float) -> int:
-        return max(round(side / multiple), 1) * multiple
-
-    if height is None and width is None:
-        scale = shorter / min(source)
-        return nearest(source[0] * scale), nearest(source[1] * scale)
-    if width is None:
-        width = nearest(source[0] * (height or 0) / source[1])
-    return width, height or nearest(source[1] * width / source[0])
-
-
-def read_frames(clip: Any, size: tuple[int, int]) -> list[Image.Image]:
-    """The clip's frames at that size: scaled to cover it, what reaches over is cut off on both sides."""
-    from PIL import Image, ImageOps
-
-    return [ImageOps.fit(frame, size, Image.Resampling.LANCZOS) for frame in clip]
-
-
-def _sample(
-    pipe: Any,
-    args: argparse.Namespace,
-    name: str,
-    steps: int,
-    controls: list[Image.Image],
-    size: tuple[int, int],
-    interpolator: Any,
-) -> tuple[list[Image.Image], float]:
-    """The frames, and the seconds they took: they are on the host, so whatever a device had queued is done."""
-    import torch
-
-    from ..errors import AiluRusError
-
-    pipe.set_progress_bar_config(desc=name, disable=None, leave=False)  # None: no bar where nobody watches
-    start = time.perf_counter()
-    try:
-        frames = pipe(
-            args.prompt,
-            controls,
-            negative_prompt=args.negative_prompt,
-            width=size[0],
-            height=size[1],
-            num_inference_steps=steps,
-            guidance_scale=args.guidance_scale,
-            controlnet_conditioning_scale=args.controlnet_scale,
-            generator=torch.Generator().manual_seed(args.seed),
-            cross_frame=args.cross_frame,
-            smooth_steps=tuple(args.smooth_steps) if steps == args.steps else (),
-            interpolator=interpolator,
-            clip_length=args.clip_length,
-            attention_chunk=args.attention_chunk,
-        ).frames
-    except torch.OutOfMemoryError as error:
-        chunk = "" if args.attention_chunk else " --attention-chunk 1,"
-        raise AiluRusError(
-            f"{len(controls)} frames of {size[0]}×{size[1]} do not fit in memory: try{chunk} --clip-length 7, "
-            "fewer --frames or a smaller --height"
-        ) from error
-    return frames, time.perf_counter() - start
-
-
-def side_by_side(videos: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> list[Image.Image]:
-    """Frames of several videos next to each other under their titles."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    width, height = videos[0][0].size
-    letters = max(8, min(18, width // 14))
-    font, strip = ImageFont.load_default(size=letters), 2 * round(letters * 0.8)
-    sheets = []
-    for frames in zip(*videos, strict=True):
-        sheet = Image.new("RGB", (width * len(frames), height + strip), "white")
-        draw = ImageDraw.Draw(sheet)
-        for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
-            draw.text((column * width + 4, strip / 2), title, fill="black", font=font, anchor="lm")
-            sheet.paste(frame, (column * width, strip))
-        sheets.append(sheet)
-    return sheets

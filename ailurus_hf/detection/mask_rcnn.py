@@ -13,16 +13,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from transformers import PreTrainedModel
 
 from .pyramid import ChannelNorm, ViTPyramid
-
-try:
-    from torchvision.models.detection import MaskRCNN
-    from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
-    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-except ModuleNotFoundError as error:
-    raise ImportError(f"{error}. Mask R-CNN needs: pip install 'ailurus-hf[detection]'") from error
 
 OUT_CHANNELS = 256
 

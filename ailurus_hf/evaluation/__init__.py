@@ -1,4 +1,9 @@
-"""Numbers about models and reductions: FLOPs, similarity, assignments. Latency is in `analysis.latency`: it needs models."""
+"""Numbers about models and reductions.
+
+timing: contenders in turn. benchmark: speed and fidelity of settings. comparison: plain beside reduced, with mIoU.
+latency: time by part. similarity, assignments: what clustering keeps. flops: of whole models. loading, folders, writing,
+image_size: models and images in, results out.
+"""
 
 from ..vision.flops import layer_flops, layers_flops
 from .assignments import AssignmentStatistics, assignment_statistics

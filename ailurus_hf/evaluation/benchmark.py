@@ -19,11 +19,12 @@ from torch import Tensor
 from ..apply import ailurus_enabled, ailurus_status
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
+from ..images import read_image
 from . import counted_flops
 from .timing import interleaved, markdown
 
 if TYPE_CHECKING:
-    from ..cli.support import LoadedModel
+    from .loading import LoadedModel
 
 # What `--methods` takes: fields of AiluRusConfig.
 METHODS: dict[str, dict[str, Any]] = {
@@ -161,8 +162,6 @@ def benchmark(
 
 
 def _inputs(loaded: LoadedModel, path: Path) -> dict[str, Tensor]:
-    from ..cli.support import read_image
-
     return loaded.prepare(read_image(path))
 
 

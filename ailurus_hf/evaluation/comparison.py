@@ -18,9 +18,10 @@ from PIL import Image
 from ..apply import ailurus_enabled
 from ..visualization import class_palette, compare_predictions, overlay_labels
 from .timing import interleaved
+from .writing import save_picture
 
 if TYPE_CHECKING:
-    from ..cli.support import LoadedModel
+    from .loading import LoadedModel
 
 
 def confusion(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
@@ -56,13 +57,17 @@ def segment(loaded: LoadedModel, inputs: dict[str, torch.Tensor], image: Image.I
     return loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0].cpu().numpy()
 
 
-def segment_image(loaded: LoadedModel, path: Path, image: Image.Image, output: Path) -> dict[str, Any]:
-    """Writes the label map and its overlay; returns their paths and each class's share of the image, largest first."""
+def segment_image(loaded: LoadedModel, path: Path, image: Image.Image, results: Path) -> dict[str, Any]:
+    """Writes the label map and its overlay; returns their paths and each class's share of the image, largest first.
+
+    Args:
+        results: what the names of the files begin with, such as output/street.
+    """
     names = loaded.class_names()
     labels = segment(loaded, loaded.prepare(image), image)
-    files = [output / f"{path.stem}_labels.png", output / f"{path.stem}_overlay.png"]
-    Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.int32)).save(files[0])
-    overlay_labels(image, labels, class_palette(names)).save(files[1])
+    files = [results.with_name(f"{results.name}_{kind}.png") for kind in ("labels", "overlay")]
+    save_picture(Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.int32)), files[0])
+    save_picture(overlay_labels(image, labels, class_palette(names)), files[1])
     shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
     classes = {names[i]: round(float(shares[i]), 4) for i in np.argsort(-shares, kind="stable") if shares[i] > 0}
     return {"image": str(path), "classes": classes, "files": [str(file) for file in files]}
@@ -98,9 +103,13 @@ class Comparison:
 
 
 def compare_image(
-    loaded: LoadedModel, path: Path, image: Image.Image, truth: np.ndarray | None, repeats: int, output: Path
+    loaded: LoadedModel, path: Path, image: Image.Image, truth: np.ndarray | None, repeats: int, results: Path
 ) -> Comparison:
-    """Times plain and reduced forwards in turn on one image and writes the comparison picture."""
+    """Times plain and reduced forwards in turn on one image and writes the comparison picture.
+
+    Args:
+        results: what the name of the picture begins with, such as output/street.
+    """
     inputs = loaded.prepare(image)
     configs = {"plain": None, "reduced": loaded.ailurus}
     seconds = interleaved(
@@ -118,8 +127,8 @@ def compare_image(
     names = loaded.class_names()
     matrices = [None if truth is None else confusion(labels, truth, len(names)) for labels in (plain, reduced)]
     scores = ["" if matrix is None else f", mIoU {mean_iou(matrix):.1%}" for matrix in matrices]
-    file = output / f"{path.stem}_comparison.png"
-    compare_predictions(
+    file = results.with_name(f"{results.name}_comparison.png")
+    picture = compare_predictions(
         image,
         plain,
         reduced,
@@ -129,7 +138,8 @@ def compare_image(
         plain_title=f"AiluRus off: {plain_ms:.0f} ms{scores[0]}",
         reduced_title=f"AiluRus on: {reduced_ms:.0f} ms ({plain_ms / reduced_ms:.2f}x){scores[1]}",
         assignment_title=f"{pictures.num_tokens} tokens in {pictures.num_clusters} clusters",
-    ).save(file)
+    )
+    save_picture(picture, file)
     agreement = float((plain == reduced).mean())
     return Comparison(
         str(path), str(file), plain_ms, reduced_ms, agreement, pictures.num_tokens, pictures.num_clusters, *matrices

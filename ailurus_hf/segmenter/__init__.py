@@ -1,16 +1,19 @@
 """Segmenter for transformers. Importing this package registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+from ..extras import needs_extra
 
-from .configuration_segmenter import SegmenterConfig
-from .convert import convert_segmenter_checkpoint
-from .image_processing_segmenter import (
-    SegmenterImageProcessor,
-    first_window,
-    sliding_window_logits,
-    windowed_outputs,
-)
-from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterPreTrainedModel
+with needs_extra("vision", "ailurus_hf.segmenter"):
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+
+    from .configuration_segmenter import SegmenterConfig
+    from .convert import convert_segmenter_checkpoint
+    from .image_processing_segmenter import (
+        SegmenterImageProcessor,
+        first_window,
+        sliding_window_logits,
+        windowed_outputs,
+    )
+    from .modeling_segmenter import SegmenterForSemanticSegmentation, SegmenterPreTrainedModel
 
 AutoConfig.register("segmenter", SegmenterConfig, exist_ok=True)
 AutoModelForSemanticSegmentation.register(SegmenterConfig, SegmenterForSemanticSegmentation, exist_ok=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..errors import AiluRusError
-from .optional import require
+from ..extras import require
 
 Condition = Callable[[Image.Image], Image.Image]
 
@@ -63,7 +63,7 @@ def load_condition(
     if name == "none":
         return lambda picture: picture.convert("RGB")
     if name == "canny":
-        cv2 = require("cv2")
+        cv2 = require("cv2", "video")
 
         def canny(picture: Image.Image) -> Image.Image:
             edges = cv2.Canny(np.asarray(picture.convert("RGB")), low_threshold, high_threshold)

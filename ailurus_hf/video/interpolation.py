@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..errors import AiluRusError
-from .optional import require
+from ..extras import require
 from .rife import load_rife
 
 # From the frames before and after, Tensor[B, 3, H, W] in [0, 1] each, to those half way.
@@ -34,7 +34,7 @@ class FlowInterpolator:
     """
 
     def __init__(self) -> None:
-        require("cv2")  # now, and not in the middle of a video
+        require("cv2", "video")  # now, and not in the middle of a video
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """Tensor[B, 3, H, W] in [0, 1], twice, to the same; computed on the CPU, returned on `before`'s device."""
@@ -83,7 +83,7 @@ class NetworkInterpolator:
 
 def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Where each pixel of the first picture is in the second: [H, W, 3] in [0, 1] twice to (Δx, Δy) in pixels, [H, W, 2]."""
-    cv2 = require("cv2")
+    cv2 = require("cv2", "video")
     gray = [cv2.cvtColor((picture * 255).round().astype(np.uint8), cv2.COLOR_RGB2GRAY) for picture in (first, second)]
     height, width = gray[0].shape
     scale = max(1.0, SMALLEST_SIDE / min(height, width))
@@ -98,7 +98,7 @@ def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def warp(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """The picture sampled at each pixel's place plus its flow: [H, W, C] and [H, W, 2] to [H, W, C]; edges repeat."""
-    cv2 = require("cv2")
+    cv2 = require("cv2", "video")
     y, x = np.indices(flow.shape[:2], dtype=np.float32)
     places = (x + flow[..., 0]).astype(np.float32), (y + flow[..., 1]).astype(np.float32)
     return cv2.remap(picture, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -125,7 +125,7 @@ def _half_way(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _flow_of_middle(first: np.ndarray, second: np.ndarray, forth: np.ndarray, back: np.ndarray) -> np.ndarray:
     """The whole flow, first to second, of each pixel of the middle frame, [H, W, 2]."""
-    cv2 = require("cv2")
+    cv2 = require("cv2", "video")
     height, width = forth.shape[:2]
     y, x = np.indices((height, width))
     arriving, costs, places = [], [], []

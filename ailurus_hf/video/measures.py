@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import AiluRusError
+from ..extras import require
 from .interpolation import disagreement, optical_flow, warp
-from .optional import require
 
 Frames = Sequence[Image.Image]
 
@@ -67,7 +67,7 @@ def edge_agreement(
     An edge pixel is met if the other picture has one at most `tolerance` pixels (Euclidean) away. Pixels of a condition
     picture from 128 on are edges. 1 where neither has any.
     """
-    cv2 = require("cv2")
+    cv2 = require("cv2", "video")
     met = {"precision": 0, "recall": 0}
     total = {"precision": 0, "recall": 0}
     _check(frames, edges)

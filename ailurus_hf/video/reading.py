@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 
 from ..errors import AiluRusError
-from .optional import require
+from ..extras import require
 
 ANIMATED_SUFFIXES = {".gif", ".webp", ".png", ".apng"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -113,7 +113,7 @@ _Source = tuple[tuple[int, int], Fraction | None, Callable[[], Generator[Image.I
 
 
 def _video(path: Path, fps: Fraction | None) -> _Source:
-    ffmpeg = require("imageio_ffmpeg")
+    ffmpeg = require("imageio_ffmpeg", "video")
     # Without a rate asked for, each frame of the file once, whatever their times: a file of 60 frames is 60 frames.
     # With one, what is shown at each of the times: the last frame that began before, which is fps's round=up.
     timing = "" if fps is None else f",fps={fps}:round=up"
@@ -151,7 +151,7 @@ def _video(path: Path, fps: Fraction | None) -> _Source:
 
 def _is_damaged(path: Path) -> bool:
     """Whether ffmpeg finds damage; a picture that ends before its sound has none."""
-    command = [require("imageio_ffmpeg").get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path.resolve())]
+    command = [require("imageio_ffmpeg", "video").get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path.resolve())]
     done = subprocess.run([*command, "-map", "0:v:0", "-f", "null", "-"], capture_output=True, stdin=subprocess.DEVNULL)
     return done.returncode != 0
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import AiluRusError
-from .optional import require
+from ..extras import require
 from .reading import exact_rate
 
 VIDEO_SUFFIXES = (".mp4", ".mov")
@@ -67,7 +67,7 @@ def check_output(path: str | Path) -> Path:
     if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise AiluRusError(f"cannot write the frames to {path}: it must be a new or an empty folder")
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        require("imageio_ffmpeg")
+        require("imageio_ffmpeg", "video")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -103,7 +103,7 @@ def _of_one_size(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
 
 
 def _write_h264(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: Fraction) -> int:
-    ffmpeg = require("imageio_ffmpeg")
+    ffmpeg = require("imageio_ffmpeg", "video")
     width, height = (side + side % 2 for side in size)
     number = 0
     with closing(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ailurus_hf.cli.support import LoadedModel, load_model
+from ailurus_hf.evaluation.loading import LoadedModel, load_model
 
 from ..harness import environment, markdown, save
 from ..harness.datasets import CLASSIFICATION, DATASETS, ClassificationData, SegmentationData, evenly

@@ -25,9 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ailurus_hf import ailurus_status
-from ailurus_hf.cli.support import LoadedModel, find_images, load_model, read_image
 from ailurus_hf.evaluation import assignment_statistics, pair_preservation, reconstruction_similarity
+from ailurus_hf.evaluation.folders import find_images
 from ailurus_hf.evaluation.latency import PARTS, latency_split
+from ailurus_hf.evaluation.loading import LoadedModel, load_model
+from ailurus_hf.images import read_image
 from ailurus_hf.vision.discovery import find_encoders
 
 from ..harness import environment, markdown, save

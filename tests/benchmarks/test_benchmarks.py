@@ -11,7 +11,7 @@ from models import DECODER, SIZES, images, make_model, run, segmenter
 from PIL import Image
 
 from ailurus_hf import AiluRusError, SegmenterImageProcessor, ailurus_status
-from ailurus_hf.cli.support import load_model
+from ailurus_hf.evaluation.loading import load_model
 from benchmarks import harness, methods, report
 from benchmarks.clustering import cluster_pictures, clustering_cost
 from benchmarks.harness import datasets

@@ -10,7 +10,7 @@ from models import DECODER, images, make_model, run, segmenter
 from PIL import Image
 
 from ailurus_hf import SegmenterImageProcessor, ailurus_status, spatial_density_peaks
-from ailurus_hf.cli.support import load_model
+from ailurus_hf.evaluation.loading import load_model
 from ailurus_hf.vision.discovery import find_encoders
 from benchmarks import methods
 from benchmarks.clustering import clusterings

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, config
-from ailurus_hf.cli import AILURUS_FIELDS, build_parser, doctor, main
+from ailurus_hf.cli import build_parser, doctor, main
+from ailurus_hf.cli.arguments import AILURUS_FIELDS
 from ailurus_hf.evaluation.comparison import confusion, mean_iou
 from ailurus_hf.segmenter import sliding_window_logits
 
@@ -226,9 +227,6 @@ SEGMENT = ["segment", "images/a.png", "--model", "segmenter"]
     [
         (["segment", "nowhere.jpg", "--model", "segmenter"], "nowhere.jpg"),
         (["segment", "empty", "--model", "segmenter"], "no image in folder empty"),
-        (["segment", "text.jpg", "--model", "segmenter"], "text.jpg is not a readable image"),
-        (["classify", "text.jpg", "--model", "vit"], "text.jpg is not a readable image"),
-        (["segment", "cut.png", "--model", "segmenter"], "cut.png is not a readable image"),
         (["segment", "images/a.png", "--model", "./nowhere"], "./nowhere"),
         (["segment", "images/a.png", "--model", "empty"], "no config.json"),
         (["segment", "images/a.png", "--model", "text.jpg"], "is a file"),
@@ -244,8 +242,6 @@ SEGMENT = ["segment", "images/a.png", "--model", "segmenter"]
         ([*SEGMENT, "--restore-location", "1"], "restore_location"),
         ([*SEGMENT, "--clustering", "magic"], "magic"),
         ([*SEGMENT, "--labels", "labels"], "--compare"),
-        ([*SEGMENT, "--compare", "--labels", "empty"], "empty/a.png"),
-        ([*SEGMENT, "--compare", "--labels", "labels/b.png"], "[64, 40]"),
         ([*SEGMENT, "--compare", "--no-ailurus"], "nothing to compare"),
         ([*SEGMENT, "--no-ailurus", "--keep-ratio", "0.5"], "--keep-ratio"),
         ([*SEGMENT, "--output", "text.jpg"], "text.jpg"),
@@ -277,6 +273,29 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert streams.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["segment", "text.jpg", "--model", "segmenter"], "text.jpg is not a readable image"),
+        (["classify", "text.jpg", "--model", "vit"], "text.jpg is not a readable image"),
+        (["visualize", "text.jpg", "--model", "vit"], "text.jpg is not a readable image"),
+        (["benchmark", "cut.png", "--model", "vit"], "cut.png is not a readable image"),
+        (["status", "cut.png", "--model", "vit"], "cut.png is not a readable image"),
+        (["segment", "cut.png", "--model", "segmenter"], "cut.png is not a readable image"),
+        ([*SEGMENT, "--compare", "--labels", "empty"], "empty/a.png"),
+        ([*SEGMENT, "--compare", "--labels", "labels/b.png"], "[64, 40]"),
+    ],
+)
+def test_an_input_that_fails_gets_one_line_and_exit_code_1(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    streams = capsys.readouterr()
+    assert told in streams.err
+    assert streams.err.count("\n") == 1, streams.err
+    assert streams.out == ""
+
+
 def test_what_is_no_image_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["segment", "images/a.png", "text.jpg", "--model", "./nowhere"]) == 2
     assert "text.jpg" in capsys.readouterr().err
@@ -300,7 +319,7 @@ def test_no_traceback_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "ailurus_hf.cli", "classify", "text.jpg", "--model", "vit"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env={"PYTHONPATH": str(root), "PATH": ""}, capture_output=True, text=True)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "ailurus-hf classify: error: text.jpg is not a readable image: cannot identify image file 'text.jpg'"
     ]

@@ -17,7 +17,7 @@ from PIL import Image
 from video_clips import moving_square, save_pipeline
 
 from ailurus_hf import config, video
-from ailurus_hf.cli import build_parser, main
+from ailurus_hf.cli import build_parser, main, video_sampling
 from ailurus_hf.cli import video as cli_video
 from ailurus_hf.pipelines import ControlVideoPipeline
 from ailurus_hf.video import open_clip, psnr, write_video
@@ -161,13 +161,13 @@ def test_the_choices_are_those_of_the_library() -> None:
     ],
 )
 def test_the_size_keeps_the_shape_of_the_clip(source: tuple, asked: tuple, made: tuple) -> None:
-    assert cli_video.fitted_size(source, *asked, shorter=512, multiple=8) == made
+    assert video_sampling.fitted_size(source, *asked, shorter=512, multiple=8) == made
 
 
 def test_frames_are_cut_and_not_distorted() -> None:
     circle = Image.new("RGB", (90, 40), "black")
     circle.paste("white", (35, 10, 55, 30))  # a square in the middle
-    (frame,) = cli_video.read_frames([circle], (40, 40))
+    (frame,) = video_sampling.read_frames([circle], (40, 40))
     pixels = np.asarray(frame)[..., 0] > 128
     rows, columns = np.where(pixels)
     assert np.ptp(rows) == np.ptp(columns) == 19

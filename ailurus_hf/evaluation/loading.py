@@ -1,87 +1,37 @@
-"""What the commands share: finding and reading images, loading a model with its processor, switching reduction."""
+"""A model of transformers with its image processor, loaded for a task, ready to run reduced or plain."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from ..apply import ailurus_status, apply_ailurus, remove_ailurus
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
-from ..video.reading import IMAGE_SUFFIXES
+from ..extras import needs_extra, require
 from ..visualization import draw_assignment, reconstruct_image
+from .image_size import check_processed_size
 
-Item = TypeVar("Item")
-# What the commands use where neither the options nor the model's config.json say anything.
+with needs_extra("vision", "Loading a model"):
+    from PIL import Image
+
+# What is used where neither the caller nor the model's config.json says anything.
 DEFAULT_FIELDS: dict[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
 
 
 class BadInputError(AiluRusError):
-    """Something the user gave cannot be used; the command prints it as one line and exits with 2."""
-
-
-def find_images(paths: Sequence[str]) -> list[Path]:
-    """The files given, and the images in the folders given, in order of name."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise BadInputError(f"no image in folder {path}")
-            found.extend(inside)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise BadInputError(f"no such file or folder: {path}")
-    for path in found:  # only the headers: what is no image is told before a model is loaded
-        with _reading(path), Image.open(path):
-            pass
-    return found
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what Pillow raises for text, cut-off, broken and huge files into one error."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInputError(f"{path} is not a readable image: {error}") from error
-
-
-def read_image(path: Path) -> Image.Image:
-    """The image as RGB, turned upright as its EXIF data say."""
-    with _reading(path), Image.open(path) as file:
-        return ImageOps.exif_transpose(file).convert("RGB")
-
-
-def read_labels(image_path: Path, labels: str, size: tuple[int, int]) -> np.ndarray:
-    """The ground truth of an image, class ids [H, W]: the file given, or its namesake PNG in the folder given."""
-    path = Path(labels)
-    if path.is_dir():
-        path = path / f"{image_path.stem}.png"
-    if not path.is_file():
-        raise BadInputError(f"no label map for {image_path.name}: no such file: {path}")
-    with _reading(path), Image.open(path) as file:
-        truth = np.asarray(file)
-    if truth.shape != (size[1], size[0]):
-        raise BadInputError(
-            f"{path} is {list(truth.shape)}, but {image_path.name} needs class ids of shape {[size[1], size[0]]}"
-        )
-    return truth.astype(np.int64)
+    """Something the user gave cannot be used. The command line prints it as one line and exits with 2."""
 
 
 def noise_image(loaded: LoadedModel) -> Image.Image:
@@ -90,21 +40,6 @@ def noise_image(loaded: LoadedModel) -> Image.Image:
     size = getattr(getattr(config, "encoder_config", config), "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def make_folder(path: str) -> Path:
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(f"cannot make folder {path}: {error.strerror}") from error
-    return Path(path)
-
-
-def progress(paths: Sequence[Item]) -> Iterable[Item]:
-    """The paths, with a bar on stderr where they take more than two seconds and someone is watching."""
-    from tqdm import tqdm
-
-    return tqdm(paths, delay=2, disable=None, leave=False, unit="image")
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,7 +52,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInputError(f"device {name} cannot be used here: {_first_line(error)}") from error
+        raise BadInputError(f"device {name} cannot be used here: {first_line(error)}") from error
     return device
 
 
@@ -141,7 +76,12 @@ class LoadedModel:
             remove_ailurus(self.model)
 
     def prepare(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """The model's inputs for one RGB image, on the model's device and in its precision."""
+        """The model's inputs for one RGB image, on the model's device and in its precision.
+
+        Raises:
+            ImageError: an image that the processor would enlarge without measure.
+        """
+        check_processed_size(self.processor, image.size)
         inputs = self.processor(images=image, return_tensors="pt")
         return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
@@ -213,9 +153,7 @@ def load_model(name: str, task: str | None, device: str, dtype: str, ailurus: di
     ailurus: fields that replace those of the `ailurus_config` saved with the model; None runs it unreduced.
     """
     place = choose_device(device)  # what can be wrong at once is told before anything slow
-    require_transformers()
-    import transformers
-
+    transformers = require("transformers", "vision")
     from .. import segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
 
     # Errors are told in one line; the libraries' own warnings, and bars nobody watches, would stand around it.
@@ -234,21 +172,11 @@ def load_model(name: str, task: str | None, device: str, dtype: str, ailurus: di
     return loaded
 
 
-def require_transformers() -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise BadInputError('this command needs transformers: pip install "ailurus-hf[vision]"')
-
-
-def require_diffusers() -> None:
-    if importlib.util.find_spec("diffusers") is None:
-        raise BadInputError('this command needs diffusers: pip install "ailurus-hf[video]"')
-
-
 def read_pretrained(name: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
     try:
         return from_pretrained(name, **options)
     except Exception as error:  # a folder can be wrong in as many ways as there are parsers behind this call
-        raise BadInputError(f"cannot load model {name}: {_first_line(error)}") from error
+        raise BadInputError(f"cannot load model {name}: {first_line(error)}") from error
 
 
 def _ailurus_config(saved: dict[str, Any] | None, given: dict[str, Any]) -> AiluRusConfig:
@@ -294,6 +222,7 @@ def check_name(name: str, file: str = "config.json") -> None:
         raise BadInputError(f"no model folder {name}, and {host} cannot be reached to look for it there") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,0 +1,120 @@
+"""What `ailurus-hf video` runs: the pipeline loaded, the clip's frames at the video's size, and frames sampled."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from ..errors import AiluRusError
+from ..evaluation.loading import check_name, read_pretrained
+from ..extras import require
+
+
+def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
+    # Errors are told in one line: transformers warns already while diffusers is imported.
+    transformers = require("transformers", "video")
+    transformers.utils.logging.set_verbosity_error()
+    diffusers = require("diffusers", "video")
+    diffusers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    from ..pipelines import ControlVideoPipeline
+
+    check_name(args.model, "model_index.json")
+    check_name(args.controlnet, "config.json")
+    controlnet = read_pretrained(args.controlnet, diffusers.ControlNetModel.from_pretrained)
+    pipe = read_pretrained(args.model, ControlVideoPipeline.from_pretrained, controlnet=controlnet)
+    if args.smooth_steps:  # the smoother is derived for it
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    # The precision's name in from_pretrained differs between versions of diffusers.
+    return pipe.to(device, getattr(torch, args.dtype))
+
+
+def trained_side(pipe: Any) -> int:
+    """Pixels of a side that the UNet was trained for."""
+    latents = getattr(pipe.unet.config, "sample_size", None) or 64
+    return (latents if isinstance(latents, int) else min(latents)) * pipe.vae_scale_factor
+
+
+def fitted_size(
+    source: tuple[int, int], height: int | None, width: int | None, shorter: int, multiple: int
+) -> tuple[int, int]:
+    """(width, height) of the video: what was not asked for keeps the source's shape, in multiples of the VAE's factor."""
+
+    def nearest(side: float) -> int:
+        return max(round(side / multiple), 1) * multiple
+
+    if height is None and width is None:
+        scale = shorter / min(source)
+        return nearest(source[0] * scale), nearest(source[1] * scale)
+    if width is None:
+        width = nearest(source[0] * (height or 0) / source[1])
+    return width, height or nearest(source[1] * width / source[0])
+
+
+def read_frames(clip: Any, size: tuple[int, int]) -> list[Image.Image]:
+    """The clip's frames at that size: scaled to cover it, what reaches over is cut off on both sides."""
+    return [ImageOps.fit(frame, size, Image.Resampling.LANCZOS) for frame in clip]
+
+
+def sample_frames(
+    pipe: Any,
+    args: argparse.Namespace,
+    name: str,
+    steps: int,
+    controls: list[Image.Image],
+    size: tuple[int, int],
+    interpolator: Any,
+) -> tuple[list[Image.Image], float]:
+    """The frames, and the seconds they took: they are on the host, so whatever a device had queued is done."""
+    pipe.set_progress_bar_config(desc=name, disable=None, leave=False)  # None: no bar where nobody watches
+    start = time.perf_counter()
+    try:
+        frames = pipe(
+            args.prompt,
+            controls,
+            negative_prompt=args.negative_prompt,
+            width=size[0],
+            height=size[1],
+            num_inference_steps=steps,
+            guidance_scale=args.guidance_scale,
+            controlnet_conditioning_scale=args.controlnet_scale,
+            generator=torch.Generator().manual_seed(args.seed),
+            cross_frame=args.cross_frame,
+            smooth_steps=tuple(args.smooth_steps) if steps == args.steps else (),
+            interpolator=interpolator,
+            clip_length=args.clip_length,
+            attention_chunk=args.attention_chunk,
+        ).frames
+    except torch.OutOfMemoryError as error:
+        chunk = "" if args.attention_chunk else " --attention-chunk 1,"
+        raise AiluRusError(
+            f"{len(controls)} frames of {size[0]}×{size[1]} do not fit in memory: try{chunk} --clip-length 7, "
+            "fewer --frames or a smaller --height"
+        ) from error
+    return frames, time.perf_counter() - start
+
+
+def side_by_side(videos: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> list[Image.Image]:
+    """Frames of several videos next to each other under their titles."""
+    width, height = videos[0][0].size
+    letters = max(8, min(18, width // 14))
+    font, strip = ImageFont.load_default(size=letters), 2 * round(letters * 0.8)
+    sheets = []
+    for frames in zip(*videos, strict=True):
+        sheet = Image.new("RGB", (width * len(frames), height + strip), "white")
+        draw = ImageDraw.Draw(sheet)
+        for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
+            draw.text((column * width + 4, strip / 2), title, fill="black", font=font, anchor="lm")
+            sheet.paste(frame, (column * width, strip))
+        sheets.append(sheet)
+    return sheets

@@ -1,0 +1,48 @@
+"""`ailurus-hf visualize`: pictures of which tokens are merged and what is left of the image."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .arguments import add_ailurus, add_images, add_model, add_output, load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    add_model(parser)
+    add_ailurus(parser, can_be_off=False)
+    add_output(parser)
+    parser.add_argument(
+        "--fill", choices=("mean", "distinct"), default="mean", help="color of a cluster (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation.writing import make_folder, save_picture
+    from ..images import ImageError, read_image
+    from .batch import Batch
+
+    batch = Batch(args)
+    if not batch.images:
+        return batch.finish(None, images=[])
+    output = make_folder(args.output)
+    loaded = load(args, None)
+    loaded.switch_on()
+
+    def visualize(path: Path) -> dict[str, Any]:
+        pictures = loaded.draw_clusters(loaded.prepare(read_image(path)), args.fill)
+        if pictures.assignment is None or pictures.rebuilt is None:
+            raise ImageError(f"{path.name} has {pictures.num_tokens} tokens and none are to be merged")
+        name = batch.names[path]
+        files = [output / f"{name}_assignment.png", output / f"{name}_rebuilt.png"]
+        save_picture(pictures.assignment, files[0])
+        save_picture(pictures.rebuilt, files[1])
+        return {"tokens": [pictures.num_tokens, pictures.num_clusters], "files": [str(file) for file in files]}
+
+    def drawn(result: dict[str, Any]) -> str:
+        return f"{result['image']}: {' to '.join(map(str, result['tokens']))} tokens, {', '.join(result['files'])}"
+
+    batch.run(visualize, drawn)
+    return batch.finish(loaded, images=batch.results)
