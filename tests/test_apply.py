@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 import transformers as hf
-from models import DEPTH, GRID, images, make_model, predict, run
-from test_behaviors import traces
+from model_parts import DEPTH, GRID
+from models import images, make_model, predict, run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from traces import traces
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTLayer
 

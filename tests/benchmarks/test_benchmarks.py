@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from models import DECODER, SIZES, images, make_model, run, segmenter
+from model_parts import DECODER, SIZES, segmenter
+from models import images, make_model, run
 from PIL import Image
 
 from ailurus_hf import AiluRusError, SegmenterImageProcessor, ailurus_status

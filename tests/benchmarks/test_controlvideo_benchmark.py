@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusion_models import UNET, UP
-from test_diffusion_behaviors import traces
+from traces import traces
 
 from ailurus_hf import ailurus_status, apply_ailurus
 from benchmarks import harness

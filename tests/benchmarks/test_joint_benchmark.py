@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_diffusion_behaviors import traces
+from traces import traces
 
 from ailurus_hf import apply_ailurus, remove_ailurus
 from benchmarks.diffusion import joint_speed

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import blocky_images_for, images, make_model, predict, run, without_positions
+from traces import traces
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from ailurus_hf import AiluRusError, UnsupportedModelError, apply_ailurus, remove_ailurus
@@ -225,19 +226,6 @@ def test_merging_inside_a_layer_is_what_its_forward_would_do(name):
         merged = torch.cat([after[:, :1], after[:, 1:].unflatten(1, (-1, 2)).mean(2)], 1)
         expected = merged + scale(layer.mlp(norms[1](merged)))
     torch.testing.assert_close(hidden[2], torch.cat([expected[:, :1], expected[:, 1:].repeat_interleave(2, 1)], 1))
-
-
-def traces(model):
-    """Hooks, attributes and attention functions of every module."""
-    return [
-        (
-            len(m._forward_hooks),
-            len(m._forward_pre_hooks),
-            sorted(vars(m)),
-            getattr(getattr(m, "config", None), "_attn_implementation", None),
-        )
-        for m in model.modules()
-    ]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import DECODER, images, make_model, run, segmenter
+from model_parts import DECODER, segmenter
+from models import images, make_model, run
 from PIL import Image
 
 from ailurus_hf import SegmenterImageProcessor, ailurus_status, spatial_density_peaks

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("skimage")
 pytest.importorskip("tomesd")
 
-from test_diffusion_behaviors import traces
+from traces import traces
 from video_clips import moving_square, save_pipeline
 
 from ailurus_hf.video import write_video

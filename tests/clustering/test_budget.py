@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import CASES, images, make_model, predict, without_positions
-from test_stages import make as make_segformer
+from segformer import make as make_segformer
 
 from ailurus_hf import AiluRusConfig, AiluRusError, ailurus_status, apply_ailurus
 from ailurus_hf.clustering.budget import detail

@@ -2,39 +2,16 @@
 
 import copy
 import math
-import threading
 
 import pytest
 import torch
 from diffusion_models import LATENTS, NETWORKS, SETTINGS, latents, make_network, predict
+from diffusion_ways import duplicated, in_every_way, on_every_network, sample, text_of
+from traces import traces
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import local_kmeans
 from ailurus_hf.diffusion.apply import install, reducers_of
-
-WAYS = {
-    "blocks": {},
-    "merged projections": {"projections": "merged"},
-    "attention": {"scope": "attention"},
-    "keys and values": {"scope": "attention", "reduce": "kv", "clustering": "kmeans"},
-    "density peaks": {"clustering": "density_peaks"},
-    "each stack": {"cluster_per": "stack"},
-}
-on_every_network = pytest.mark.parametrize("name", NETWORKS)
-in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-
-
-def traces(network):
-    """Everything a hook or a patch could leave on a network."""
-    hooks = [
-        (name, sorted(vars(module)), [len(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and v])
-        for name, module in network.named_modules()
-    ]
-    return hooks, {name: type(processor) for name, processor in getattr(network, "attn_processors", {}).items()}
-
-
-def sample(name, **fields):
-    return latents(NETWORKS[name].shape, **fields)
 
 
 @on_every_network
@@ -110,12 +87,6 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
         torch.testing.assert_close(reduced[stack.name], plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
-def duplicated(small, times):
-    """Every pixel several times, and every fourth column like the one before, so that clusters differ in size."""
-    small[..., 1::4] = small[..., 0::4]
-    return small.repeat_interleave(times, -1).repeat_interleave(times, -2)
-
-
 @pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
 def test_tokens_keep_what_sets_them_apart_from_their_cluster(name):
     network, seen = make_network(name), []
@@ -145,10 +116,6 @@ def test_pixels_keep_what_sets_them_apart_where_projections_are_merged():
     gained = after - before
     assert gained.shape[1] == 96
     torch.testing.assert_close(clusters.unmerge(clusters.merge(gained)), gained, rtol=1e-4, atol=1e-4)
-
-
-def text_of(network):
-    return torch.randn(2, 5, network.config.cross_attention_dim, generator=torch.Generator().manual_seed(4))
 
 
 @on_every_network
@@ -310,66 +277,6 @@ def test_each_stack_clusters_its_own_tokens():
 
 @on_every_network
 @in_every_way
-def test_half_precision(name, way):
-    network, x = make_network(name).to(torch.bfloat16), sample(name).to(torch.bfloat16)
-    reduced = predict(apply_ailurus(network, **SETTINGS, **way), name, x)
-    assert reduced.dtype == torch.bfloat16 and reduced.isfinite().all()
-    exact = predict(apply_ailurus(make_network(name), **{**SETTINGS, **way}), name, sample(name))
-    assert torch.cosine_similarity(reduced.float().flatten(), exact.flatten(), 0) > 0.9
-
-
-@pytest.mark.parametrize(
-    "name, way",
-    [
-        ("UNet", "blocks"),
-        ("UNet", "attention"),
-        ("SDXL UNet", "merged projections"),
-        ("ControlNet", "blocks"),
-        ("PixArt", "density peaks"),
-        ("SD3.5", "blocks"),
-        ("SD3.5", "attention"),
-        ("Wan", "blocks"),
-    ],
-)
-def test_compiles_to_one_graph_at_several_sizes(name, way):
-    network = apply_ailurus(make_network(name), **SETTINGS, **WAYS[way])
-    compiled = torch.compile(network, fullgraph=True, backend="eager", dynamic=False)
-    for size in (LATENTS, (16, 10)):
-        if not NETWORKS[name].maps:
-            size = (2 * size[0], 2 * size[1])
-        for seed in (0, 1):
-            x = latents((4, 3, *size) if name == "Wan" else (4, *size), seed=seed)
-            with torch._dynamo.config.patch(error_on_recompile=seed == 1):
-                got = predict(compiled, name, x)
-            want = predict(network, name, x)
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-
-
-@pytest.mark.parametrize("way", [WAYS["blocks"], WAYS["merged projections"]], ids=["blocks", "merged projections"])
-def test_two_threads_share_a_network(way):
-    network = apply_ailurus(make_network("UNet"), **SETTINGS, **way, refresh_every=2)
-    inputs = [latents((4, *size), batch=1) for size in (LATENTS, (10, 6))]
-    want = [predict(network, "UNet", x) for x in inputs]
-    # Both forwards stand still inside a reduced stack until the other one is there.
-    both = threading.Barrier(2, timeout=30)
-    network.down_blocks[0].attentions[0].transformer_blocks[0].attn2.register_forward_hook(
-        lambda *_: [both.wait(), None][1]
-    )
-    got = [None, None]
-
-    def work(index):
-        got[index] = predict(network, "UNet", inputs[index])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@on_every_network
-@in_every_way
 def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
     network, x = make_network(name), sample(name)
     plain = predict(network, name, x)
@@ -449,20 +356,3 @@ def test_halves_share_one_assignment():
     predict(network, "UNet", x)
     clusters = ailurus_status(network).last_clusters
     assert not torch.equal(clusters.assignment[:2], clusters.assignment[2:])
-
-
-def test_training_through_reduced_blocks():
-    gradients = []
-    for way in (WAYS["blocks"], WAYS["merged projections"]):
-        network = apply_ailurus(make_network("UNet"), **SETTINGS, **way).train()
-        out = network(sample("UNet"), 5, encoder_hidden_states=text_of(network), return_dict=False)[0]
-        out.square().mean().backward()
-        gradients.append(network.conv_in.weight.grad)
-        assert gradients[-1].abs().max() > 0
-    network.enable_gradient_checkpointing()
-    network.zero_grad()
-    network(sample("UNet"), 5, encoder_hidden_states=text_of(network), return_dict=False)[0].square().mean().backward()
-    torch.testing.assert_close(network.conv_in.weight.grad, gradients[1])
-    apply_ailurus(network, **SETTINGS)
-    with pytest.raises(AiluRusError, match="gradient checkpointing"):
-        network(sample("UNet"), 5, encoder_hidden_states=text_of(network))

@@ -8,7 +8,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.hooks import HookRegistry
 from diffusion_models import SETTINGS, generate
-from test_diffusion_pipelines import clusterings, text_to_image
+from diffusion_pipelines import clusterings, text_to_image
 
 from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
 

@@ -1,31 +1,13 @@
-"""What is special about SD3, Flux and Wan: joint attention, rotation at centroids, Flux's grid, pipelines and schedules."""
+"""What is special about SD3 and Flux: joint attention, rotation at centroids, Flux's grid, and what cannot follow."""
 
 import logging
 
 import pytest
 import torch
-from diffusers import (
-    FirstBlockCacheConfig,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    StableDiffusion3Pipeline,
-    WanPipeline,
-)
+from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from diffusion_models import (
-    NETWORKS,
-    SETTINGS,
-    latents,
-    make_network,
-    make_sd3,
-    make_vae,
-    packed,
-    predict,
-    sharpen,
-    text,
-)
-from test_diffusion_behaviors import duplicated, sample
+from diffusion_models import NETWORKS, SETTINGS, latents, make_network, make_sd3, packed, predict, sharpen
+from diffusion_ways import duplicated, in_both_scopes, on_both, sample
 
 from ailurus_hf import (
     AiluRusDiffusionConfig,
@@ -36,12 +18,9 @@ from ailurus_hf import (
     remove_ailurus,
 )
 from ailurus_hf.clusters import TokenClusters
-from ailurus_hf.diffusion import backend, joint
+from ailurus_hf.diffusion import joint
 from ailurus_hf.diffusion.apply import install, reducers_of
 from benchmarks.harness import model_flops
-
-on_both = pytest.mark.parametrize("name", ["SD3.5", "Flux"])
-in_both_scopes = pytest.mark.parametrize("scope", ["blocks", "attention"])
 
 
 def flux(network, tokens, ids, **kwargs):
@@ -296,193 +275,3 @@ def test_flops_are_those_that_torch_counts(name):
     # What is left is constant, but for the maps into and out of 16 channels.
     width = 32 if name == "Wan" else 16
     assert counted[1] - counted[0] == known[1] - known[0] + 72 * 4 * 16 * width
-
-
-# Whole generations
-
-
-def make_pipeline(name):
-    parts = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
-    kind = FluxPipeline if name == "Flux" else StableDiffusion3Pipeline
-    if name != "Flux":
-        parts |= dict.fromkeys(["text_encoder_3", "tokenizer_3"])
-    pipe = kind(scheduler=FlowMatchEulerDiscreteScheduler(), vae=make_vae(), transformer=make_network(name), **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def generate(pipe, seed=0, steps=4, **kwargs):
-    inputs = {"prompt_embeds": text(1), "pooled_prompt_embeds": text(1)[:, 0]}
-    inputs |= {"negative_prompt_embeds": text(1, 9), "negative_pooled_prompt_embeds": text(1, 9)[:, 0]}
-    inputs |= {"height": 32, "width": 48, "num_inference_steps": steps, "output_type": "latent"}
-    if isinstance(pipe, FluxPipeline):
-        inputs["true_cfg_scale"] = 2.0
-    return pipe(**{**inputs, **kwargs}, generator=torch.Generator().manual_seed(seed)).images
-
-
-@on_both
-@in_both_scopes
-def test_a_pipeline_on_off_and_the_same_image_from_the_same_seed(name, scope):
-    pipe = make_pipeline(name)
-    plain = generate(pipe)
-    apply_ailurus(pipe, **SETTINGS, scope=scope, refresh_every=2)
-    reduced = generate(pipe)
-    assert reduced.isfinite().all() and (reduced - plain).abs().max() > 1e-3
-    generate(pipe, seed=1)
-    assert torch.equal(generate(pipe), reduced)
-    assert torch.equal(generate(remove_ailurus(pipe)), plain)
-
-
-@on_both
-@pytest.mark.parametrize("refresh_every, expected", [(1, 6), (2, 3), (4, 2), (100, 1)])
-def test_assignments_serve_so_many_steps_and_no_other_generation(name, refresh_every, expected):
-    # Flux guides by two calls a step: without reuse over steps, each clusters for itself.
-    calls = 2 if name == "Flux" and refresh_every == 1 else 1
-    pipe = apply_ailurus(make_pipeline(name), **SETTINGS, refresh_every=refresh_every)
-    for images in (1, 2):
-        generate(pipe, steps=6, seed=images)
-        location = ailurus_status(pipe).locations[0]
-        assert location.clusterings == images * expected * calls
-        assert location.forwards == images * 6 * (2 if name == "Flux" else 1)
-
-
-@on_both
-def test_first_and_last_steps_on_all_tokens(name):
-    pipe, seen = make_pipeline(name), []
-    apply_ailurus(pipe, **SETTINGS, unreduced_first_steps=1, unreduced_last_steps=2)
-    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
-    )
-    generate(pipe, steps=5)
-    assert seen[:: 2 if name == "Flux" else 1] == [96, 24, 24, 96, 96]
-
-
-def test_another_caller_of_the_same_flux_has_its_own_steps():
-    # Cut off in the middle, so that its scheduler still stands at a step.
-    pipe = apply_ailurus(make_pipeline("Flux"), **SETTINGS, refresh_every=2)
-
-    def stop(pipe, index, timestep, tensors):
-        if index == 1:
-            raise RuntimeError("enough")
-        return {}
-
-    with pytest.raises(RuntimeError, match="enough"):
-        generate(pipe, callback_on_step_end=stop)
-    before = ailurus_status(pipe).locations[0].clusterings
-    tokens, ids = packed(latents((4, 16, 24), batch=1))
-    for timestep in (0.9, 0.6, 0.3, 0.1):
-        with torch.no_grad():
-            pipe.transformer(tokens, timestep=torch.tensor([timestep]), img_ids=ids, **NETWORKS["Flux"].conditions(1))
-    assert ailurus_status(pipe).locations[0].clusterings - before == 2
-
-
-def test_halves_share_one_assignment_and_guidance_by_skipped_layers_has_none():
-    pipe, shared = apply_ailurus(make_pipeline("SD3"), **SETTINGS), []
-    reducer = reducers_of(pipe)[0][1]
-    pipe.transformer.register_forward_hook(
-        lambda *_: shared.append([reducer.store.run.share_cfg, len(reducer.records[""].last_clusters.assignment)]),
-        prepend=True,
-    )
-    inputs = {name: torch.cat([text(1), text(1, 5)]) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    inputs |= {f"{part}pooled_prompt_embeds": text(2)[:, 0] for part in ("", "negative_")}
-    generate(
-        pipe, steps=2, **inputs, skip_guidance_layers=[1], skip_layer_guidance_start=0.1, skip_layer_guidance_stop=1
-    )
-    assert shared == [[True, 4], [True, 4], [False, 2]]
-
-
-@on_both
-def test_the_chosen_backend_is_used(name, monkeypatch):
-    network, used = apply_ailurus(make_network(name), **SETTINGS), []
-    want = predict(network, name, sample(name))
-    dispatch = backend.dispatch_attention_fn
-    monkeypatch.setattr(
-        backend, "dispatch_attention_fn", lambda *a, **k: [used.append(k["backend"].value), dispatch(*a, **k)][1]
-    )
-    network.transformer_blocks[0].attn.processor._attention_backend = backend.AttentionBackendName("_native_math")
-    got = predict(network, name, sample(name))
-    assert set(used) == {"_native_math"}
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-
-
-# Wan: frames, rows and columns
-
-
-def twos_along(axis_of_each_video):
-    """A clustering: each video's neighbors along an axis of its own, two by two."""
-
-    def clustering(features, grid, num_clusters):
-        assignments = []
-        for axis in axis_of_each_video:
-            places = torch.cartesian_prod(*(torch.arange(side) for side in grid))
-            places[:, axis] //= 2
-            assignments.append(places.unique(dim=0, return_inverse=True)[1])
-        return TokenClusters.from_assignment(torch.stack(assignments), num_clusters)
-
-    return clustering
-
-
-@pytest.mark.parametrize("axes", [(0, 1), (2, 0)])
-def test_representatives_of_a_video_are_rotated_at_their_mean_place(axes):
-    network = make_network("Wan")
-    video = latents((4, 4, 8, 12))
-    for number, axis in enumerate(axes):
-        # Two tokens alike: two frames, or four rows or columns of patches of two.
-        patch = (1, 2, 2)[axis]
-        pairs = video[number].unflatten(1 + axis, (-1, 2, patch))
-        pairs.select(2 + axis, 1).copy_(pairs.select(2 + axis, 0).clone())
-    install(network, AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=1, cluster_location=0), twos_along(axes))
-    reduced = predict(network, "Wan", video)
-    plain = predict(remove_ailurus(network), "Wan", video)
-    for number, axis in enumerate(axes):
-        places = torch.cartesian_prod(*(torch.arange(float(side)) for side in (4, 4, 6)))
-        places[:, axis] = places[:, axis] // 2 * 2 + 0.5
-        widths = (network.rope.t_dim, network.rope.h_dim, network.rope.w_dim)
-        parts = [
-            get_1d_rotary_pos_embed(width, places[:, i], use_real=True, freqs_dtype=torch.float64)
-            for i, width in enumerate(widths)
-        ]
-        rotary = tuple(torch.cat(part, 1)[None, :, None] for part in zip(*parts, strict=True))
-        hook = network.rope.register_forward_hook(lambda module, args, output, rotary=rotary: rotary)
-        want = predict(network, "Wan", video)[number]
-        hook.remove()
-        torch.testing.assert_close(reduced[number], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-        assert (plain[number] - want).abs().max() > 1e-2 * want.abs().max()
-
-
-def test_what_wan_cannot_follow_is_refused():
-    network, x = apply_ailurus(make_network("Wan"), **SETTINGS), sample("Wan")
-    with torch.no_grad(), pytest.raises(AiluRusError, match=r"timestep for each token, \(2, 72\).*\(2,\)"):
-        network(x, torch.full((2, 72), 5), text(2))
-    with pytest.raises(AiluRusError, match=r"\(3, 4, 6\), got \(4, 6\)"):
-        predict(network, "Wan", x, attention_kwargs={"grid": (4, 6)})
-
-
-@pytest.mark.parametrize("scope", ["blocks", "attention"])
-def test_wan_pipeline(scope):
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=make_network("Wan"),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    inputs = {
-        "prompt_embeds": text(2),
-        "negative_prompt_embeds": text(2, 9),
-        "height": 64,
-        "width": 96,
-        "num_frames": 9,
-    }
-    inputs |= {"num_inference_steps": 4, "output_type": "latent"}
-    run = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
-    plain = run()
-    apply_ailurus(pipe, **SETTINGS, scope=scope, refresh_every=2)
-    reduced = run()
-    assert (reduced - plain).abs().max() > 1e-3 and torch.equal(run(), reduced)
-    location, clusters = ailurus_status(pipe).locations[0], ailurus_status(pipe).last_clusters
-    assert (location.num_tokens, location.num_clusters, location.clusterings) == (72, 18, 4)
-    # Two videos, and not the halves of one: guidance calls twice.
-    assert not torch.equal(clusters.assignment[0], clusters.assignment[1])
-    assert torch.equal((remove_ailurus(pipe), run())[1], plain)

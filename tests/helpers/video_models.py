@@ -56,3 +56,19 @@ def video(pipe, frames=None, seed=0, **arguments):
     given = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 4.0, **arguments}
     generator = torch.Generator().manual_seed(seed)
     return pipe("a cat", clip() if frames is None else frames, generator=generator, **given).frames
+
+
+F, LATENTS = 4, (4, SIZE[0] // 2, SIZE[1] // 2)
+
+
+def noise(count=F, seed=5):
+    """Start noise that differs from frame to frame, so that it matters which frames see each other."""
+    return torch.randn(count, *LATENTS, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got, want, tolerance=1e-3):
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+def differ(one, other):
+    return (one - other).abs().max() > 1e-3 * one.abs().max()

@@ -1,6 +1,4 @@
-"""ControlVideoPipeline: what it makes, what diffusers' pipelines can do, long videos, smoothing, and AiluRus in it."""
-
-import sys
+"""ControlVideoPipeline: what it makes, what diffusers' pipelines can do, long videos, and errors."""
 
 import PIL.Image
 import pytest
@@ -12,30 +10,13 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
-from test_diffusion_behaviors import traces
-from video_models import SETTINGS, SIZE, clip, make_controls, make_pipeline, video
+from traces import traces
+from video_models import LATENTS, SETTINGS, SIZE, F, clip, close, differ, make_controls, make_pipeline, noise, video
 
-from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusError, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.apply import reducers_of
 from ailurus_hf.pipelines import ControlVideoPipeline
 from ailurus_hf.pipelines.controlvideo.key_frames import parts_of
-from ailurus_hf.pipelines.controlvideo.smoothing import interleaved, smoothed
-from ailurus_hf.video import FlowInterpolator
-
-F, LATENTS = 4, (4, SIZE[0] // 2, SIZE[1] // 2)
-
-
-def noise(count=F, seed=5):
-    """Start noise that differs from frame to frame, so that it matters which frames see each other."""
-    return torch.randn(count, *LATENTS, generator=torch.Generator().manual_seed(seed))
-
-
-def close(got, want, tolerance=1e-3):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
-
-
-def differ(one, other):
-    return (one - other).abs().max() > 1e-3 * one.abs().max()
 
 
 def as_image_pipeline(pipe):
@@ -276,83 +257,6 @@ def test_other_schedulers(kind, fields):
         video(pipe, smooth_steps=[1])
 
 
-# The smoother
-
-
-def test_every_second_frame_is_made_of_its_neighbors():
-    assert interleaved(7, 0) == [1, 3, 5] and interleaved(7, 1) == [2, 4]
-    assert interleaved(6, 0) == [1, 3] and interleaved(6, 1) == [2, 4]
-    assert interleaved(2, 0) == [] and interleaved(3, 1) == []
-    clean, asked = torch.randn(7, 4, 3, 5), []
-
-    def between(before, after):
-        asked.append((before, after))
-        return 0.25 * before + 0.75 * after
-
-    for step in (0, 1):
-        got = smoothed(clean.sigmoid().logit(), step, between, torch.sigmoid, torch.logit)
-        for frame in range(7):
-            want = clean[frame]
-            if frame in interleaved(7, step):
-                want = (0.25 * clean[frame - 1].sigmoid() + 0.75 * clean[frame + 1].sigmoid()).logit()
-            close(got[frame], want, 1e-4)
-        assert asked[step][0].shape[0] == len(interleaved(7, step))
-    with pytest.raises(AiluRusError, match=r"\(3, 4, 3, 5\), got \(2, 4, 3, 5\)"):
-        smoothed(clean, 0, lambda before, after: before[:2], torch.sigmoid, torch.logit)
-
-
-@pytest.mark.parametrize("step", [0, 1, 2])
-def test_smoothing_changes_what_a_step_predicts_and_keeps_its_noise(step):
-    """Against DDIM's own equation: with x0 replaced, and the noise of the unsmoothed step."""
-    pipe, seen = make_pipeline(), {}
-    keep = lambda name: lambda p, number, t, tensors: seen.__setitem__((name, number), tensors["latents"])  # noqa: E731
-    video(pipe, latents=noise(5), frames=clip(5), callback_on_step_end=keep("plain"))
-    inner = pipe.scheduler.step
-    pipe.scheduler.step = lambda *a, **k: [seen.__setitem__(int(a[1]), inner(*a, **k)), seen[int(a[1])]][1]
-    mean = {"interpolator": lambda before, after: (before + after) / 2}
-    video(pipe, latents=noise(5), frames=clip(5), smooth_steps=[step], callback_on_step_end=keep("smooth"), **mean)
-    timesteps = [int(t) for t in pipe.scheduler.timesteps]
-    clean = seen[timesteps[step]].pred_original_sample
-    alpha = pipe.scheduler.alphas_cumprod[timesteps[step + 1]] if step < 2 else torch.tensor(1.0)
-    unsmoothed, smooth = seen["plain", step], seen["smooth", step]
-    rest = unsmoothed - alpha.sqrt() * clean  # noise, by its weight
-    predicted = (smooth - rest) / alpha.sqrt()
-    with torch.no_grad():
-        pictures = (pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    for frame in range(5):
-        want = clean[frame]
-        if frame in interleaved(5, step):
-            mean = (pictures[frame - 1] + pictures[frame + 1])[None] / 2
-            with torch.no_grad():
-                want = pipe.vae.encode(2 * mean - 1).latent_dist.mode()[0] * pipe.vae.config.scaling_factor
-            assert differ(want, clean[frame])
-        close(predicted[frame], want, 1e-2)
-
-
-def test_the_given_interpolator_is_asked():
-    pipe, asked = make_pipeline(), []
-
-    def nearest(before, after):
-        asked.append((before.shape, before.dtype, float(before.min()), float(before.max())))
-        return before
-
-    made = video(pipe, smooth_steps=[0, 1], interpolator=nearest)
-    assert differ(made, video(pipe, smooth_steps=[0, 1]))
-    assert [shape for shape, *_ in asked] == [(1, 3, *SIZE), (1, 3, *SIZE)]
-    assert all(kind == torch.float32 and 0 <= low < high <= 1 for _, kind, low, high in asked)
-
-
-def test_optical_flow_is_the_default_and_needs_opencv(monkeypatch):
-    pipe = make_pipeline()
-    assert torch.equal(video(pipe, smooth_steps=[1]), video(pipe, smooth_steps=[1], interpolator=FlowInterpolator()))
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    plain = video(pipe)
-    steps = []
-    with pytest.raises(AiluRusError, match=r'cv2 cannot be imported .*: pip install "ailurus-hf\[video\]"'):
-        video(pipe, smooth_steps=[1], callback_on_step_end=lambda *given: steps.append(given) or {})
-    assert not steps and torch.equal(video(pipe), plain)
-
-
 # Long videos
 
 
@@ -387,78 +291,6 @@ def test_a_clip_depends_on_its_key_frames_and_on_no_other():
     assert reached(2) == [2]
     assert reached(4) == list(range(9))
     assert reached(8) == [0, 4, 5, 6, 7, 8] or reached(8) == list(range(9))
-
-
-@pytest.mark.parametrize("frames", ["each", "joint"])
-@pytest.mark.parametrize("scope", ["blocks", "attention"])
-def test_every_part_of_a_long_video_has_its_own_assignment(frames, scope):
-    pipe = apply_ailurus(make_pipeline(), **SETTINGS, frames=frames, scope=scope, refresh_every=2)
-    options = {"frames": clip(9), "latents": noise(9), "num_inference_steps": 4}
-    made = video(pipe, **options, clip_length=3)
-    assert made.isfinite().all() and torch.equal(video(pipe, **options, clip_length=3), made)
-    # Key frames and four clips, at every other of 4 steps, twice.
-    rows = [p for p in ailurus_status(pipe).locations if p.num_tokens == 96]
-    by_network = {n: sum(p.clusterings for p in rows if p.where.startswith(n)) for n in ("unet", "controlnet")}
-    assert by_network == {"unet": 5 * 2 * 2, "controlnet": 5 * 2 * 2}
-
-
-# AiluRus in it
-
-WAYS = {
-    "blocks": {},
-    "joint": {"frames": "joint"},
-    "joint, merged projections": {"frames": "joint", "projections": "merged"},
-    "joint, density peaks": {"frames": "joint", "clustering": "density_peaks"},
-    "attention": {"scope": "attention"},
-    "joint, attention": {"frames": "joint", "scope": "attention"},
-    "joint, keys and values": {"frames": "joint", "scope": "attention", "reduce": "kv"},
-}
-
-
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_ailurus_on_and_off(way, caplog):
-    pipe = make_pipeline()
-    plain, before = video(pipe, latents=noise()), [traces(part) for part in (pipe.unet, pipe.controlnet)]
-    apply_ailurus(pipe, **SETTINGS, **way)
-    reduced = video(pipe, latents=noise())
-    assert differ(reduced, plain) and torch.cosine_similarity(reduced.flatten(), plain.flatten(), 0) > 0.7
-    assert torch.equal(video(pipe, latents=noise()), reduced)
-    rows = ailurus_status(pipe).locations
-    assert {p.where.split(".")[0] for p in rows} == {"unet", "controlnet"}
-    assert all(p.num_clusters == p.num_tokens // 4 and p.flops_saved > 0 for p in rows)
-    assert not [r for r in caplog.records if r.name.startswith("ailurus_hf")]  # no processor is said to be lost
-    for cross_frame in ("sparse_causal", "first"):
-        assert differ(video(pipe, latents=noise(), cross_frame=cross_frame), reduced)
-    assert torch.equal(video(remove_ailurus(pipe), latents=noise()), plain)
-    assert [traces(part) for part in (pipe.unet, pipe.controlnet)] == before and not ailurus_status(pipe).active
-
-
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_ailurus_keeps_everything_at_ratio_one(way):
-    pipe = make_pipeline()
-    plain = video(pipe, latents=noise())
-    apply_ailurus(pipe, **{**SETTINGS, **way, "keep_ratio": 1.0})
-    close(video(pipe, latents=noise()), plain, 1e-4)
-
-
-def test_joint_clusters_are_the_unets_alone():
-    """A ControlNet sees one frame at a time: what it merges over time would leak between frames."""
-    pipe = apply_ailurus(make_pipeline(), **SETTINGS, frames="joint")
-    video(pipe)
-    grids = {
-        name.split(".")[0]: {record.last_grid for record in reducer.records.values()}
-        for name, reducer in reducers_of(pipe)
-    }
-    assert grids == {"unet": {(F, 8, 12), (F, 4, 6)}, "controlnet": {(8, 12), (4, 6)}}
-    video(pipe, cross_frame="first")
-    assert {r.last_grid for r in reducers_of(pipe)[0][1].records.values()} == {(8, 12), (4, 6)}
-
-
-def test_steps_are_counted_once_each():
-    pipe = apply_ailurus(make_pipeline(), **SETTINGS, refresh_every=2, unreduced_first_steps=1, unreduced_last_steps=1)
-    video(pipe, num_inference_steps=6)
-    first = ailurus_status(pipe).locations[0]
-    assert (first.forwards, first.clusterings) == (6, 2)
 
 
 @pytest.mark.parametrize(

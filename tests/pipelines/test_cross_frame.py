@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusion_models import LATENTS, SETTINGS, latents, make_network, predict, text
-from test_diffusion_behaviors import traces
+from traces import traces
 
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import local_kmeans

@@ -6,19 +6,9 @@ import threading
 
 import pytest
 import torch
-from models import (
-    CASES,
-    DEPTH,
-    GRID,
-    blocky_images_for,
-    images,
-    images_for,
-    make_model,
-    of_encoder,
-    predict,
-    run,
-    without_positions,
-)
+from model_parts import DEPTH, GRID
+from models import CASES, blocky_images_for, images, images_for, make_model, of_encoder, predict, run, without_positions
+from traces import traces
 
 import ailurus_hf
 from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus, remove_ailurus
@@ -53,16 +43,6 @@ def in_ways(ways):
 
 on_every_model_in_its_ways = in_ways(WAYS)
 on_every_model_that_trains = in_ways([(name, way) for name, way in WAYS if CASES[name].trains])
-
-
-def traces(model):
-    """Everything a hook or a patch could leave on a model."""
-    return [
-        (name, sorted(vars(module)), [len(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks") and v])
-        for name, module in model.named_modules()
-    ], [model.config.to_dict(), *(m.config._attn_implementation for m in model.modules() if hasattr(m, "config"))]
-
-
 ATTENTION_OUTPUTS = (
     "o_proj.weight",
     "out_proj.weight",

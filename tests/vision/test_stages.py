@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    SegformerConfig,
-    SegformerForImageClassification,
-    SegformerForSemanticSegmentation,
-    SegformerModel,
-)
+from segformer import CLASSES, images, make, predict
 
 from ailurus_hf import (
     AiluRusConfig,
@@ -20,17 +14,6 @@ from ailurus_hf import (
     remove_ailurus,
 )
 
-SIZES = {
-    "depths": [1, 2, 3, 2],
-    "hidden_sizes": [16, 32, 32, 64],
-    "num_attention_heads": [1, 2, 2, 4],
-    "sr_ratios": [8, 4, 2, 1],
-    "decoder_hidden_size": 32,
-    "num_labels": 5,
-    "drop_path_rate": 0.0,
-    "hidden_dropout_prob": 0.0,
-    "classifier_dropout_prob": 0.0,
-}
 # Stage 3 of an image of 96 x 160 pixels is a grid of 6 x 10, stage 4 one of 3 x 5.
 EVERY_STAGE = {"stages": (1, 2, 3, 4), "cluster_location": 0, "keep_ratio": 0.4}
 SETTINGS = {
@@ -38,33 +21,6 @@ SETTINGS = {
     "every stage": {**EVERY_STAGE, "clustering": "local_kmeans"},
     "restored early": {"cluster_location": 0, "keep_ratio": 0.3, "restore_location": 2},
 }
-CLASSES = {
-    "model": (SegformerModel, lambda out: out.last_hidden_state),
-    "segmentation": (SegformerForSemanticSegmentation, lambda out: out.logits),
-    "classification": (SegformerForImageClassification, lambda out: out.logits),
-}
-
-
-def make(kind="segmentation", **fields):
-    torch.manual_seed(0)
-    model = CLASSES[kind][0](SegformerConfig(**{**SIZES, **fields})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-            if "q_proj.weight" in name or "k_proj.weight" in name:
-                parameter.mul_(3)
-    return model
-
-
-def images(batch=2, size=(96, 160), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return nn.functional.interpolate(torch.randn(batch, 3, 12, 20, generator=generator), size=size, mode="bilinear")
-
-
-def predict(model, pixels, kind="segmentation"):
-    with torch.no_grad():
-        return CLASSES[kind][1](model(pixels))
 
 
 @pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)

@@ -4,8 +4,8 @@ import json
 import shlex
 
 import numpy as np
+import original_segmenter as original
 import pytest
-import test_segmenter_original as original
 from PIL import Image
 
 from ailurus_hf.segmenter.convert import convert_segmenter_checkpoint

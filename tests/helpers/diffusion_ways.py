@@ -1,0 +1,33 @@
+"""Every supported network in every way of reducing it, as parameters of tests, and inputs for them."""
+
+import pytest
+import torch
+from diffusion_models import NETWORKS, latents
+
+WAYS = {
+    "blocks": {},
+    "merged projections": {"projections": "merged"},
+    "attention": {"scope": "attention"},
+    "keys and values": {"scope": "attention", "reduce": "kv", "clustering": "kmeans"},
+    "density peaks": {"clustering": "density_peaks"},
+    "each stack": {"cluster_per": "stack"},
+}
+on_every_network = pytest.mark.parametrize("name", NETWORKS)
+# The joint transformers.
+on_both = pytest.mark.parametrize("name", ["SD3.5", "Flux"])
+in_both_scopes = pytest.mark.parametrize("scope", ["blocks", "attention"])
+in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def sample(name, **fields):
+    return latents(NETWORKS[name].shape, **fields)
+
+
+def duplicated(small, times):
+    """Every pixel several times, and every fourth column like the one before, so that clusters differ in size."""
+    small[..., 1::4] = small[..., 0::4]
+    return small.repeat_interleave(times, -1).repeat_interleave(times, -2)
+
+
+def text_of(network):
+    return torch.randn(2, 5, network.config.cross_attention_dim, generator=torch.Generator().manual_seed(4))
