@@ -18,6 +18,8 @@ _HOME = {
     "AiluRusModelForObjectDetection": "vision.auto",
     "AiluRusModelForSemanticSegmentation": "vision.auto",
     "AiluRusProcessor": "diffusion.processor",
+    "Clustering": "clustering",
+    "Level": "config",
     "SegmenterConfig": "segmenter",
     "SegmenterForSemanticSegmentation": "segmenter",
     "SegmenterImageProcessor": "segmenter",
@@ -28,6 +30,7 @@ _HOME = {
     "apply_ailurus": "apply",
     "count_weighted_attention": "attention",
     "local_kmeans": "clustering",
+    "register_clustering": "clustering",
     "remove_ailurus": "apply",
     "spatial_density_peaks": "clustering",
 }
@@ -37,9 +40,9 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .apply import ailurus_enabled, ailurus_status, apply_ailurus, remove_ailurus
     from .attention import count_weighted_attention
-    from .clustering import local_kmeans, spatial_density_peaks
+    from .clustering import Clustering, local_kmeans, register_clustering, spatial_density_peaks
     from .clusters import TokenClusters
-    from .config import AiluRusConfig, AiluRusDiffusionConfig
+    from .config import AiluRusConfig, AiluRusDiffusionConfig, Level
     from .diffusion.processor import AiluRusProcessor
     from .errors import AiluRusError, UnsupportedModelError
     from .segmenter import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor

@@ -34,7 +34,7 @@ from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingA
 from transformers.trainer_utils import get_last_checkpoint
 
 from ailurus_hf import AiluRusConfig, apply_ailurus, remove_ailurus
-from ailurus_hf.config import CLUSTERINGS, RESTORES
+from ailurus_hf.config import RESTORES, clustering_names
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation
 
 log = logging.getLogger("finetune")
@@ -200,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the run's last whole epoch")
     parser.add_argument("--location", type=int, default=2, help="L")
     parser.add_argument("--keep", type=float, default=0.25, help="M / N; 1 trains without AiluRus")
-    parser.add_argument("--clustering", default="density_peaks", choices=CLUSTERINGS)
+    parser.add_argument("--clustering", default="density_peaks", choices=clustering_names())
     parser.add_argument("--restore", default="copy", choices=RESTORES, help="copy is the paper's")
     parser.add_argument("--enlarge", type=int, help="of the photographs (default: as the model's processor does)")
     parser.add_argument("--epochs", type=float, default=3, help="1.5 stops half way through the second")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ailurus_hf import AiluRusConfig, AiluRusError
+from ailurus_hf.clustering import DensityPeaks, get_clustering
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ from ailurus_hf import AiluRusConfig, AiluRusError
         ({"keep_ratio": float("nan")}, "got nan"),
         ({"num_clusters": 0}, "at least 1, got 0"),
         ({"keep_ratio": 0.5, "cluster_location": -1}, "got -1"),
-        ({"keep_ratio": 0.5, "alpha": 2.0}, "between 0 and 1, got 2.0"),
+        ({"keep_ratio": 0.5, "clustering": {"name": "density_peaks", "alpha": 2.0}}, "between 0 and 1, got 2.0"),
         (
             {"keep_ratio": 0.5, "clustering": "dbscan"},
             "'density_peaks', 'local_kmeans', 'kmeans', 'pairs', 'ward', got 'dbscan'",
@@ -50,7 +51,8 @@ def test_clusters_for(fields, num_tokens, want):
 def test_paper_is_the_paper_whatever_the_defaults():
     config = AiluRusConfig.paper(2, 400)
     assert (config.cluster_location, config.num_clusters, config.clustering) == (2, 400, "density_peaks")
-    assert (config.alpha, config.num_spatial_neighbors, config.num_density_neighbors) == (0.9, 50, 1)
+    clustering = get_clustering(config.clustering)
+    assert clustering == DensityPeaks(alpha=0.9, num_spatial_neighbors=50, num_density_neighbors=1)
     assert (config.restore, config.restore_at, config.restore_location) == ("copy", "decoder", None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..config import CLUSTERINGS, RESTORE_PLACES, RESTORES
+from ..config import RESTORE_PLACES, RESTORES, clustering_names
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
@@ -54,7 +54,7 @@ def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> Non
     size = group.add_mutually_exclusive_group()
     size.add_argument("--keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
     size.add_argument("--num-clusters", type=int, metavar="M", help="number of tokens to keep")
-    group.add_argument("--clustering", choices=CLUSTERINGS, help="how tokens are clustered")
+    group.add_argument("--clustering", choices=clustering_names(), help="how tokens are clustered")
     group.add_argument("--restore", choices=RESTORES, help="the value that a token gets when it is unmerged")
     group.add_argument("--restore-at", choices=RESTORE_PLACES, help="where the tokens of a segmenter are unmerged")
     group.add_argument("--restore-location", type=int, metavar="R", help="all tokens run again after this layer")

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import CLUSTERINGS, FRAMES, SCOPES
+from ..config import FRAMES, SCOPES, clustering_names
 from .arguments import add_model, positive
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ailurus-min-tokens", type=positive, metavar="N", help="smaller grids run unreduced")
     group.add_argument("--ailurus-scope", choices=SCOPES, help="whole blocks or self-attention alone")
-    group.add_argument("--ailurus-clustering", choices=CLUSTERINGS)
+    group.add_argument("--ailurus-clustering", choices=clustering_names())
     group.add_argument("--ailurus-refresh-every", type=positive, metavar="N", help="steps that share an assignment")
     group.add_argument("--ailurus-unreduced-first-steps", type=int, metavar="N")
     group.add_argument("--ailurus-unreduced-last-steps", type=int, metavar="N")

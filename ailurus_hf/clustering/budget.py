@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..clusters import TokenClusters
 from ..config import rounded_share
 from ..errors import AiluRusError
-from . import Clustering
-from .neighbors import check_grid, grid_neighbors, neighbor_distances
+from .base import Clustering
+from .neighbors import Grid, check_grid, grid_neighbors, neighbor_distances
 
 # Tokens on every side and corner of a place.
 ADJACENT = 8
@@ -36,13 +38,21 @@ def detail(features: Tensor, grid: tuple[int, ...]) -> Tensor:
     return ((nearest > STANDS_OUT * typical) & (nearest > rounding)).float().mean(1)
 
 
-def by_content(clustering: Clustering, min_keep_ratio: float) -> Clustering:
-    """The clustering with the M that it is asked for as the most, and round(min_keep_ratio · N) as the least.
+@dataclass(frozen=True)
+class ByContent(Clustering):
+    """Another clustering, with an M that depends on what is in the image.
 
-    M then depends on the image, which waits for the device; batches and compiled graphs need one M, and raise AiluRusError.
+    M is then known once the device is done, and batches and compiled graphs need one M: they raise AiluRusError.
+
+    Args:
+        clustering: the one that makes the clusters.
+        min_keep_ratio: round(min_keep_ratio * N) is the least M; the M that is asked for is the most.
     """
 
-    def cluster(features: Tensor, grid: tuple[int, ...], most: int) -> TokenClusters:
+    clustering: Clustering
+    min_keep_ratio: float
+
+    def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
         if torch.compiler.is_compiling():
             raise AiluRusError(
                 "min_keep_ratio makes shapes depend on the image: use keep_ratio alone in compiled graphs"
@@ -52,7 +62,17 @@ def by_content(clustering: Clustering, min_keep_ratio: float) -> Clustering:
                 f"min_keep_ratio gives each image a number of tokens of its own, which {len(features)} images in one "
                 "tensor cannot have: use a batch of 1, or keep_ratio alone"
             )
-        least = min(rounded_share(min_keep_ratio, features.shape[1]), most)
-        return clustering(features, grid, least + round((most - least) * detail(features, grid).item()))
+        least = min(rounded_share(self.min_keep_ratio, features.shape[1]), num_clusters)
+        count = least + round((num_clusters - least) * detail(features, grid).item())
+        return self.clustering.cluster(features, grid, count)
 
-    return cluster
+    def join(
+        self, clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
+    ) -> TokenClusters:
+        """As the other clustering does."""
+        return self.clustering.join(clusters, representatives, tokens, grid, num_clusters)
+
+
+def by_content(clustering: Clustering, min_keep_ratio: float) -> Clustering:
+    """The clustering with the M that it is asked for as the most, and round(min_keep_ratio * N) as the least."""
+    return ByContent(clustering, min_keep_ratio)

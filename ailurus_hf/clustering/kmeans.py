@@ -8,18 +8,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..checks import check_at_least
 from ..clusters import TokenClusters
 from ..precision import without_autocast
+from .base import Clustering, register_clustering
 from .grid_cache import grid_table
 from .local_kmeans import grid_cells, prepared
 from .neighbors import Grid
 
 # Pairs of a token and a mean that are compared at once: 64 MB of fp32 an image.
 PAIRS_AT_ONCE = 2**24
+
+
+@register_clustering("kmeans")
+@dataclass(frozen=True)
+class KMeans(Clustering):
+    """Rounds of k-means over the whole image, by `kmeans`.
+
+    Args:
+        num_rounds: rounds of assignment, at least 1.
+    """
+
+    num_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, num_rounds=self.num_rounds)
+
+    def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
+        return kmeans(features, grid, num_clusters, num_rounds=self.num_rounds)
 
 
 @torch.no_grad()

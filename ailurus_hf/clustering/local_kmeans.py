@@ -12,10 +12,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_at_least
 from ..clusters import TokenClusters
-from ..errors import AiluRusError
+from .base import Clustering, register_clustering
 from .grid_cache import grid_table
 from .neighbors import Grid, TilePlan, candidate_scores, check_input, tile_plan
+
+
+@register_clustering("local_kmeans")
+@dataclass(frozen=True)
+class LocalKMeans(Clustering):
+    """Rounds of k-means among the cells around each token, by `local_kmeans`.
+
+    Args:
+        num_rounds: rounds of assignment, at least 1.
+    """
+
+    num_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, num_rounds=self.num_rounds)
+
+    def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
+        return local_kmeans(features, grid, num_clusters, num_rounds=self.num_rounds)
 
 
 @torch.no_grad()
@@ -52,8 +72,7 @@ def prepared(
     features: Tensor, grid: Sequence[int], num_clusters: int, num_rounds: int, check_finite: bool
 ) -> tuple[Tensor, Grid]:
     """What k-means are given, checked: features in fp32 relative to their image's mean, and the grid."""
-    if num_rounds < 1:
-        raise AiluRusError(f"num_rounds must be at least 1, got {num_rounds}")
+    check_at_least(1, num_rounds=num_rounds)
     grid = check_input(features, grid, num_clusters, check_finite)
     features = features.float()
     # What all tokens share would only cost precision.

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters
 from ..precision import without_autocast
-from .density_peaks import density_peaks
 from .neighbors import DIRECT_DISTANCE_LIMIT, EQUALITY_TOLERANCE
+from .peaks import density_peaks
 
 
 @torch.no_grad()

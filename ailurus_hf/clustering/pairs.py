@@ -7,6 +7,7 @@ one another: what is unlike all else stays alone, as in ToMe (Bolya et al. 2023,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +15,25 @@ from torch import Tensor
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters
 from ..precision import without_autocast
+from ..profiling import recorded
+from .base import Clustering, register_clustering
 from .boruvka import merged, united
 from .neighbors import Grid, check_input
+
+
+@register_clustering("pairs")
+@dataclass(frozen=True)
+class Pairs(Clustering):
+    """Joins what is cheapest to join, wherever it is on the grid, by `pairs`."""
+
+    def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
+        return pairs(features, grid, num_clusters)
+
+    def join(
+        self, clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
+    ) -> TokenClusters:
+        """In the same way, by `join_clusters`."""
+        return recorded("ailurus::cluster", join_clusters, clusters, representatives, tokens, grid, num_clusters)
 
 
 @torch.no_grad()

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters, stable_argsort
+from ..profiling import recorded
+from .base import Clustering, register_clustering
 from .boruvka import merged, united
 from .grid_cache import grid_table
 from .neighbors import Grid, check_input, chunk_length
@@ -24,6 +27,21 @@ SHARE = 0.35
 LEAST_SHARE = 0.05
 # Repeated edges are sorted out where that leaves less than this share of them: it takes two sorts.
 MUCH_FEWER = 0.8
+
+
+@register_clustering("ward")
+@dataclass(frozen=True)
+class Ward(Clustering):
+    """Joins adjacent clusters by Ward's criterion, by `ward`."""
+
+    def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
+        return ward(features, grid, num_clusters)
+
+    def join(
+        self, clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
+    ) -> TokenClusters:
+        """In the same way, by `join_regions`."""
+        return recorded("ailurus::cluster", join_regions, clusters, representatives, tokens, grid, num_clusters)
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..clustering import Clustering, configured
+from ..clustering import ClusterFunction, get_clustering
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..status import LocationStatus, Status
@@ -32,7 +33,7 @@ from .wan import WanReducer
 ATTRIBUTE = "_ailurus_reducer"
 
 
-def install(target: Any, config: AiluRusDiffusionConfig, clustering: Clustering | None = None) -> None:
+def install(target: Any, config: AiluRusDiffusionConfig, clustering: ClusterFunction | None = None) -> None:
     """Reduces every supported network in `target`; replaces what was on. On an error all is as it was before.
 
     clustering: another way to cluster than the config's, to compare with.
@@ -43,6 +44,7 @@ def install(target: Any, config: AiluRusDiffusionConfig, clustering: Clustering 
             f"unreduced_last_steps={config.unreduced_last_steps} needs a pipeline, which knows how many steps there "
             f"are: apply it to the pipeline, got {type(target).__name__}"
         )
+    cluster = partial(get_clustering(clustering or config.clustering), check_finite=config.check_finite)
     reducers = []
     for network in find_networks(target):
         kind = NetworkReducer
@@ -50,7 +52,7 @@ def install(target: Any, config: AiluRusDiffusionConfig, clustering: Clustering 
             kind = JointReducer
         elif isinstance(network, WanTransformer3DModel):
             kind = WanReducer
-        reducers.append(kind(network, config, find_stacks(network), clustering or configured(config), pipeline))
+        reducers.append(kind(network, config, find_stacks(network), cluster, pipeline))
     uninstall(target)
     for reducer in reducers:
         reducer.install()

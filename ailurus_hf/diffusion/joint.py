@@ -58,10 +58,9 @@ class JointReducer(NetworkReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.config.scope, str) and isinstance(self.config.reduce, str)):
+        if self.config.levels:
             raise AiluRusError(
-                f"{type(self.network).__name__} has one resolution: scope and reduce must be one for all, "
-                f"got {self.config.scope!r} and {self.config.reduce!r}"
+                f"{type(self.network).__name__} has one resolution: leave levels out, got {self.config.levels!r}"
             )
         self.is_flux = isinstance(self.network, FluxTransformer2DModel)
         self.text_tokens = 0

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..clustering import configured
+from ..clustering import get_clustering
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
+from ..config_base import refuse_moved_fields
 from ..errors import AiluRusError, UnsupportedModelError
 from .backend import attend
 from .frames import JointClusters
@@ -33,14 +34,10 @@ class AiluRusProcessor:
     keep_ratio: M = round(keep_ratio · N).
     grid: (H, W) of the latents; layers at half, a quarter, ... of it are known by their number of tokens, and one that
         fits none of them is an error. None: grids are square, and a number of tokens that is no square is an error.
-    min_tokens, reduce, clustering, alpha, num_spatial_neighbors, num_density_neighbors, check_finite: as in
-        `AiluRusDiffusionConfig`.
+    min_tokens, reduce, clustering, check_finite: as in `AiluRusDiffusionConfig`.
     """
 
-    FIELDS = (
-        *("keep_ratio", "min_tokens", "reduce", "clustering", "alpha"),
-        *("num_spatial_neighbors", "num_density_neighbors", "check_finite"),
-    )
+    FIELDS = ("keep_ratio", "min_tokens", "reduce", "clustering", "check_finite")
     # Where diffusers' set_attention_backend and context parallelism write to.
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -58,6 +55,7 @@ class AiluRusProcessor:
             for name, value in {"keep_ratio": keep_ratio, "reduce": config_fields.get("reduce")}.items():
                 if isinstance(value, Mapping):
                     raise AiluRusError(f"a processor knows no resolutions: {name} must be one for all, got {value!r}")
+        refuse_moved_fields(config_fields)
         unknown = sorted(set(config_fields) - set(self.FIELDS))
         if unknown:
             raise AiluRusError(f"AiluRusProcessor has no fields {unknown}; it has grid, {', '.join(self.FIELDS)}")
@@ -65,7 +63,9 @@ class AiluRusProcessor:
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise AiluRusError(f"grid must be (H, W) with sides of at least 1, got {tuple(grid)}")
         self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
-        self.clustering = configured(self.config)
+        self.clustering = functools.partial(
+            get_clustering(self.config.clustering), check_finite=self.config.check_finite
+        )
         self.assign = assign or self.cluster
         self.merges_queries = merges_queries or functools.partial(self.config.merges_queries, 1)
 

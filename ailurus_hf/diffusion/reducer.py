@@ -15,7 +15,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from ..clustering import Clustering
+from ..clustering import ClusterFunction
 from ..clustering.grid_cache import grid_table
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
@@ -52,7 +52,7 @@ class NetworkReducer:
     network: nn.Module
     config: AiluRusDiffusionConfig
     stacks: list[Stack]
-    clustering: Clustering
+    clustering: ClusterFunction
     pipeline: ReferenceType | None = None
     records: dict[str, Record] = field(default_factory=dict)
     hooks: Hooks = field(default_factory=Hooks)
@@ -246,7 +246,7 @@ def frames_of(stack: Stack) -> Frames | None:
 
 @torch.no_grad()
 def cluster_tokens(
-    clustering: Clustering, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool = False
+    clustering: ClusterFunction, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool = False
 ) -> TokenClusters:
     """Clusters of Tensor[B, N, C]; share_halves: both halves of the batch get those of their mean."""
     features = tokens

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..clustering import Clustering, configured, configured_nesting
+from ..clustering import ClusterFunction, get_clustering
 from ..clustering.budget import by_content
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
@@ -23,14 +24,15 @@ ATTRIBUTE = "_ailurus_reducer"
 CONFIG_KEY = "ailurus_config"
 
 
-def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | None = None) -> None:
+def install(target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction | None = None) -> None:
     """Reduces every supported encoder in `target`, or SegFormer's stages; replaces what was on. On an error all is as it was before.
 
     clustering: another way to cluster than the config's, to compare with.
     """
-    cluster = clustering or configured(config)
+    chosen = get_clustering(clustering or config.clustering)
     if config.min_keep_ratio is not None:
-        cluster = by_content(cluster, config.min_keep_ratio)
+        chosen = by_content(chosen, config.min_keep_ratio)
+    cluster = partial(chosen, check_finite=config.check_finite)
     reducers: list[Reducer] = [*stage_reducers(target, config, cluster)]
     if not reducers and config.stages is None:
         reducers += global_layer_reducers(target, config, cluster)
@@ -40,8 +42,7 @@ def install(target: nn.Module, config: AiluRusConfig, clustering: Clustering | N
             raise AiluRusError(
                 f"{type(target).__name__} has no stages to choose from: leave stages out, got stages={config.stages}"
             )
-        nesting = configured_nesting(config)
-        reducers = [EncoderReducer(found, config, cluster, nesting) for found in encoders]
+        reducers = [EncoderReducer(found, config, cluster, chosen.join) for found in encoders]
     uninstall(target)
     for reducer in reducers:
         reducer.install()

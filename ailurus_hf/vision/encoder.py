@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..clustering import Clustering, Nesting
+from ..clustering import ClusterFunction
+from ..clusters import TokenClusters
 from ..config import AiluRusConfig
 from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
@@ -43,8 +45,8 @@ class EncoderReducer:
 
     found: FoundEncoder
     config: AiluRusConfig
-    clustering: Clustering
-    nesting: Nesting
+    clustering: ClusterFunction
+    nesting: Callable[..., TokenClusters]
     records: list[Record] = field(default_factory=list)
     hooks: Hooks = field(default_factory=Hooks)
     # One model may run in several threads at once, so each has a ForwardState of its own.

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..clustering import Clustering
+from ..clustering import ClusterFunction
 from ..clusters import TokenClusters
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
@@ -49,7 +49,7 @@ class StageReducer:
     module: Any
     number: int
     config: AiluRusConfig
-    clustering: Clustering
+    clustering: ClusterFunction
     records: list[Record] = field(default_factory=lambda: [Record()])
     hooks: Hooks = field(default_factory=Hooks)
     # One model may run in several threads at once, so each has clusters and a ForwardState of its own.
@@ -186,7 +186,7 @@ def block_flops(block: Any, num_tokens: int, num_clusters: int) -> float:
     return 2.0 * (linear + reduction + convolution + 2 * num_clusters * num_keys * width)
 
 
-def stage_reducers(target: nn.Module, config: AiluRusConfig, clustering: Clustering) -> list[StageReducer]:
+def stage_reducers(target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction) -> list[StageReducer]:
     """A reducer for each stage that `config.stages` names, of every SegFormer in `target`; none where there is none."""
     lists = [m for m in target.modules() if isinstance(m, nn.ModuleList) and len(m) and qualified_name(m[0]) == STAGE]
     wanted = config.stages or DEFAULT_STAGES

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clustering import Clustering
+from ..clustering import ClusterFunction
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..hooks import Hooks
@@ -42,7 +42,7 @@ class GlobalLayerReducer:
     module: Any
     number: int
     config: AiluRusConfig
-    clustering: Clustering
+    clustering: ClusterFunction
     records: list[Record] = field(default_factory=lambda: [Record()])
     hooks: Hooks = field(default_factory=Hooks)
     # One model may run in several threads at once.
@@ -149,7 +149,9 @@ def relative_scores(attention: Any, query: Tensor, reduction: Reduction) -> Tens
     return total
 
 
-def global_layer_reducers(target: nn.Module, config: AiluRusConfig, clustering: Clustering) -> list[GlobalLayerReducer]:
+def global_layer_reducers(
+    target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction
+) -> list[GlobalLayerReducer]:
     """A reducer for each global layer behind the `cluster_location`-th layer of VitDet or SAM; none where there is none."""
     lists = [m for m in target.modules() if isinstance(m, nn.ModuleList) and len(m) and qualified_name(m[0]) in LAYERS]
     if lists and (config.restore != "residual" or len(config.locations) > 1):

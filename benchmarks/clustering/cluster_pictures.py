@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, ailurus_enabled, ailurus_status
-from ailurus_hf.config import CLUSTERINGS
+from ailurus_hf.config import clustering_names
 from ailurus_hf.visualization import draw_assignment, reconstruct_image
 
 from ..harness import ROOT, log
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--location", type=int, default=2)
     parser.add_argument("--keep", type=float, default=0.12)
     parser.add_argument(
-        "--clusterings", nargs="+", default=["density_peaks", "local_kmeans", "ward"], choices=CLUSTERINGS
+        "--clusterings", nargs="+", default=["density_peaks", "local_kmeans", "ward"], choices=clustering_names()
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs/clusters.jpg")
     args = parser.parse_args()

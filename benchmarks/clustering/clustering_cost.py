@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from ailurus_hf.clustering import configured
-from ailurus_hf.config import AiluRusConfig
+from ailurus_hf.clustering import get_clustering
 
 from ..harness import environment, high_water_mark, interleaved, log, markdown, save
 
@@ -30,9 +29,7 @@ COLUMNS = {
 
 def cluster_once(clustering: str, side: int, channels: int) -> None:
     tokens = torch.randn(1, side * side, channels)
-    configured(AiluRusConfig(num_clusters=side * side // 4, clustering=clustering))(
-        tokens, (side, side), side * side // 4
-    )
+    get_clustering(clustering)(tokens, (side, side), side * side // 4)
 
 
 def peak_megabytes(clustering: str, side: int, channels: int) -> float:
@@ -58,7 +55,7 @@ def _report_peak(queue: Any, clustering: str, side: int, channels: int) -> None:
 def measure(clustering: str, sides: list[int], channels: int, repeats: int) -> list[dict[str, Any]]:
     def contender(side: int) -> Any:
         tokens = torch.randn(4, 1, side * side, channels)
-        cluster = configured(AiluRusConfig(num_clusters=side * side // 4, clustering=clustering))
+        cluster = get_clustering(clustering)
         return lambda n: cluster(tokens[n % 4], (side, side), side * side // 4)
 
     seconds = interleaved({str(side): contender(side) for side in sides}, repeats)

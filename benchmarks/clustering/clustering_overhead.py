@@ -18,8 +18,7 @@ import torch
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from ailurus_hf.clustering import configured
-from ailurus_hf.config import AiluRusConfig
+from ailurus_hf.clustering import get_clustering
 
 from ..harness import environment, interleaved, log, markdown, save
 
@@ -49,7 +48,7 @@ def measure(side: int, keep: float, location: int, repeats: int, width: int = WI
     tokens = torch.randn(3, 1, num_tokens, width)
 
     def clustering(name: str) -> Any:
-        cluster = configured(AiluRusConfig(num_clusters=count, clustering=name))
+        cluster = get_clustering(name)
 
         def run(turn: int) -> None:
             x = tokens[turn % 3]

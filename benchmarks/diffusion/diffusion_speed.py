@@ -25,7 +25,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from ailurus_hf.clustering import configured
+from ailurus_hf.clustering import get_clustering
 from ailurus_hf.diffusion.apply import reducers_of
 from ailurus_hf.diffusion.reducer import cluster_tokens
 
@@ -159,7 +159,7 @@ def full_flops(model: str, size: int, batch: int) -> int:
 def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
     """What AiluRus does in a step beside the network: one clustering a resolution or stack, a merge and an unmerge a stack."""
     reducer = reducers_of(unet)[0][1]
-    cluster, batch, work = configured(reducer.config), 1, []
+    cluster, batch, work = get_clustering(reducer.config.clustering), 1, []
     for stack in reducer.stacks:
         record = reducer.records[stack.name]
         if record.last_clusters is None or record.last_grid is None:

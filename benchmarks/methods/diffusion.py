@@ -37,7 +37,7 @@ TODO = {"ToDo 2": 2, "ToDo 4": 4}
 
 KEYS = {"scope": "attention", "reduce": "kv"}
 STACKS = {"cluster_per": "stack", "refresh_every": 2}
-MIXED = {"scope": {1: "attention", 2: "blocks"}, "reduce": "kv", **STACKS}
+MIXED = {"levels": {1: {"scope": "attention", "reduce": "kv"}}, **STACKS}
 # Keys far apart on the grid may share a cluster: their own place says little to an attention that looks everywhere.
 ANYWHERE = {"clustering": "kmeans", "cluster_per": "stack", "refresh_every": 4}
 EVERY: dict[str, dict[str, Any]] = {

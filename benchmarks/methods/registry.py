@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ailurus_hf import AiluRusConfig, AiluRusError, ailurus_status, remove_ailurus
-from ailurus_hf.clustering import Clustering
+from ailurus_hf.clustering import ClusterFunction, get_clustering
 from ailurus_hf.vision.apply import install
 
 from ..harness import model_flops
@@ -103,8 +103,8 @@ class Ours:
 
     clustering: str
     restore: str
-    control: Clustering | None = None
-    of_model: Callable[[nn.Module, int], Clustering] | None = None
+    control: ClusterFunction | None = None
+    of_model: Callable[[nn.Module, int], ClusterFunction] | None = None
     takes_restore_location: bool = True
 
     def apply(self, model: nn.Module, setting: Setting, runs: Sequence[Run], given: dict[str, Any]) -> Reduction:
@@ -117,7 +117,10 @@ class Ours:
         }
         if "num_clusters" in given:
             del fields["keep_ratio"]
-        config = AiluRusConfig(**{**fields, **given})
+        own = vars(get_clustering(self.clustering)).keys() & given.keys()
+        if own:
+            fields["clustering"] = {"name": self.clustering, **{name: given[name] for name in own}}
+        config = AiluRusConfig(**{**fields, **{name: value for name, value in given.items() if name not in own}})
         control = self.control if self.of_model is None else self.of_model(model, config.locations[0])
         install(model, config, control)
         return OurReduction(model, config.to_dict())

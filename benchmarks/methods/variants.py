@@ -1,6 +1,6 @@
 """Other ways to choose clusters than the library's, to see whether one of them is better.
 
-Each is a Clustering: from Tensor[B, N, C], the grid and M to TokenClusters. The registry of methods has them under the
+Each is a function from Tensor[B, N, C], the grid and M to TokenClusters. The registry of methods has them under the
 names of CLUSTERINGS. Those that need the model (attention keys) are made for it by OF_MODEL.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ailurus_hf import TokenClusters, spatial_density_peaks
-from ailurus_hf.clustering import Clustering, kmeans, local_kmeans
+from ailurus_hf.clustering import ClusterFunction, kmeans, local_kmeans
 from ailurus_hf.clustering.density_peaks import density_peaks
 from ailurus_hf.clustering.neighbors import grid_neighbors, nearest_marked, neighbor_distances
 from ailurus_hf.clustering.ward import adjacent_clusters
@@ -154,7 +154,7 @@ def _ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tensor:
     return labels
 
 
-def keys_at(model: nn.Module, location: int, clustering: Clustering) -> Clustering:
+def keys_at(model: nn.Module, location: int, clustering: ClusterFunction) -> ClusterFunction:
     """The clustering on the attention keys that the layer behind `location` makes of the tokens, and not on the tokens."""
     layer = find_encoders(model)[0].layers[location]
 
@@ -185,7 +185,7 @@ def _density_peaks(
     return density_peaks(distances, index, num_clusters, 1, lambda is_center: nearest_marked(is_center, grid))
 
 
-CLUSTERINGS: dict[str, Clustering] = {
+CLUSTERINGS: dict[str, ClusterFunction] = {
     "peaks, then farthest": peaks_then_farthest,
     "peaks, then k-means": peaks_then_kmeans,
     "edges weighted": edges_weighted,
@@ -193,7 +193,7 @@ CLUSTERINGS: dict[str, Clustering] = {
     "places as features": places_as_features,
     "exact Ward": exact_ward,
 }
-OF_MODEL: dict[str, Callable[[nn.Module, int], Clustering]] = {
+OF_MODEL: dict[str, Callable[[nn.Module, int], ClusterFunction]] = {
     "peaks of keys": functools.partial(keys_at, clustering=spatial_density_peaks),
     "local k-means of keys": functools.partial(keys_at, clustering=local_kmeans),
     "k-means of keys": functools.partial(keys_at, clustering=kmeans),

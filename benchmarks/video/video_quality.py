@@ -74,8 +74,7 @@ METHODS: dict[str, Switch] = {
     **{
         f"{way}, keys {keys} at full size, blocks 0.25 at half": ours(
             keep_ratio={1: keys, 2: 0.25},
-            scope={1: "attention"},
-            reduce="kv",
+            levels={1: {"scope": "attention", "reduce": "kv"}},
             cluster_per="stack",
             frames=way,
             min_tokens=MIN_TOKENS,

@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus
-from ailurus_hf.clustering import Clustering, configured
+from ailurus_hf.clustering import ClusterFunction, get_clustering
 from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.discovery import find_encoders
 
@@ -94,7 +94,7 @@ def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) 
             }
         )
         contenders[clustering] = lambda n, model=reduced: model(images[n % len(images)])
-        contenders[f"{clustering} steps"] = partial(_steps, configured(settings), tokens, grid, num_clusters)
+        contenders[f"{clustering} steps"] = partial(_steps, get_clustering(clustering), tokens, grid, num_clusters)
 
     seconds = interleaved(contenders, repeats)
     for row in rows:
@@ -107,7 +107,7 @@ def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) 
     return rows
 
 
-def _steps(cluster: Clustering, tokens: Tensor, grid: tuple[int, int], num_clusters: int, _: int) -> None:
+def _steps(cluster: ClusterFunction, tokens: Tensor, grid: tuple[int, int], num_clusters: int, _: int) -> None:
     clusters = cluster(tokens, grid, num_clusters)
     clusters.unmerge(clusters.merge(tokens))
 

@@ -9,7 +9,7 @@ from diffusion_models import LATENTS, NETWORKS, SETTINGS, latents, make_network,
 from diffusion_ways import duplicated, in_every_way, on_every_network, sample, text_of
 from traces import traces
 
-from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, Level, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import local_kmeans
 from ailurus_hf.diffusion.apply import install, reducers_of
 
@@ -192,7 +192,10 @@ def test_queries_are_merged_at_the_levels_that_say_so(name):
     plain = predict(network, name, x)
 
     def reduced(reduce):
-        out = predict(apply_ailurus(network, **SETTINGS, scope="attention", reduce=reduce), name, x)
+        way = (
+            {"reduce": reduce} if isinstance(reduce, str) else {"levels": {n: {"reduce": r} for n, r in reduce.items()}}
+        )
+        out = predict(apply_ailurus(network, **SETTINGS, scope="attention", **way), name, x)
         return out, sum(location.reduced_flops for location in ailurus_status(network).locations)
 
     (merged, fewest), (keys, most) = reduced("qkv"), reduced("kv")
@@ -213,10 +216,11 @@ def test_a_scope_for_each_level(name, projections):
     def reduced(**scope):
         return predict(apply_ailurus(network, **fields, **scope), name, x)
 
-    everywhere = {"scope": dict.fromkeys((1, 2), "attention"), "reduce": "kv"}
+    at = lambda *levels: {"levels": {n: Level(scope="attention", reduce="kv") for n in levels}}  # noqa: E731
+    everywhere = at(1, 2)
     assert torch.equal(reduced(**everywhere), reduced(scope="attention", reduce="kv"))
-    torch.testing.assert_close(reduced(scope={16: "attention"}), reduced(), rtol=1e-4, atol=1e-5 * plain.abs().max())
-    mixed = reduced(scope={2: "attention"}, reduce="kv")
+    torch.testing.assert_close(reduced(**at(16)), reduced(), rtol=1e-4, atol=1e-5 * plain.abs().max())
+    mixed = reduced(**at(2))
     ways = {
         (location.num_tokens, "self-attention" in location.restored) for location in ailurus_status(network).locations
     }
@@ -300,19 +304,25 @@ def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
         ({"refresh_every": 0}, "at least 1, got 0"),
         ({"unreduced_first_steps": -1}, "-1"),
         ({"scope": "layers"}, "'layers'"),
-        ({"scope": {1: "attention", 2: "layers"}}, "'layers'"),
-        ({"scope": {3: "attention"}}, "scope's keys.*3"),
+        ({"levels": {1: {"scope": "attention"}, 2: {"scope": "layers"}}}, "'layers'"),
+        ({"levels": {3: Level(scope="attention")}}, "levels's keys.*3"),
+        ({"levels": {}}, "levels's keys.*none"),
+        ({"scope": {1: "attention"}}, r"levels=\{1: Level\(scope='attention'\)\}"),
         ({"cluster_per": "block"}, "'block'"),
         ({"cluster_location": -1}, "cluster_location must be at least 0, got -1"),
-        ({"scope": {1: "blocks"}, "reduce": "kv"}, "scope='attention'"),
+        ({"levels": {1: {"scope": "blocks"}}, "reduce": "kv"}, "scope='attention'"),
         ({"projections": "some"}, "'some'"),
         ({"reduce": "q", "scope": "attention"}, "'q'"),
         ({"reduce": "kv"}, "scope='attention'"),
-        ({"reduce": {1: "kv"}}, "scope='attention'"),
-        ({"reduce": {1: "kv", 2: "q"}, "scope": "attention"}, "'q'"),
-        ({"reduce": {3: "kv"}, "scope": "attention"}, "reduce's keys.*3"),
+        ({"levels": {1: Level(reduce="kv")}}, "scope='attention' at level 1"),
+        ({"levels": {1: {"reduce": "kv"}, 2: {"reduce": "q"}}, "scope": "attention"}, "'q'"),
+        ({"levels": {3: Level(reduce="kv")}, "scope": "attention"}, "levels's keys.*3"),
+        ({"levels": {1: {"keep": 0.5}}}, "keep_ratio"),
+        ({"levels": {1: {"keep_ratio": 1.5}}}, "1.5"),
+        ({"levels": {1: {"keep_ratio": 0.5}}, "keep_ratio": {1: 0.25}}, "0.25 and 0.5"),
         ({"clustering": "k-means"}, "'k-means'"),
-        ({"alpha": 2}, "2"),
+        ({"alpha": 2}, r"DensityPeaks\(alpha=2\)"),
+        ({"clustering": {"name": "density_peaks", "alpha": 2}}, "2"),
         ({"keep": 0.5}, "keep_ratio"),
     ],
 )
@@ -328,9 +338,10 @@ def test_the_config_survives_json():
     import json
 
     config = AiluRusDiffusionConfig(
-        keep_ratio={1: 0.25, 2: 0.5}, scope={1: "attention"}, reduce={1: "kv"}, refresh_every=3
+        keep_ratio={1: 0.25, 2: 0.5}, levels={1: Level(scope="attention", reduce="kv")}, refresh_every=3
     )
-    assert AiluRusDiffusionConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    fields = json.loads(json.dumps(config.to_dict()))
+    assert AiluRusDiffusionConfig(**fields) == AiluRusDiffusionConfig.from_dict(fields) == config
 
 
 def test_calls_that_cannot_be_followed_are_refused():

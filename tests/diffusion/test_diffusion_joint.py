@@ -222,9 +222,11 @@ def test_calls_that_cannot_be_followed_are_refused(name):
 
 
 @on_both
-@pytest.mark.parametrize("fields", [{"scope": {2: "attention"}}, {"scope": "attention", "reduce": {2: "kv"}}])
+@pytest.mark.parametrize(
+    "fields", [{"levels": {2: {"scope": "attention"}}}, {"scope": "attention", "levels": {2: {"reduce": "kv"}}}]
+)
 def test_other_ways_for_each_level_are_refused(name, fields):
-    with pytest.raises(AiluRusError, match=r"one resolution.*\{2: '"):
+    with pytest.raises(AiluRusError, match=r"one resolution.*\{2: Level"):
         apply_ailurus(make_network(name), **SETTINGS, **fields)
 
 

@@ -7,7 +7,7 @@ from diffusion_models import LATENTS, SETTINGS, latents, make_network, predict, 
 from traces import traces
 
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
-from ailurus_hf.clustering import local_kmeans
+from ailurus_hf.clustering import DensityPeaks, local_kmeans
 from ailurus_hf.diffusion.apply import reducers_of
 from ailurus_hf.diffusion.backend import convolution_norms, find_stacks
 from ailurus_hf.diffusion.frames import MODES, Frames, JointClusters
@@ -188,7 +188,7 @@ def test_equals_plain_on_duplicated_pixels(way, frames, mode):
 
     # Over space and time, local k-means starts from cells of several frames; density peaks find what is equal.
     if frames == "joint" and mode == "full":
-        way = {**way, "clustering": "density_peaks", "num_spatial_neighbors": 0}
+        way = {**way, "clustering": DensityPeaks(num_spatial_neighbors=0)}
     network = make_network("UNet")
     plain = stack_outputs(network, duplicated, mode)
     apply_ailurus(network, **SETTINGS, **way, frames=frames)
@@ -204,7 +204,9 @@ def test_a_still_video_is_kept_once(way):
     still = lambda channels: latents((channels, *LATENTS), batch=1).repeat(COUNT, 1, 1, 1)  # noqa: E731
     network = make_network("UNet")
     plain = stack_outputs(network, still)
-    settings = {**SETTINGS, "keep_ratio": 1 / COUNT, "num_spatial_neighbors": 0, **way}
+    settings = {**SETTINGS, "keep_ratio": 1 / COUNT, **way}
+    if settings.get("clustering") == "density_peaks":
+        settings["clustering"] = DensityPeaks(num_spatial_neighbors=0)
     errors = {}
     for frames in ("each", "joint"):
         reduced = stack_outputs(apply_ailurus(network, **settings, frames=frames), still)

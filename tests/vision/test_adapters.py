@@ -9,8 +9,8 @@ from transformers import BeitConfig, DINOv3ViTConfig
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
-from ailurus_hf import AiluRusConfig, AiluRusError, TokenClusters, apply_ailurus
-from ailurus_hf.clustering import configured, configured_nesting
+from ailurus_hf import AiluRusError, TokenClusters, apply_ailurus
+from ailurus_hf.clustering import get_clustering
 from ailurus_hf.vision.adapters import relative_bias_of_clusters, rotary_at_centroids
 from ailurus_hf.vision.forward_state import ForwardState, Reduction
 
@@ -86,10 +86,10 @@ def test_where_all_tokens_are_kept_the_relative_bias_is_the_models(grid):
 @pytest.mark.parametrize("clustering", ["density_peaks", "local_kmeans", "pairs"])
 def test_the_clusters_of_a_second_place_are_unions_of_the_firsts(grid, clustering):
     count = math.prod(grid)
-    config = AiluRusConfig(cluster_location=(1, 2), num_clusters=(count // 2, 4), clustering=clustering)
     tokens = torch.randn(2, count, 8, generator=torch.Generator().manual_seed(1))
-    first = configured(config)(tokens, grid, count // 2)
-    second = configured_nesting(config)(first, first.merge(tokens), tokens, grid, 4)
+    cluster = get_clustering(clustering)
+    first = cluster(tokens, grid, count // 2)
+    second = cluster.join(first, first.merge(tokens), tokens, grid, 4)
     assert second.num_clusters == 4 and second.counts.min() >= 1
     assert torch.equal(second.counts.sum(1), torch.full((2,), float(count)))
     for image in range(2):

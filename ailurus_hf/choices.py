@@ -1,0 +1,29 @@
+"""The choices that settings offer: one `Literal` each, for type checkers and for the checks at run time. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+ClusteringName = Literal["density_peaks", "local_kmeans", "kmeans", "pairs", "ward"]
+Restore = Literal["copy", "residual", "smooth"]
+RestoreAt = Literal["backbone", "decoder"]
+Scope = Literal["blocks", "attention"]
+Reduce = Literal["qkv", "kv"]
+Projections = Literal["all", "merged"]
+ClusterPer = Literal["resolution", "stack"]
+FrameClusters = Literal["each", "joint"]
+
+# The clusterings that come with the package. `clustering_names()` has the registered ones, too.
+CLUSTERINGS: tuple[str, ...] = get_args(ClusteringName)
+RESTORES: tuple[str, ...] = get_args(Restore)
+RESTORE_PLACES: tuple[str, ...] = get_args(RestoreAt)
+SCOPES: tuple[str, ...] = get_args(Scope)
+FRAMES: tuple[str, ...] = get_args(FrameClusters)
+
+# Filled by `register_clustering`: every clustering's class by its name.
+CLUSTERING_CLASSES: dict[str, type[Any]] = {}
+
+
+def clustering_names() -> tuple[str, ...]:
+    """The names that `clustering=` takes: those that come with the package, then those that were registered."""
+    return tuple(dict.fromkeys((*CLUSTERINGS, *CLUSTERING_CLASSES)))

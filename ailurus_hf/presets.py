@@ -1,0 +1,52 @@
+"""Settings that were measured, by name: what `AiluRusConfig.preset` and `AiluRusDiffusionConfig.preset` start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+VisionPreset = Literal["paper", "dense", "classification"]
+DiffusionPreset = Literal["fast", "balanced", "faithful"]
+
+VISION_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Figures 3 and 4 of the paper: 400 of ViT-L's 1600 tokens at 640².
+    "paper": {
+        "cluster_location": 2,
+        "num_clusters": 400,
+        "clustering": "density_peaks",
+        "restore": "copy",
+        "restore_at": "decoder",
+    },
+    # docs/method.md, "clusters of CamVid".
+    "dense": {"cluster_location": 2, "keep_ratio": 0.25, "clustering": "ward", "restore": "smooth"},
+    # docs/results.md, "classification in steps".
+    "classification": {
+        "cluster_location": (1, 3),
+        "keep_ratio": (0.65, 0.37),
+        "clustering": "pairs",
+        "restore": "copy",
+    },
+}
+
+# docs/results.md, "pictures from text" and "settings in half precision".
+DIFFUSION_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # "blocks of each stack 0.25"
+    "fast": {"keep_ratio": 0.25, "scope": "blocks", "cluster_per": "stack", "refresh_every": 2},
+    # "keys 0.0625 at full size, blocks 0.35 at half, halves apart"
+    "balanced": {
+        "keep_ratio": {1: 0.0625, 2: 0.35},
+        "levels": {1: {"scope": "attention", "reduce": "kv"}},
+        "cluster_per": "stack",
+        "refresh_every": 2,
+        "share_cfg": False,
+    },
+    # "keys 0.0625 at full size, k-means"
+    "faithful": {
+        "keep_ratio": {1: 0.0625},
+        "scope": "attention",
+        "reduce": "kv",
+        "clustering": "kmeans",
+        "cluster_per": "stack",
+        "refresh_every": 4,
+    },
+}

@@ -1,0 +1,22 @@
+"""Names in a profiler's trace for the steps of token reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch.profiler import record_function
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def recorded(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls the function, under this name where a profiler runs; graphs that are compiled or exported have no names."""
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return function(*args, **kwargs)
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return function(*args, **kwargs)
+    with record_function(name):
+        return function(*args, **kwargs)
