@@ -100,7 +100,7 @@ def test_ideal_is_what_torch_counts(monkeypatch):
     step = diffusion_speed.inputs("tiny", 256, 1, 0)
     full = harness.model_flops(lambda: unet(**step))
     assert full == diffusion_speed.full_flops("tiny", 256, 1)
-    mixed = {"scope": {2: "attention"}, "reduce": "kv", "projections": "merged", "cluster_per": "stack"}
+    mixed = {"levels": {2: {"scope": "attention", "reduce": "kv"}}, "projections": "merged", "cluster_per": "stack"}
     for way in ({}, {"projections": "merged"}, {"scope": "attention"}, {"scope": "attention", "reduce": "kv"}, mixed):
         apply_ailurus(unet, keep_ratio=0.25, min_tokens=256, **way)
         unet(**step)  # tables of the grid are made once, and are no part of a step
