@@ -70,7 +70,7 @@ def test_one_class_in_one_file_is_a_clustering_like_any_other(stripes, asked, lo
 
 
 def test_the_command_line_knows_it(stripes):
-    parsed = build_parser().parse_args(["classify", "a.png", "--model", "m", "--clustering", "stripes"])
+    parsed = build_parser(["classify"]).parse_args(["classify", "a.png", "--model", "m", "--clustering", "stripes"])
     assert parsed.clustering == "stripes"
 
 
