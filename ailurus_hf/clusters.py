@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AiluRusError
+from .grid_cache import constant, multiples
 
 
 @dataclass(eq=False)
@@ -25,12 +26,14 @@ class TokenClusters:
     counts: Tensor
     _flat_assignment: Tensor | None = field(default=None, init=False, repr=False)
     _bags: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    # Made once for all layers that ask.
+    _biases: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_assignment(cls, assignment: Tensor, num_clusters: int, centers: Tensor | None = None) -> TokenClusters:
         """Clusters from LongTensor[B, N] alone; counts are counted."""
-        zeros = torch.zeros(assignment.shape[0], num_clusters, dtype=torch.float32, device=assignment.device)
-        counts = zeros.scatter_add(1, assignment, torch.ones_like(assignment, dtype=torch.float32))
+        zeros = constant(0.0, assignment.device).expand(assignment.shape[0], num_clusters)
+        counts = zeros.scatter_add(1, assignment, constant(1.0, assignment.device).expand_as(assignment))
         return cls(assignment, centers, counts)
 
     @property
@@ -63,7 +66,9 @@ class TokenClusters:
 
     def log_counts(self, prefix: int = 0, suffix: int = 0) -> Tensor:
         """Attention bias per key, Tensor[B, prefix + M + suffix]: log count, 0 for extra tokens, -inf for empty clusters."""
-        return F.pad(self.counts.log(), (prefix, suffix))
+        if (prefix, suffix) not in self._biases:
+            self._biases[prefix, suffix] = F.pad(self.counts.log(), (prefix, suffix))
+        return self._biases[prefix, suffix]
 
     def centroids(self, grid: tuple[int, ...]) -> Tensor:
         """The mean place of each cluster's tokens on their grid, Tensor[B, M, axes] (fp32)."""
@@ -86,7 +91,7 @@ class TokenClusters:
         return self._bags
 
     def _first(self, per_image: int) -> Tensor:
-        return torch.arange(self.assignment.shape[0], device=self.assignment.device)[:, None] * per_image
+        return multiples(self.assignment.shape[0], per_image, self.assignment.device)
 
     def _check(self, tensor: Tensor, length: int, verb: str) -> None:
         expected = (self.assignment.shape[0], length)

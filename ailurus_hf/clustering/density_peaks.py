@@ -12,8 +12,9 @@ from torch import Tensor
 from ..checks import check_density_peaks
 from ..clusters import TokenClusters
 from ..profiling import recorded
+from .all_pairs import all_pairs, pairwise_distances, prefers_all_pairs
 from .base import Clustering, register_clustering
-from .neighbors import Grid, check_input, grid_neighbors, nearest_marked, neighbor_distances
+from .neighbors import Grid, check_input, grid_neighbors, nearest_unmasked, neighbor_distances
 from .nested import merge_clusters
 from .peaks import density_peaks
 
@@ -81,12 +82,17 @@ def spatial_density_peaks(
         every = torch.arange(tokens, device=features.device).expand(batch, -1)
         return TokenClusters(every, every, torch.ones(batch, tokens, device=features.device))
 
-    spatial = num_spatial_neighbors > 0
-    neighbors = grid_neighbors(grid, num_spatial_neighbors if spatial else tokens - 1, features.device)
-    index = neighbors.index.expand(batch, -1, -1)
-    lam = index.shape[2]
-
-    sigma = neighbor_distances(features.float(), neighbors) / math.sqrt(channels)
-    s = (1 - alpha) * neighbors.rank / lam + alpha if spatial else 1.0  # Eq. 2
+    # λ = 0 compares all pairs, without a spatial term.
+    lam = min(num_spatial_neighbors or tokens - 1, tokens - 1)
+    discount = alpha if num_spatial_neighbors else 1.0
     k = min(num_density_neighbors, lam)
-    return density_peaks(sigma * s, index, num_clusters, k, lambda is_center: nearest_marked(is_center, grid))
+    if prefers_all_pairs(tokens * tokens, features.device):
+        pairs = all_pairs(grid, lam, discount, features.device)
+        sigma = pairwise_distances(features.float()) / math.sqrt(channels)
+        weighted = (sigma * pairs.weight).masked_fill(pairs.is_no_neighbor, math.inf)
+        return density_peaks(weighted, None, num_clusters, k, pairs.nearest_unmasked)
+    neighbors = grid_neighbors(grid, lam, features.device)
+    s = (1 - discount) * neighbors.rank / lam + discount  # Eq. 2
+    sigma = neighbor_distances(features.float(), neighbors) / math.sqrt(channels)
+    index = neighbors.index.expand(batch, -1, -1)
+    return density_peaks(sigma * s, index, num_clusters, k, lambda no_center: nearest_unmasked(no_center, grid))

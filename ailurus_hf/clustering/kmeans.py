@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..checks import check_at_least
 from ..clusters import TokenClusters
+from ..grid_cache import grid_table
 from ..precision import without_autocast
 from .base import Clustering, register_clustering
-from .grid_cache import grid_table
 from .local_kmeans import grid_cells, prepared
 from .neighbors import Grid
 

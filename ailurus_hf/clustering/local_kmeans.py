@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..checks import check_at_least
 from ..clusters import TokenClusters
+from ..grid_cache import grid_table
+from .all_pairs import AllCells, kmeans_rounds, prefers_all_pairs
 from .base import Clustering, register_clustering
-from .grid_cache import grid_table
 from .neighbors import Grid, TilePlan, candidate_scores, check_input, tile_plan
 
 
@@ -55,6 +56,9 @@ def local_kmeans(
     """
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
     batch = features.shape[0]
+    if prefers_all_pairs(features.shape[1] * num_clusters, features.device):
+        assignment, counts = kmeans_rounds(features, all_cells(grid, num_clusters, features.device), num_rounds)
+        return TokenClusters(assignment, None, counts)
     cells = grid_cells(grid, num_clusters, features.device)
     clusters = TokenClusters.from_assignment(cells.start.expand(batch, -1), num_clusters)
     for _ in range(num_rounds):
@@ -99,6 +103,16 @@ def grid_cells(grid: Grid, num_cells: int, device: torch.device) -> Cells:
     candidates = _cells_around(coordinates, grid, num_cells)
     start = candidates[:, candidates.shape[1] // 2]
     return Cells(start.to(device), candidates.to(device), tile_plan(grid, candidates, device))
+
+
+@grid_table
+def all_cells(grid: Grid, num_cells: int, device: torch.device) -> AllCells:
+    """The same cells, as what they say of all pairs of a token and a cell."""
+    cells = grid_cells(grid, num_cells, torch.device("cpu"))
+    closed = torch.full((len(cells.start), num_cells), math.inf).scatter(1, cells.candidates, 0.0)
+    one_hot = torch.eye(num_cells)
+    member = one_hot[cells.start].t()
+    return AllCells(closed.to(device), (member / member.sum(1, keepdim=True)).to(device), one_hot.to(device))
 
 
 def _cells_around(coordinates: Tensor, grid: Grid, num_cells: int) -> Tensor:

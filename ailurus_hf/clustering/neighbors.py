@@ -18,8 +18,8 @@ from torch import Tensor
 from ..checks import check_features, check_num_clusters
 from ..clusters import stable_argsort
 from ..errors import AiluRusError
+from ..grid_cache import grid_table
 from ..precision import without_autocast
-from .grid_cache import grid_table
 
 Grid = tuple[int, ...]
 
@@ -122,15 +122,21 @@ def neighbor_distances(features: Tensor, neighbors: Neighbors) -> Tensor:
     if tokens * tokens * channels <= DIRECT_DISTANCE_LIMIT and not torch.onnx.is_in_onnx_export():
         every = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
         return every.gather(2, neighbors.index.expand(batch, -1, -1))
-    # |a - b|^2 = |a|^2 + |b|^2 - 2ab loses the distance where norms are large beside it: so all are taken relative to a
-    # token of the image, the one of median norm, which no outlier is. Subtracting a token (and not the mean) leaves
-    # whole numbers whole, and so equal distances equal.
-    middle = stable_argsort(torch.linalg.vector_norm(features, dim=-1))[:, (tokens - 1) // 2]
-    origin = features.gather(1, middle[:, None, None].expand(-1, 1, channels))
-    products, norms = _tile_products(features, features, neighbors.plan, origin)
+    products, norms = _tile_products(features, features, neighbors.plan, middle_token(features))
     scale = norms[..., None] + norms[:, neighbors.index]
     squared = scale - 2 * products
     return torch.where(squared <= EQUALITY_TOLERANCE * scale, 0.0, squared).sqrt()
+
+
+def middle_token(features: Tensor) -> Tensor:
+    """Each image's token of median norm, Tensor[B, N, C] to [B, 1, C], to take all others relative to it.
+
+    |a - b|^2 = |a|^2 + |b|^2 - 2ab loses the distance where norms are large beside it. The token of median norm is no outlier,
+    and subtracting a token (and not the mean) leaves whole numbers whole, and so equal distances equal.
+    """
+    _, tokens, channels = features.shape
+    middle = stable_argsort(torch.linalg.vector_norm(features, dim=-1))[:, (tokens - 1) // 2]
+    return features.gather(1, middle[:, None, None].expand(-1, 1, channels))
 
 
 def candidate_scores(tokens: Tensor, centers: Tensor, candidates: Tensor, plan: TilePlan) -> Tensor:
@@ -139,19 +145,19 @@ def candidate_scores(tokens: Tensor, centers: Tensor, candidates: Tensor, plan: 
     return centers.square().sum(-1)[:, candidates] / 2 - products
 
 
-def nearest_marked(marked: Tensor, grid: Grid) -> Tensor:
-    """The marked place nearest to each place: BoolTensor[B, N] to LongTensor[B, N], ties to the lower index.
+def nearest_unmasked(masked: Tensor, grid: Grid) -> Tensor:
+    """The token nearest on the grid that is not masked: BoolTensor[B, N] to LongTensor[B, N], ties to the lower index.
 
     An exact distance transform, one axis after the other, over keys (squared distance, index): memory N times a side.
     """
     places = math.prod(grid)
-    index = torch.arange(places, device=marked.device)
+    index = torch.arange(places, device=masked.device)
     far = places * (sum(side * side for side in grid) + 1)
     # 32-bit keys halve the time, and are wide enough for all but huge grids.
     kind = torch.int32 if far < 2**30 else torch.int64
-    key = torch.where(marked, index, far).to(kind).view(-1, *grid)
+    key = torch.where(masked, far, index).to(kind).view(-1, *grid)
     for axis, side in enumerate(grid, start=1):
-        step = torch.arange(side, device=marked.device)
+        step = torch.arange(side, device=masked.device)
         gap = ((step[:, None] - step).square() * places).to(kind)
         # Reduced over a middle dimension, which vectorizes: [B, from, to, the other axes].
         along = key.movedim(axis, 1).contiguous()

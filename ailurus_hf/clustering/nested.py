@@ -56,8 +56,8 @@ def merge_clusters(
     spread = clusters.merge(spread) / math.sqrt(channels)
     others = torch.arange(k, device=tokens.device) < clusters.counts[..., None] - 1
 
-    def nearest_center(is_center: Tensor) -> Tensor:
-        return apart.masked_fill(~is_center[:, None], math.inf).argmin(-1)
+    def nearest_center(no_center: Tensor) -> Tensor:
+        return apart.masked_fill(no_center[:, None], math.inf).argmin(-1)
 
     own = spread.expand(-1, -1, k).masked_fill(~others, math.inf)
     joined = density_peaks(sigma * s, index, num_clusters, k, nearest_center, own)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..clusters import TokenClusters, stable_argsort
+from ..grid_cache import constant
 
 
 def density_peaks(
     weighted: Tensor,
-    index: Tensor,
+    index: Tensor | None,
     num_clusters: int,
     k: int,
     nearest_center: Callable[[Tensor], Tensor],
@@ -21,68 +22,58 @@ def density_peaks(
 ) -> TokenClusters:
     """The M density peaks and who belongs to them, from σ·s to the neighbors alone.
 
-    weighted, index: Tensor[B, N, λ], σ·s to each neighbor, and LongTensor[B, N, λ], which they are, in ascending order.
-    nearest_center: from BoolTensor[B, N] of centers to LongTensor[B, N], for tokens from which no neighbors lead to one.
+    weighted, index: Tensor[B, N, λ], σ·s to each neighbor, and LongTensor[B, N, λ], which they are, in ascending order. Or
+        Tensor[B, N, N] and None: all tokens, infinite where a token is no neighbor.
+    nearest_center: from BoolTensor[B, N], False for centers, to LongTensor[B, N], for tokens from which no neighbors lead to
+        one.
     also_near: Tensor[B, N, any], further distances that count for the density alone.
     """
     near = weighted if also_near is None else torch.cat([weighted, also_near], -1)
-    nearest = near.amin(-1) if k == 1 else near.topk(k, largest=False).values.mean(-1)
-    log_rho = -nearest  # Eq. 1
+    # Eq. 1: -log ρ, so the least is the densest.
+    sparsity = near.amin(-1) if k == 1 else near.topk(k, largest=False).values.mean(-1)
 
-    rho_of_neighbor = _of_neighbors(log_rho, index)
-    here = torch.arange(weighted.shape[1], device=weighted.device)[:, None]
-    denser = (rho_of_neighbor > log_rho[..., None]) | ((rho_of_neighbor == log_rho[..., None]) & (index < here))
-    delta, towards_denser = _least(weighted.masked_fill(~denser, math.inf))  # Eq. 3
-    is_peak = ~denser.any(-1)
+    # Rank 0 is the densest; of equal densities the lower index counts as denser.
+    order = stable_argsort(sparsity)
+    itself = torch.arange(weighted.shape[1], device=weighted.device).expand_as(order)
+    rank = torch.empty_like(order).scatter(1, order, itself)
+    is_no_denser = _of_neighbors(rank, index) >= rank[..., None]
+    delta, towards_denser = _least(weighted.masked_fill(is_no_denser, math.inf))  # Eq. 3
+    is_peak = delta == math.inf
 
-    centers = _top(log_rho + delta.log(), torch.where(is_peak, log_rho, 0.0), num_clusters)
-    is_center = torch.zeros_like(is_peak).scatter(1, centers, True)
-    owner = _assign(weighted, index, towards_denser, is_peak, is_center, nearest_center)
-
-    rank_of_center = is_center.long().cumsum(1) - 1
-    return TokenClusters.from_assignment(rank_of_center.gather(1, owner), num_clusters, centers)
-
-
-def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, ascending; equal scores by `among_infinite`, then by lower index."""
-    by_second = stable_argsort(among_infinite, descending=True)
-    by_first = stable_argsort(score.gather(1, by_second), descending=True)
-    return by_second.gather(1, by_first[:, :count]).sort(dim=1).values
-
-
-def _assign(
-    weighted: Tensor,
-    index: Tensor,
-    towards_denser: Tensor,
-    is_peak: Tensor,
-    is_center: Tensor,
-    nearest_center: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The center of each token, as a token index: LongTensor[B, N]."""
-    tokens = is_center.shape[1]
-    itself = torch.arange(tokens, device=is_center.device).expand_as(is_peak)
-    center_near = _of_neighbors(is_center, index)
-    _, towards_center = _least(weighted.masked_fill(~center_near, math.inf))
-    settled = is_center | center_near.any(-1)
+    centers = _top(delta.log() - sparsity, sparsity.masked_fill(~is_peak, 0.0), num_clusters)
+    no_center = constant(True, weighted.device).expand_as(is_peak).scatter(1, centers, False)
+    is_center = ~no_center
+    to_center, towards_center = _least(weighted.masked_fill(_of_neighbors(no_center, index), math.inf))
+    settled = is_center | (to_center < math.inf)
     owner = torch.where(is_center, itself, _pick(index, towards_center))
 
     # A chain of denser neighbors ends where a token is settled or is a peak. Each pass doubles the steps walked.
     step = torch.where(settled | is_peak, itself, _pick(index, towards_denser))
-    for _ in range((tokens - 1).bit_length()):
+    for _ in range((itself.shape[1] - 1).bit_length()):
         step = step.gather(1, step)
-    return torch.where(settled.gather(1, step), owner.gather(1, step), nearest_center(is_center))
+    owner = torch.where(settled.gather(1, step), owner.gather(1, step), nearest_center(no_center))
+    rank_of_center = is_center.cumsum(1) - 1
+    return TokenClusters.from_assignment(rank_of_center.gather(1, owner), num_clusters, centers)
+
+
+def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores, ascending; equal scores by the least `among_infinite`, then by lower index."""
+    by_second = stable_argsort(among_infinite)
+    by_first = stable_argsort(score.gather(1, by_second), descending=True)
+    return by_second.gather(1, by_first[:, :count]).sort(dim=1).values
 
 
 def _least(values: Tensor) -> tuple[Tensor, Tensor]:
     """Least of the last axis and where it stands, the first of equals."""
-    where = values.argmin(-1)
-    return values.gather(-1, where[..., None]).squeeze(-1), where
+    least = values.min(-1)
+    return least.values, least.indices
 
 
-def _of_neighbors(values: Tensor, index: Tensor) -> Tensor:
-    """values[b, index[b, n, j]]: Tensor[B, N] to [B, N, k]."""
-    return values.gather(1, index.flatten(1)).view(index.shape)
+def _of_neighbors(values: Tensor, index: Tensor | None) -> Tensor:
+    """values[b, index[b, n, j]]: Tensor[B, N] to [B, N, λ]; to [B, 1, N] where all are neighbors."""
+    return values[:, None] if index is None else values.gather(1, index.flatten(1)).view(index.shape)
 
 
-def _pick(index: Tensor, where: Tensor) -> Tensor:
-    return index.gather(2, where[..., None]).squeeze(-1)
+def _pick(index: Tensor | None, where: Tensor) -> Tensor:
+    """Which token the neighbor at a position is."""
+    return where if index is None else index.gather(2, where[..., None]).squeeze(-1)

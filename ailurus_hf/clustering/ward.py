@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters, stable_argsort
+from ..grid_cache import grid_table
 from ..profiling import recorded
 from .base import Clustering, register_clustering
 from .boruvka import merged, united
-from .grid_cache import grid_table
 from .neighbors import Grid, check_input, chunk_length
 
 # Of the unions that are still to be made, the share that one round makes at most: less is nearer to Ward, and slower.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..clustering import ClusterFunction
-from ..clustering.grid_cache import grid_table
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
+from ..grid_cache import grid_table
 from ..hooks import Hooks
 from ..precision import without_autocast
 from ..status import Record

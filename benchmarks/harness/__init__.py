@@ -2,7 +2,7 @@
 
 from ailurus_hf.evaluation.timing import interleaved, markdown
 
-from .counting import high_water_mark, model_flops, peak_bytes, peak_on_shapes
+from .counting import high_water_mark, launches, model_flops, peak_bytes, peak_on_shapes
 from .results import RESULTS, ROOT, device_folder, environment, log, measured_columns, save
 from .rounds import methods_in_turn, reductions_in_turn, switched
 
@@ -13,6 +13,7 @@ __all__ = [
     "environment",
     "high_water_mark",
     "interleaved",
+    "launches",
     "log",
     "markdown",
     "measured_columns",

@@ -1,9 +1,10 @@
-"""FLOPs and peak memory of one call: counted by torch, measured by the system, or estimated from shapes alone."""
+"""FLOPs, launches and peak memory of one call: counted by torch, measured by the system, or estimated from shapes alone."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,36 @@ def high_water_mark() -> int:
     """Peak resident bytes of this process so far (Linux). getrusage would count the parent's from before the exec."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators inside that launch a kernel on a GPU, by name: all but views and what only allocates."""
+
+    FREE = frozenset(
+        ("detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        returned = [out.alias_info for out in function._schema.returns]
+        is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+        name = function._schema.name.split("::")[1]
+        # What inference mode shows whole and does nothing then.
+        if not is_view and name not in self.FREE and name not in ("dropout", "_unsafe_view"):
+            self.by_name[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def launches(run: Callable[[], Any]) -> Counter[str]:
+    """The launches of a call's second run, by operator, attention left out: tables of a grid are made in the first."""
+    with torch.no_grad(), FusedAttention():
+        run()
+        with Launches() as counted:
+            run()
+    return counted.by_name
 
 
 class StorageWatch(TorchDispatchMode):

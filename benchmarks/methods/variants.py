@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ailurus_hf import TokenClusters, spatial_density_peaks
 from ailurus_hf.clustering import ClusterFunction, kmeans, local_kmeans
 from ailurus_hf.clustering.density_peaks import density_peaks
-from ailurus_hf.clustering.neighbors import grid_neighbors, nearest_marked, neighbor_distances
+from ailurus_hf.clustering.neighbors import grid_neighbors, nearest_unmasked, neighbor_distances
 from ailurus_hf.clustering.ward import adjacent_clusters
 from ailurus_hf.vision.discovery import find_encoders
 
@@ -182,7 +182,7 @@ def _density_peaks(
     sigma = neighbor_distances(tokens, neighbors) / math.sqrt(tokens.shape[2])
     distances = weighted(sigma, neighbors.rank, neighbors.index)
     index = neighbors.index.expand(len(tokens), -1, -1)
-    return density_peaks(distances, index, num_clusters, 1, lambda is_center: nearest_marked(is_center, grid))
+    return density_peaks(distances, index, num_clusters, 1, lambda no_center: nearest_unmasked(no_center, grid))
 
 
 CLUSTERINGS: dict[str, ClusterFunction] = {

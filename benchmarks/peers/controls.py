@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ailurus_hf import TokenClusters
 from ailurus_hf.clustering.local_kmeans import grid_cells
-from ailurus_hf.clustering.neighbors import grid_neighbors, nearest_marked, neighbor_distances
+from ailurus_hf.clustering.neighbors import grid_neighbors, nearest_unmasked, neighbor_distances
 
 
 def grid_pooling(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
@@ -36,6 +36,6 @@ def to_nearest_center(tokens: Tensor, grid: tuple[int, ...], centers: Tensor) ->
     best = weighted.masked_fill(~near, math.inf).argmin(-1, keepdim=True)
     chosen = neighbors.index.expand(batch, -1, -1).gather(2, best).squeeze(-1)
     itself = torch.arange(count, device=tokens.device).expand(batch, -1)
-    owner = torch.where(near.any(-1), chosen, nearest_marked(is_center, grid))
+    owner = torch.where(near.any(-1), chosen, nearest_unmasked(~is_center, grid))
     owner = torch.where(is_center, itself, owner)
     return TokenClusters.from_assignment((is_center.long().cumsum(1) - 1).gather(1, owner), centers.shape[1], centers)
