@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the result files, never by hand.
+"""Writes the tables of README.md, docs/ and the index of results/ from the result files, never by hand.
 
     python -m benchmarks.report            # rewrites what stands between the markers
     python -m benchmarks.report --check    # exit code 1 where a table is not what the result files say
@@ -34,7 +34,14 @@ from .vision import (
     vit_speed,
 )
 
-DOCUMENTS = ("README.md", "docs/method.md", "docs/results.md", "docs/tables.md", "docs/training.md")
+DOCUMENTS = (
+    "README.md",
+    "benchmarks/results/README.md",
+    "docs/method.md",
+    "docs/results.md",
+    "docs/tables.md",
+    "docs/training.md",
+)
 TARGETS = (1.5, 2.0, 2.5, 3.0)
 
 
@@ -109,7 +116,7 @@ def parts_table() -> str:
     folders = {"data": "DATA", "weights": "WEIGHTS", "gpu": "GPU"}
     lines = [
         {
-            "names": entry.names,
+            "names": entry.title,
             "what": entry.what,
             "needs": ", ".join(need.format(**folders) for need in entry.needs),
             "minutes": entry.minutes,
@@ -123,11 +130,10 @@ def measured_tables() -> str:
     """What result files there are of those that `make tables` writes, each as its benchmark prints it."""
     blocks = []
     for entry in tables.ENTRIES:
-        words = shlex.split(entry.command)
-        name = words[words.index("--name") + 1] if "--name" in words else None
+        name = "".join(entry.options.get("name", []))
         for path in sorted(RESULTS.glob(f"*/{name}-*.json")) if name else []:
             result = load(stem := f"{path.parent.name}/{path.stem}")
-            blocks.append(f"### {entry.names}: {entry.what}\n\n{as_printed(entry, result)}\n{source(result, stem)}")
+            blocks.append(f"### {entry.title}: {entry.what}\n\n{as_printed(entry, result)}\n{source(result, stem)}")
     return "\n\n".join(blocks) or "No result file of these is here yet."
 
 
@@ -138,6 +144,26 @@ def as_printed(entry: tables.Entry, result: dict[str, Any]) -> str:
         return similarity.tables(rows, result["pairs"])
     columns = importlib.import_module(str(entry.module)).COLUMNS
     return measured_columns(rows, columns)
+
+
+def index() -> str:
+    """Every result file: what it shows, on which device, when, and the command that made it."""
+    what = {name: f"{entry.title}: {entry.what}" for entry in tables.ENTRIES for name in entry.options.get("name", [])}
+    lines = []
+    for path in sorted(RESULTS.glob("*/*.json")):
+        result, name = json.loads(path.read_text()), path.stem.rpartition("-")[0]
+        module = importlib.import_module(shlex.split(result["command"])[2])
+        first = str(module.__doc__).partition("\n")[0]
+        lines.append(
+            {
+                "file": f"[{path.parent.name}/{path.name}]({path.parent.name}/{path.name})",
+                "what": what.get(name) or first.rstrip("."),
+                "device": f"{result['device']}, {result['precision']}",
+                "date": result["date"],
+                "command": f"`{result['command']}`",
+            }
+        )
+    return markdown(lines, {key: key for key in ("file", "what", "device", "date", "command")})
 
 
 def pictures_table(task: str) -> Callable[[], str]:
@@ -157,6 +183,7 @@ def pictures_table(task: str) -> Callable[[], str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "index": index,
     "parts": parts_table,
     "measured": measured_tables,
     "families": supported_models,

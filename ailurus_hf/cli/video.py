@@ -94,8 +94,9 @@ def run(args: argparse.Namespace) -> int:
     from .. import AiluRusDiffusionConfig, ailurus_status, apply_ailurus, remove_ailurus
     from .. import video as media
     from ..evaluation.loading import BadInputError, choose_device
+    from ..visualization import side_by_side
     from .batch import progress
-    from .video_sampling import fitted_size, load_pipeline, read_frames, sample_frames, side_by_side, trained_side
+    from .video_sampling import fitted_size, load_pipeline, read_frames, sample_frames, trained_side
 
     given = {n: v for n in AILURUS_FIELDS if (v := getattr(args, f"ailurus_{n}")) is not None}
     if args.no_ailurus and (given or args.compare):

@@ -6,11 +6,10 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from ..errors import AiluRusError
 from ..evaluation.loading import check_name, read_pretrained
@@ -102,19 +101,3 @@ def sample_frames(
             "fewer --frames or a smaller --height"
         ) from error
     return frames, time.perf_counter() - start
-
-
-def side_by_side(videos: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> list[Image.Image]:
-    """Frames of several videos next to each other under their titles."""
-    width, height = videos[0][0].size
-    letters = max(8, min(18, width // 14))
-    font, strip = ImageFont.load_default(size=letters), 2 * round(letters * 0.8)
-    sheets = []
-    for frames in zip(*videos, strict=True):
-        sheet = Image.new("RGB", (width * len(frames), height + strip), "white")
-        draw = ImageDraw.Draw(sheet)
-        for column, (frame, title) in enumerate(zip(frames, titles, strict=True)):
-            draw.text((column * width + 4, strip / 2), title, fill="black", font=font, anchor="lm")
-            sheet.paste(frame, (column * width, strip))
-        sheets.append(sheet)
-    return sheets

@@ -14,6 +14,7 @@ with needs_extra("vision", "ailurus_hf.visualization"):
     from .differences import colorize_labels, draw_difference, overlay_labels
     from .palettes import class_palette, distinct_colors
     from .rebuilt import reconstruct_image
+    from .side_by_side import side_by_side
 
 __all__ = [
     "class_palette",
@@ -24,4 +25,5 @@ __all__ = [
     "draw_difference",
     "overlay_labels",
     "reconstruct_image",
+    "side_by_side",
 ]

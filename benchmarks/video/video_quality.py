@@ -32,9 +32,9 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ailurus_hf.cli.video import side_by_side
 from ailurus_hf.pipelines import ControlVideoPipeline
 from ailurus_hf.video import edge_agreement, load_condition, open_clip, psnr, ssim, warping_error, write_video
+from ailurus_hf.visualization import side_by_side
 from examples.shape_scenes import SIDE, Scene, draw, edge_adherence, edges, random_scene, read
 
 from ..harness import environment, interleaved, log, markdown, model_flops, save, switched

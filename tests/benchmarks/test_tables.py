@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shlex
 
 import pytest
 
@@ -13,22 +12,14 @@ from benchmarks.harness import plots
 TABLES = {f"Tab. {i}" for i in range(1, 16)} | {f"Fig. {i}" for i in (2, 3, 4, 5, 6, 7, 8, 9)}
 
 
-def made_by(entry):
-    """The names, "Tab. 1, 2" written out."""
-    names, kind = set(), ""
-    for part in entry.names.split(", "):
-        kind, _, number = part.rpartition(" ") if " " in part else (kind, "", part)
-        names.add(f"{kind} {number}")
-    return names
-
-
 def test_every_table_and_figure_is_in_the_list():
-    assert set().union(*map(made_by, tables.ENTRIES)) - {" speed", " settings", " beyond"} == TABLES
+    assert {name for entry in tables.ENTRIES for name in entry.names} - {"speed", "settings", "beyond"} == TABLES
 
 
-@pytest.mark.parametrize("entry", tables.ENTRIES, ids=lambda entry: f"{entry.names}: {entry.what}")
+@pytest.mark.parametrize("entry", tables.ENTRIES, ids=lambda entry: f"{entry.title}: {entry.what}")
 def test_commands_are_those_of_scripts_that_take_them(entry):
-    words = shlex.split(entry.command.format(data="D", weights="W", gpu="G"))
+    words = entry.words({"data": "D", "weights": "W", "gpu": "G"})
+    assert not any("{" in word for word in words)
     if entry.module is None:
         assert (tables.ROOT / words[0]).is_file()
     elif importlib.util.find_spec(entry.module) is None:
@@ -36,11 +27,50 @@ def test_commands_are_those_of_scripts_that_take_them(entry):
     if entry.module != "ailurus_hf.cli":
         source = tables.ROOT / (entry.module.replace(".", "/") + ".py" if entry.module else words[0])
         known = source.read_text() + (tables.ROOT / "benchmarks/vision/quality.py").read_text()
-        assert all(f'"{word}"' in known for word in words if word.startswith("--"))
-    if "--methods" in words:
-        after = words[words.index("--methods") + 1 :]
-        for name in after[: next((i for i, word in enumerate(after) if word.startswith("--")), len(after))]:
-            methods.parsed(name)
+        assert all(f'"--{name}"' in known for name in entry.options)
+    for name in entry.options.get("methods", []):
+        methods.parsed(name)
+
+
+def test_a_list_stands_for_its_words_and_each_item_makes_an_entry(tmp_path):
+    (tmp_path / "list.toml").write_text("""
+[words]
+here = "{data}/x"
+[lists]
+two = ["a", "{here}"]
+[commands.shared]
+run = "benchmarks.a"
+options = { first = 1, methods = "none" }
+needs = ["{here}"]
+[[tables]]
+for = ["Tab. {number}", "Tab. 9", "Fig. 2"]
+what = "of {number}"
+command = "shared"
+minutes = 3
+options = { methods = ["{two}", "b"], keep = "{shares}", flag = true, name = "n{number}" }
+each = [{ number = 1, shares = [0.5, 1] }, { number = 2, shares = 1, minutes = 9, options = { last = "{weights}" } }]
+""")
+    one, two = tables.read_list(tmp_path / "list.toml")
+    assert (one.title, one.what, one.minutes, one.needs) == ("Tab. 1, 9, Fig. 2", "of 1", 3, ("{data}/x",))
+    folders = {"data": "D", "weights": "W Z"}
+    words = [
+        "-m",
+        "benchmarks.a",
+        "--first",
+        "1",
+        "--methods",
+        "a",
+        "D/x",
+        "b",
+        "--keep",
+        "0.5",
+        "1",
+        "--flag",
+        "--name",
+        "n1",
+    ]
+    assert one.words(folders) == words and two.words(folders)[-2:] == ["--last", "W Z"]
+    assert two.minutes == 9 and two.options["keep"] == ["1"]
 
 
 def test_says_what_is_missing_and_runs_the_rest(tmp_path, monkeypatch, capsys):
@@ -57,10 +87,13 @@ def test_says_what_is_missing_and_runs_the_rest(tmp_path, monkeypatch, capsys):
     ran = tmp_path / "ran"
     monkeypatch.setattr("sys.argv", ["tables"])
     entries = [
-        tables.Entry("a", "works", f'-c \'open("{ran}", "w")\''),
-        tables.Entry("b", "fails", "-c 'raise SystemExit(3)'"),
-        tables.Entry("c", "cannot", "-c 1", ("{data}/ade20k",)),
+        tables.Entry(("a",), "works", "made.py"),
+        tables.Entry(("b",), "fails", "made.py", ("3",)),
+        tables.Entry(("c",), "cannot", "made.py", needs=("{data}/ade20k",)),
     ]
+    script = f'import sys; open({str(ran)!r}, "w"); raise SystemExit(int(sys.argv[1] if sys.argv[1:] else 0))'
+    (tmp_path / "made.py").write_text(script)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "ENTRIES", entries)
     assert tables.main() == 1 and ran.exists()
     assert "failed: b: fails" in capsys.readouterr().out
