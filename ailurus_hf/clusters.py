@@ -10,15 +10,22 @@ from torch import Tensor
 
 from .errors import AiluRusError
 from .grid_cache import constant, multiples
+from .profiling import recorded
 
 
 @dataclass(eq=False)
 class TokenClusters:
     """An assignment of N tokens to M clusters, per image (AiluRus, section 3.2).
 
-    assignment: LongTensor[B, N], the cluster of each token, in [0, M).
-    centers:    LongTensor[B, M], the token index of each center, ascending; None where centers are no tokens.
-    counts:     Tensor[B, M], tokens per cluster (fp32). A cluster may be empty only where `centers` is None.
+    Args:
+        assignment: LongTensor[B, N], the cluster of each token, in [0, M).
+        centers: LongTensor[B, M], the token index of each center, ascending; None where centers are no tokens.
+        counts: Tensor[B, M], tokens per cluster (fp32). A cluster may be empty only where `centers` is None.
+
+    Example:
+        >>> clusters = TokenClusters.from_assignment(torch.tensor([[0, 0, 1]]), num_clusters=2)
+        >>> clusters.merge(torch.tensor([[[1.0], [3.0], [7.0]]])).flatten()
+        tensor([2., 7.])
     """
 
     assignment: Tensor
@@ -31,7 +38,13 @@ class TokenClusters:
 
     @classmethod
     def from_assignment(cls, assignment: Tensor, num_clusters: int, centers: Tensor | None = None) -> TokenClusters:
-        """Clusters from LongTensor[B, N] alone; counts are counted."""
+        """Clusters from the assignment alone: tokens are counted here.
+
+        Args:
+            assignment: LongTensor[B, N], in [0, M).
+            num_clusters: M.
+            centers: LongTensor[B, M], if they are tokens.
+        """
         zeros = constant(0.0, assignment.device).expand(assignment.shape[0], num_clusters)
         counts = zeros.scatter_add(1, assignment, constant(1.0, assignment.device).expand_as(assignment))
         return cls(assignment, centers, counts)
@@ -45,11 +58,21 @@ class TokenClusters:
         return self.counts.shape[1]
 
     def merge(self, tokens: Tensor) -> Tensor:
-        """Mean of each cluster: Tensor[B, N, C] to [B, M, C]; zeros for an empty cluster. Differentiable.
+        """Means of the clusters; differentiable, and the same on every run: summed in order of cluster, then token.
 
-        Sums run in the same order on every run and device: sorted by cluster, then by token.
+        Args:
+            tokens: Tensor[B, N, C].
+
+        Returns:
+            Tensor[B, M, C], zeros for an empty cluster.
+
+        Raises:
+            AiluRusError: the shape is another.
         """
         self._check(tokens, self.num_tokens, "merge")
+        return recorded("ailurus::merge", self._means, tokens)
+
+    def _means(self, tokens: Tensor) -> Tensor:
         batch, _, channels = tokens.shape
         order, offsets = self._tokens_by_cluster()
         # Rows that lie apart in memory, as convolutions leave them, take several times longer to sum than to copy.
@@ -58,32 +81,53 @@ class TokenClusters:
         return means.view(batch, self.num_clusters, channels)
 
     def unmerge(self, representatives: Tensor) -> Tensor:
-        """Gives each token its representative's value: Tensor[B, M, C] to [B, N, C]. Differentiable."""
+        """Each token's representative; differentiable.
+
+        Args:
+            representatives: Tensor[B, M, C].
+
+        Returns:
+            Tensor[B, N, C].
+
+        Raises:
+            AiluRusError: the shape is another.
+        """
         self._check(representatives, self.num_clusters, "unmerge")
+        return recorded("ailurus::unmerge", self._rows_of_each, representatives)
+
+    def _rows_of_each(self, representatives: Tensor) -> Tensor:
         batch, _, channels = representatives.shape
         rows = representatives.reshape(-1, channels).index_select(0, self._cluster_of_each())
         return rows.view(batch, self.num_tokens, channels)
 
     def log_counts(self, prefix: int = 0, suffix: int = 0) -> Tensor:
-        """Attention bias per key, Tensor[B, prefix + M + suffix]: log count, 0 for extra tokens, -inf for empty clusters."""
+        """The attention bias of each key: log count, 0 for extra tokens, -inf for empty clusters (AiluRus, Eq. 5).
+
+        Args:
+            prefix, suffix: extra tokens before and after the M representatives.
+
+        Returns:
+            Tensor[B, prefix + M + suffix], fp32.
+        """
         if (prefix, suffix) not in self._biases:
             self._biases[prefix, suffix] = F.pad(self.counts.log(), (prefix, suffix))
         return self._biases[prefix, suffix]
 
     def centroids(self, grid: tuple[int, ...]) -> Tensor:
-        """The mean place of each cluster's tokens on their grid, Tensor[B, M, axes] (fp32)."""
+        """The mean grid position of each cluster's tokens, Tensor[B, M, axes] (fp32)."""
         sides = (torch.arange(side, device=self.assignment.device, dtype=torch.float32) for side in grid)
         return self.merge(torch.cartesian_prod(*sides).expand(self.assignment.shape[0], -1, -1))
 
-    # Every image's tokens and clusters get numbers of their own, so that a batch is one flat table: a row gather and a
-    # bag sum are several times faster than gather/scatter with an index expanded over channels.
+    # Tokens and clusters are numbered across the batch, so that it is one flat table: a row gather and a bag sum are
+    # several times faster than gather and scatter with an index expanded over channels.
     def _cluster_of_each(self) -> Tensor:
         if self._flat_assignment is None:
             self._flat_assignment = (self.assignment + self._first(self.num_clusters)).flatten()
         return self._flat_assignment
 
     def _tokens_by_cluster(self) -> tuple[Tensor, Tensor]:
-        """Tokens sorted by cluster, and where each cluster begins; made once (cached_property holds a lock: no compiling)."""
+        """Tokens sorted by cluster, and where each cluster begins."""
+        # Not a cached_property, whose lock does not compile.
         if self._bags is None:
             order = stable_argsort(self.assignment) + self._first(self.num_tokens)
             counts = self.counts.flatten().long()
@@ -102,7 +146,7 @@ class TokenClusters:
 
 
 def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
-    """Order of Tensor[B, N] along N, equal values by index."""
+    """Order of Tensor[B, N] along N, equal values by index: LongTensor[B, N]."""
     if torch.onnx.is_in_onnx_export():
         # ONNX sorts in one way only, which keeps equal values in order; the exporter knows it by this name.
         return values.sort(dim=1, descending=descending).indices
