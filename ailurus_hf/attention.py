@@ -1,7 +1,7 @@
-"""Count-weighted attention (AiluRus, Eq. 5): a representative of m tokens weighs as m equal tokens.
+"""Count-weighted attention (AiluRus, Eq. 5): a representative of m tokens weighs as much as m equal tokens.
 
-Two forms of one function. "mask" adds log m to the logits as a broadcast bias. "channel" writes it into one extra channel
-of the keys, for kernels that take no bias (flash): q' = [q, 1], k' = [k, log m / scale].
+Two forms of one function: "mask" adds log m to the logits as a broadcast bias; "channel" writes it into one extra channel of the
+keys, for kernels that take no bias (flash): q' = [q, 1], k' = [k, log m / scale].
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ def count_weighted_attention(
 ) -> Tensor:
     """softmax(q k · scale + log counts) · v, on top of torch's scaled_dot_product_attention.
 
-    query, key, value: Tensor[B, heads, L, D], Tensor[B, heads, L_k, D] twice. scale defaults to D ** -0.5.
-    counts: Tensor[B, L_k], tokens that each key stands for; one of count 0 gets no weight.
-    form: "mask", "channel" or "auto" (see `preferred_form`).
-    Returns Tensor[B, heads, L, D]. Raises AiluRusError where counts do not match the keys.
+    Args:
+        query: Tensor[B, heads, L, D].
+        key, value: Tensor[B, heads, L_k, D] each.
+        counts: Tensor[B, L_k], the tokens that each key stands for; a key of count 0 gets no weight.
+        scale: factor of the logits, D ** -0.5 by default.
+        form: "mask", "channel" or "auto" (see `preferred_form`).
+
+    Returns:
+        Tensor[B, heads, L, D].
+
+    Raises:
+        AiluRusError: counts do not match the keys, or the form is none of these.
     """
     if counts.shape != (key.shape[0], key.shape[2]):
         raise AiluRusError(f"counts must have shape {(key.shape[0], key.shape[2])}, got {tuple(counts.shape)}")
@@ -38,7 +46,16 @@ def biased_attention(
     form: str = "auto",
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention with a bias per key, Tensor[B, L_k], added to the scaled logits; shapes as in `count_weighted_attention`."""
+    """Attention with a bias for each key, added to the scaled logits.
+
+    Args:
+        query, key, value, scale, form: as in `count_weighted_attention`.
+        key_bias: Tensor[B, L_k].
+        dropout: the probability that a weight is dropped.
+
+    Returns:
+        Tensor[B, heads, L, D].
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     form = preferred_form(query) if form == "auto" else form
     if form == "mask":
@@ -52,9 +69,9 @@ def biased_attention(
 
 
 def preferred_form(query: Tensor) -> str:
-    """The form that keeps the fast kernel: flash kernels on CUDA take half precision and no bias; elsewhere the mask.
+    """The form that keeps the fast kernel: "channel" for half precision on CUDA, whose flash kernels take no bias, else "mask".
 
-    On a CPU the mask costs nothing that could be measured, and the channel is never faster. CUDA was not measured.
+    On a CPU the mask's cost is too small to measure, and the channel is never faster. CUDA was not measured.
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
     return "channel" if query.device.type == "cuda" and half else "mask"
@@ -63,9 +80,9 @@ def preferred_form(query: Tensor) -> str:
 def with_extra_channel(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of a wider head whose attention includes the bias; the values' first channels are the result."""
+    """Query, key and value of a wider head, whose attention includes the bias in the first channels of its output."""
     extra = 8 - query.shape[-1] % 8
-    # A key is a factor of products, so what has no weight gets a number as low as its type allows, and not -inf.
+    # Keys are multiplied, so a key without weight gets about the lowest number of its type, and not -inf.
     bias = (key_bias / scale).clamp(min=torch.finfo(key.dtype).min / 2).to(key.dtype)
     ones = query.new_ones(*query.shape[:-1], 1)
     query = torch.cat([query, F.pad(ones, (0, extra - 1))], -1)

@@ -16,7 +16,7 @@ FrameClusters = Literal["each", "joint"]
 # The clusterings that come with the package. `clustering_names()` has the registered ones, too.
 CLUSTERINGS: tuple[str, ...] = get_args(ClusteringName)
 RESTORES: tuple[str, ...] = get_args(Restore)
-RESTORE_PLACES: tuple[str, ...] = get_args(RestoreAt)
+RESTORES_AT: tuple[str, ...] = get_args(RestoreAt)
 SCOPES: tuple[str, ...] = get_args(Scope)
 FRAMES: tuple[str, ...] = get_args(FrameClusters)
 

@@ -13,8 +13,8 @@ from .checks import check_at_least, check_choice, check_fields, check_ratios
 from .choices import (
     CLUSTERINGS,
     FRAMES,
-    RESTORE_PLACES,
     RESTORES,
+    RESTORES_AT,
     SCOPES,
     ClusterPer,
     FrameClusters,
@@ -38,7 +38,7 @@ __all__ = [
     "CLUSTERINGS",
     "FRAMES",
     "RESTORES",
-    "RESTORE_PLACES",
+    "RESTORES_AT",
     "SCOPES",
     "AiluRusConfig",
     "AiluRusDiffusionConfig",

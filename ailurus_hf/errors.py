@@ -1,9 +1,9 @@
-"""The errors this package raises: all are ValueErrors that name the wrong number and the right one."""
+"""The errors that this package raises: ValueErrors that name the wrong value and the right ones."""
 
 
 class AiluRusError(ValueError):
-    """Base of every error raised for bad input to this package."""
+    """The base of every error for bad input to this package."""
 
 
 class UnsupportedModelError(AiluRusError):
-    """The target has no place where tokens can be reduced; the message names its class and what would work."""
+    """Nothing in the target can be reduced; the message names its class and what would work."""

@@ -11,16 +11,16 @@ import torch
 
 
 def grid_table(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Caches the result by arguments (all hashable); the last 64 are kept."""
+    """Caches a function's results by its arguments, which must be hashable; the last 64 are kept."""
 
     def build(*arguments: Any) -> Any:
-        # Building a table takes data-dependent steps, which belong on the CPU whatever the default device is.
+        # Tables are built in data-dependent steps, which belong on the CPU whatever the default device is.
         with torch.no_grad(), torch.device("cpu"):
             return function(*arguments)
 
     @lru_cache(maxsize=64, typed=True)  # True is no 1.0
     def make(*arguments: Any) -> Any:
-        # What traces a model (torch.export) has tensors without values in the thread that it traces; another has not.
+        # While torch.export traces a model, tensors of that thread have no values; those of another thread do.
         with ThreadPoolExecutor(1) as elsewhere:
             return elsewhere.submit(build, *arguments).result()
 
@@ -28,7 +28,7 @@ def grid_table(function: Callable[..., Any]) -> Callable[..., Any]:
     def table(*arguments: Any) -> Any:
         return make(*arguments)
 
-    # What torch.compiler.assume_constant_result does; calling that would import the compiler with this package (seconds).
+    # As torch.compiler.assume_constant_result does, which would import the compiler with this package (seconds).
     table._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..config import RESTORE_PLACES, RESTORES, clustering_names
+from ..config import RESTORES, RESTORES_AT, clustering_names
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
@@ -56,7 +56,7 @@ def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> Non
     size.add_argument("--num-clusters", type=int, metavar="M", help="number of tokens to keep")
     group.add_argument("--clustering", choices=clustering_names(), help="how tokens are clustered")
     group.add_argument("--restore", choices=RESTORES, help="the value that a token gets when it is unmerged")
-    group.add_argument("--restore-at", choices=RESTORE_PLACES, help="where the tokens of a segmenter are unmerged")
+    group.add_argument("--restore-at", choices=RESTORES_AT, help="where the tokens of a segmenter are unmerged")
     group.add_argument("--restore-location", type=int, metavar="R", help="all tokens run again after this layer")
     if can_be_off:
         group.add_argument("--no-ailurus", action="store_true", help="run the model as it is")

@@ -1,4 +1,4 @@
-"""How many clusters an image is worth: M by content, between two bounds (not in the paper)."""
+"""M by content: more clusters for images with more detail, between two bounds (not in the paper)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from ..errors import AiluRusError
 from .base import Clustering
 from .neighbors import Grid, check_grid, grid_neighbors, neighbor_distances
 
-# Tokens on every side and corner of a place.
+# The tokens at every side and corner of a token.
 ADJACENT = 8
-# A token stands out where all that are adjacent differ from it by more than this share of what is typical in the image.
+# A token stands out where all adjacent ones differ from it by more than this share of the image's typical distance.
 STANDS_OUT = 0.25
-# Differences below this share of a token's norm are none: an image all of whose tokens are equal but for rounding is flat.
+# Distances below this share of a token's norm count as rounding: an image of equal tokens is flat.
 ROUNDING = 0.01
 
 
 @torch.no_grad()
 def detail(features: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """The share of tokens that stand out from all their neighbors: Tensor[B, N, C] to [B], 0 (flat) to 1 (noise).
+    """The share of tokens that stand out from all their neighbors, from 0 (flat) to 1 (noise).
 
-    A token stands out where its nearest adjacent token is further away than a quarter of the median distance of the
+    A token stands out where its most similar adjacent token is further from it than a quarter of the median distance of the
     image's tokens from their mean. Neither a factor nor a constant added to all features changes it.
+
+    Args:
+        features: Tensor[B, N, C] of any float type.
+        grid: (H, W), or (T, H, W) for video; its product is N.
+
+    Returns:
+        Tensor[B].
     """
     features = features.float()
     grid = check_grid(grid, features.shape[1])

@@ -62,18 +62,28 @@ def spatial_density_peaks(
     num_density_neighbors: int = 1,
     check_finite: bool = False,
 ) -> TokenClusters:
-    """Picks the M density peaks of a token grid and assigns every token to one of them.
+    """Picks the M density peaks of a token grid and assigns every token to one of them (AiluRus, section 3.2, Eq. 1-3).
 
-    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
-    grid: (H, W), or (T, H, W) for video; its product is N.
-    num_clusters: M, in [1, N].
-    num_spatial_neighbors: λ of Eq. 2, clipped to N - 1. 0 compares all pairs without a spatial term, in O(N²) memory.
-    alpha: α of Eq. 2, in [0, 1]: how much a near neighbor's distance is discounted (1: not at all).
-    num_density_neighbors: k of Eq. 1, clipped to the number of neighbors.
-    check_finite: raise on NaN or infinite features; this waits for the device. Without it they give arbitrary clusters.
+    Args:
+        features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
+        grid: (H, W), or (T, H, W) for video; its product is N.
+        num_clusters: M, in [1, N].
+        num_spatial_neighbors: λ of Eq. 2, clipped to N - 1. 0 compares all pairs without a spatial term, in O(N²) memory.
+        alpha: α of Eq. 2, in [0, 1]: how much a near neighbor's distance is discounted (1: not at all).
+        num_density_neighbors: k of Eq. 1, clipped to the number of neighbors.
+        check_finite: raise on NaN or infinite features; this waits for the device. Without it they give arbitrary clusters.
 
-    Returns TokenClusters with centers in ascending token order. Equal values always resolve to the lower token index.
-    Raises AiluRusError on a grid that does not match N and on settings out of range.
+    Returns:
+        TokenClusters with centers in ascending token order. Equal values resolve to the lower token index.
+
+    Raises:
+        AiluRusError: the grid does not match N, or a setting is out of range.
+
+    Example:
+        >>> features = torch.randn(2, 24 * 32, 64)
+        >>> clusters = spatial_density_peaks(features, grid=(24, 32), num_clusters=192)
+        >>> clusters.merge(features).shape
+        torch.Size([2, 192, 64])
     """
     check_density_peaks(num_spatial_neighbors, alpha, num_density_neighbors)
     grid = check_input(features, grid, num_clusters, check_finite)

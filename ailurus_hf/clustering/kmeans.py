@@ -1,7 +1,7 @@
-"""k-means: started from one token of each cell of a regular grid; a token joins the most similar mean, wherever that is.
+"""k-means: starts from one token of each cell of a regular grid; a token joins the most similar mean, wherever it is.
 
-Not in the paper. Meant for self-attention alone, which looks everywhere: keys that are far apart but alike may be one there,
-as in ToMe's matching for Stable Diffusion (Bolya and Hoffman 2023, arXiv 2303.17604).
+Not in the paper. Meant for self-attention alone, which sees the whole image: there, keys that are alike can be one even if they
+are far apart, as in ToMe's matching for Stable Diffusion (Bolya and Hoffman 2023, arXiv 2303.17604).
 """
 
 from __future__ import annotations
@@ -48,22 +48,26 @@ class KMeans(Clustering):
 def kmeans(
     features: Tensor, grid: Sequence[int], num_clusters: int, *, num_rounds: int = 3, check_finite: bool = False
 ) -> TokenClusters:
-    """Assigns each token to the most similar of M means, for a few rounds; N · M distances are computed in each.
+    """Assigns each token to the most similar of M means, for a few rounds of N * M distances each.
 
-    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
-    grid: (H, W), or (T, H, W) for video; its product is N.
-    num_clusters: M, in [1, N]: the grid is divided into so many cells, and the middle tokens are the first means.
-    num_rounds: rounds of assignment.
-    check_finite: raise on NaN or infinite features; this waits for the device.
+    Args:
+        features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
+        grid: (H, W), or (T, H, W) for video; its product is N.
+        num_clusters: M, in [1, N]: the grid is divided into M cells, whose middle tokens are the first means.
+        num_rounds: rounds of assignment.
+        check_finite: raise on NaN or infinite features; this waits for the device.
 
-    Returns TokenClusters without centers; a cluster may end up empty: count 0, no weight in attention.
-    Raises AiluRusError on a grid that does not match N and on settings out of range.
+    Returns:
+        TokenClusters without centers; a cluster may end up empty: count 0, no weight in attention.
+
+    Raises:
+        AiluRusError: the grid does not match N, or a setting is out of range.
     """
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
     means = features[:, middles(grid, num_clusters, features.device)]
     clusters = TokenClusters.from_assignment(_nearest(features, means, None), num_clusters)
     for _ in range(num_rounds - 1):
-        # A cluster that lost all its tokens has no mean to be near to.
+        # A cluster without tokens has no mean.
         nearest = _nearest(features, clusters.merge(features), clusters.counts == 0)
         clusters = TokenClusters.from_assignment(nearest, num_clusters)
     return clusters
@@ -71,7 +75,7 @@ def kmeans(
 
 @without_autocast
 def _nearest(features: Tensor, means: Tensor, empty: Tensor | None) -> Tensor:
-    """LongTensor[B, N]: the nearest of the means, Tensor[B, M, C], that is not empty."""
+    """The nearest of the means, Tensor[B, M, C], among those of clusters that are not empty: LongTensor[B, N]."""
     # |x|² is the same for all of a token's distances.
     norms = means.square().sum(-1)[:, None]
     norms = norms if empty is None else norms.masked_fill(empty[:, None], math.inf)
@@ -82,11 +86,11 @@ def _nearest(features: Tensor, means: Tensor, empty: Tensor | None) -> Tensor:
 
 @grid_table
 def middles(grid: Grid, num_cells: int, device: torch.device) -> Tensor:
-    """LongTensor[M]: of each cell of `grid_cells`, the place nearest to its middle, the first of several."""
+    """The token nearest to the middle of each cell of `grid_cells`, the first of equal ones: LongTensor[M]."""
     start = grid_cells(grid, num_cells, torch.device("cpu")).start
-    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).double()
+    positions = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).double()
     cells = TokenClusters.from_assignment(start[None], num_cells)
-    apart = torch.linalg.vector_norm(places - cells.unmerge(cells.merge(places[None]))[0], dim=-1)
+    apart = torch.linalg.vector_norm(positions - cells.unmerge(cells.merge(positions[None]))[0], dim=-1)
     order = apart.argsort(stable=True)
     first = torch.full((num_cells,), len(start)).scatter_reduce(0, start[order], torch.arange(len(start)), "amin")
     return order[first].to(device)

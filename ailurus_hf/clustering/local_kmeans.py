@@ -1,6 +1,6 @@
-"""Local k-means: a regular grid of cells as the start, a few rounds among the cells nearby (as in SLIC superpixels).
+"""Local k-means: starts from a regular grid of cells, then a few rounds among the cells nearby (as in SLIC superpixels).
 
-Not in the paper; an alternative to density peaks that costs less and has no centers among the tokens.
+Not in the paper; an alternative to density peaks that costs less, and whose centers are means and not tokens.
 """
 
 from __future__ import annotations
@@ -45,14 +45,20 @@ def local_kmeans(
 ) -> TokenClusters:
     """Assigns each token to the most similar of the cells around it, for a few rounds.
 
-    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
-    grid: (H, W), or (T, H, W) for video; its product is N.
-    num_clusters: M, in [1, N].
-    num_rounds: rounds of hard assignment, the cell means being the centers.
-    check_finite: raise on NaN or infinite features; this waits for the device.
+    Source: the assignment step of SLIC superpixels (R. Achanta et al., PAMI 34, 2012), on features.
 
-    Returns TokenClusters without centers; a cell may end up empty: count 0, no weight in attention.
-    Raises AiluRusError on a grid that does not match N and on settings out of range.
+    Args:
+        features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
+        grid: (H, W), or (T, H, W) for video; its product is N.
+        num_clusters: M, in [1, N].
+        num_rounds: rounds of hard assignment to the cells' means.
+        check_finite: raise on NaN or infinite features; this waits for the device.
+
+    Returns:
+        TokenClusters without centers; a cell may end up empty: count 0, no weight in attention.
+
+    Raises:
+        AiluRusError: the grid does not match N, or a setting is out of range.
     """
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
     batch = features.shape[0]
@@ -63,7 +69,7 @@ def local_kmeans(
     clusters = TokenClusters.from_assignment(cells.start.expand(batch, -1), num_clusters)
     for _ in range(num_rounds):
         scores = candidate_scores(features, clusters.merge(features), cells.candidates, cells.plan)
-        # A cell that lost all its tokens has no mean to be near to.
+        # A cell without tokens has no mean.
         empty = (clusters.counts == 0).gather(1, cells.candidates.flatten().expand(batch, -1))
         scores = scores.masked_fill(empty.view_as(scores), math.inf)
         nearest = scores.argmin(-1, keepdim=True)
@@ -75,7 +81,7 @@ def local_kmeans(
 def prepared(
     features: Tensor, grid: Sequence[int], num_clusters: int, num_rounds: int, check_finite: bool
 ) -> tuple[Tensor, Grid]:
-    """What k-means are given, checked: features in fp32 relative to their image's mean, and the grid."""
+    """The input of k-means, checked: features in fp32, relative to their image's mean, and the grid."""
     check_at_least(1, num_rounds=num_rounds)
     grid = check_input(features, grid, num_clusters, check_finite)
     features = features.float()
@@ -85,10 +91,12 @@ def prepared(
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A grid divided into M cells of about equal size, in rows; those of a video are as long through time as can be.
+    """A grid divided into M cells of about equal size, in rows; a video's cells reach through time as far as possible.
 
-    start:      LongTensor[N], the cell each place lies in.
-    candidates: LongTensor[N, 9] (27 in 3-D), that cell and those around it; at borders some appear twice.
+    Args:
+        start: LongTensor[N], the cell that each token lies in.
+        candidates: LongTensor[N, 9] (27 in 3-D), that cell and those around it; at borders some appear twice.
+        plan: how to compare tokens with their candidates.
     """
 
     start: Tensor
@@ -98,7 +106,7 @@ class Cells:
 
 @grid_table
 def grid_cells(grid: Grid, num_cells: int, device: torch.device) -> Cells:
-    """Divides a grid into exactly `num_cells` cells, in space as square as may be."""
+    """Divides a grid into exactly `num_cells` cells, as square in space as possible."""
     coordinates = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid))
     candidates = _cells_around(coordinates, grid, num_cells)
     start = candidates[:, candidates.shape[1] // 2]
@@ -116,9 +124,9 @@ def all_cells(grid: Grid, num_cells: int, device: torch.device) -> AllCells:
 
 
 def _cells_around(coordinates: Tensor, grid: Grid, num_cells: int) -> Tensor:
-    """LongTensor[P, 3 ** dimensions]: cells around each place, its own in the middle.
+    """The cells around each token of LongTensor[P, axes]: LongTensor[P, 3 ** axes], its own in the middle.
 
-    Rows along the first axis share the cells as evenly as whole numbers allow; a row is divided likewise.
+    Rows along the first axis share the cells as evenly as whole numbers allow; each row is divided in the same way.
     """
     rows = _num_rows(grid, num_cells)
     row = coordinates[:, 0] * rows // grid[0]
@@ -136,14 +144,14 @@ def _cells_around(coordinates: Tensor, grid: Grid, num_cells: int) -> Tensor:
 
 
 def _num_rows(grid: Grid, num_cells: int) -> int:
-    """Rows that make cells square; near that number, one that divides the cells evenly. Through time, as few as can be."""
+    """The number of rows that makes cells square, or one near it that divides them evenly; through time the fewest."""
     if len(grid) == 1:
         return num_cells
     rest = math.prod(grid[1:])
     least, most = -(-num_cells // rest), min(grid[0], num_cells)
     if len(grid) == 3:
-        # Frames differ less than places do, above all where they share their noise: on real clips cells that reach far
-        # through time and are small in space kept far more than cubes.
+        # Frames differ less than regions of a frame, above all where frames share their noise: on real clips, cells that
+        # are long in time and small in space kept far more than cubes.
         return least
     square = grid[0] * (num_cells / (grid[0] * rest)) ** (1 / len(grid))
     near = [rows for rows in range(least, most + 1) if abs(math.log(rows / square)) < 0.15]

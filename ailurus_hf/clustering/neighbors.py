@@ -1,7 +1,7 @@
-"""Spatial neighbors on a token grid: who is nearest to whom (cached tables), and feature distances to just those.
+"""Spatial neighbors on a token grid: the nearest tokens of each (cached tables), and feature distances to just those.
 
-Everything here depends on the grid alone and not on an image, so it is made once per grid and device. Distances are
-matrix products over tiles of the grid: for each tile of queries, one product with the union of its neighbors.
+Tables depend on the grid alone and not on an image, so they are made once per grid and device. Distances are matrix products
+over tiles of the grid: for each tile of tokens, one product with the union of its neighbors.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from ..precision import without_autocast
 
 Grid = tuple[int, ...]
 
-# Below this many multiply-adds all pairs are computed by subtraction, which is exact for near-equal tokens.
+# Up to this many multiply-adds, distances of all pairs are computed by subtraction, which is exact for near-equal tokens.
 DIRECT_DISTANCE_LIMIT = 2**22
-# A tile's side: 8 gave the least time on 32x32 to 128x128 grids (4 copies more, 16 multiplies more).
+# A tile's side: 8 was fastest on 32x32 to 128x128 grids (4 copies more, 16 multiplies more).
 TILE_SIDE = 8
-# Rows gathered at once stay below this. On a CPU they then stay in the cache (2 to 4 MB gave the least time), and the C
-# allocator does not return their pages to the system on every call.
+# The most that is gathered at once. On a CPU it then stays in the cache (2 to 4 MB were fastest), and the C allocator does
+# not return the pages to the system on every call.
 CHUNK_BYTES = {"cpu": 2**22}
 DEFAULT_CHUNK_BYTES = 2**28
-# Squared distances below this share of the squared norms are rounding: such tokens count as equal.
+# Squared distances below this share of the squared norms are rounding errors: such tokens count as equal.
 EQUALITY_TOLERANCE = 2e-6
 
 
 def check_grid(grid: Sequence[int], num_tokens: int) -> Grid:
-    """Returns the grid as a tuple, (H, W) or (T, H, W); an error where its product is not the number of tokens."""
-    # operator.index also fixes a size that torch.compile would leave symbolic: tables exist for numbers only.
+    """The grid as a tuple, (H, W) or (T, H, W); raises AiluRusError where its product is not the number of tokens."""
+    # operator.index also makes a size that torch.compile keeps symbolic a number: tables exist for numbers only.
     checked = tuple(operator.index(side) for side in grid)
     if len(checked) not in (2, 3) or min(checked) < 1:
         raise AiluRusError(f"grid must be (H, W) or (T, H, W) with sides of at least 1, got {tuple(grid)}")
     if math.prod(checked) != num_tokens:
-        raise AiluRusError(f"grid {checked} has {math.prod(checked)} places, but there are {num_tokens} tokens")
+        raise AiluRusError(f"grid {checked} has {math.prod(checked)} cells, but there are {num_tokens} tokens")
     return checked
 
 
 def check_input(features: Tensor, grid: Sequence[int], num_clusters: int, check_finite: bool) -> Grid:
-    """The grid, if it is that of features Tensor[B, N, C] and M is in [1, N]."""
+    """The grid as a tuple; raises AiluRusError unless features are Tensor[B, N, C], the grid is theirs and M is in [1, N]."""
     check_features(features, check_finite)
     grid = check_grid(grid, features.shape[1])
     check_num_clusters(num_clusters, math.prod(grid))
@@ -56,12 +56,13 @@ def check_input(features: Tensor, grid: Sequence[int], num_clusters: int, check_
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
-    """How to compute token-to-candidate products tile by tile.
+    """How to compute products of tokens and their candidates, tile by tile.
 
-    queries:    LongTensor[tiles, Q], token indices of each tile.
-    keys:       LongTensor[tiles, K], union of the candidates of a tile's tokens (padded by repetition).
-    local:      LongTensor[tiles, Q, k], where in `keys` each query's candidates stand.
-    slot:       LongTensor[N], each token's place in the flattened tiles.
+    Args:
+        queries: LongTensor[tiles, Q], the token indices of each tile.
+        keys: LongTensor[tiles, K], the union of the candidates of a tile's tokens, padded by repetition.
+        local: LongTensor[tiles, Q, k], the positions of each token's candidates in `keys`.
+        slot: LongTensor[N], each token's position in the flattened tiles.
     """
 
     queries: Tensor
@@ -72,10 +73,12 @@ class TilePlan:
 
 @dataclass(frozen=True, eq=False)
 class Neighbors:
-    """The k nearest places on the grid for each place, the place itself left out.
+    """The k nearest tokens of each token on the grid, itself left out.
 
-    index: LongTensor[N, k], ascending, so that the first of equal minima is the one of lowest index.
-    rank:  Tensor[N, k] (fp32), the neighbor's place in the order of grid distance: 1 is nearest, ties to the lower index.
+    Args:
+        index: LongTensor[N, k], ascending, so that the first of equal minima is the one of lowest index.
+        rank: Tensor[N, k] (fp32), the neighbor's rank by grid distance: 1 is nearest, ties to the lower index.
+        plan: how to compare tokens with these neighbors.
     """
 
     index: Tensor
@@ -85,19 +88,19 @@ class Neighbors:
 
 @grid_table
 def grid_neighbors(grid: Grid, num_neighbors: int, device: torch.device) -> Neighbors:
-    """The `num_neighbors` nearest places of each place on a grid (clipped to N - 1), exact at the borders."""
+    """The `num_neighbors` nearest tokens of each token on a grid (clipped to N - 1), exact at the borders."""
     count = min(num_neighbors, math.prod(grid) - 1)
-    index, rank = _nearest_places(grid, count)
+    index, rank = _nearest_tokens(grid, count)
     by_index = index.argsort(dim=1)
     index, rank = index.gather(1, by_index), rank.gather(1, by_index)
     return Neighbors(index.to(device), rank.float().to(device), tile_plan(grid, index, device))
 
 
 def tile_plan(grid: Grid, candidates: Tensor, device: torch.device) -> TilePlan:
-    """Tiles for products between the tokens of a grid and LongTensor[N, k] candidates (tokens or centers)."""
-    places = torch.arange(math.prod(grid)).view(grid)
+    """Tiles for products between the tokens of a grid and their candidates, LongTensor[N, k] (tokens or clusters)."""
+    tokens = torch.arange(math.prod(grid)).view(grid)
     starts = [_tile_starts(side) for side in grid]
-    tiles = [places[tuple(slice(s, s + TILE_SIDE) for s in corner)].flatten() for corner in itertools.product(*starts)]
+    tiles = [tokens[tuple(slice(s, s + TILE_SIDE) for s in corner)].flatten() for corner in itertools.product(*starts)]
     unions = [torch.unique(candidates[tile]) for tile in tiles]
     width = max(len(union) for union in unions)
     # An unpadded union is sorted, so a candidate is found by bisection; the padding repeats the last entry.
@@ -112,7 +115,7 @@ def tile_plan(grid: Grid, candidates: Tensor, device: torch.device) -> TilePlan:
 
 
 def chunk_length(bytes_each: int, device: torch.device) -> int:
-    """How many to gather at once, of so many bytes each."""
+    """How many items of `bytes_each` to gather at once."""
     return max(CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES) // bytes_each, 1)
 
 
@@ -150,41 +153,41 @@ def nearest_unmasked(masked: Tensor, grid: Grid) -> Tensor:
 
     An exact distance transform, one axis after the other, over keys (squared distance, index): memory N times a side.
     """
-    places = math.prod(grid)
-    index = torch.arange(places, device=masked.device)
-    far = places * (sum(side * side for side in grid) + 1)
+    tokens = math.prod(grid)
+    index = torch.arange(tokens, device=masked.device)
+    far = tokens * (sum(side * side for side in grid) + 1)
     # 32-bit keys halve the time, and are wide enough for all but huge grids.
     kind = torch.int32 if far < 2**30 else torch.int64
     key = torch.where(masked, far, index).to(kind).view(-1, *grid)
     for axis, side in enumerate(grid, start=1):
         step = torch.arange(side, device=masked.device)
-        gap = ((step[:, None] - step).square() * places).to(kind)
+        gap = ((step[:, None] - step).square() * tokens).to(kind)
         # Reduced over a middle dimension, which vectorizes: [B, from, to, the other axes].
         along = key.movedim(axis, 1).contiguous()
         nearest = (along.unsqueeze(2) + gap.view(side, side, *(1,) * (len(grid) - 1))).amin(1)
         key = nearest.movedim(1, axis)
-    return (key % places).flatten(1).long()
+    return (key % tokens).flatten(1).long()
 
 
-def _nearest_places(grid: Grid, count: int) -> tuple[Tensor, Tensor]:
-    """Indices and ranks (1 = nearest) of the `count` nearest places, LongTensor[N, count] each, sorted by rank."""
-    places = math.prod(grid)
-    coordinates = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(places, len(grid))
+def _nearest_tokens(grid: Grid, count: int) -> tuple[Tensor, Tensor]:
+    """Indices and ranks (1: nearest) of each token's `count` nearest ones, LongTensor[N, count] each, sorted by rank."""
+    tokens = math.prod(grid)
+    coordinates = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(tokens, len(grid))
     sides = torch.tensor(grid)
-    # A corner has the fewest places near it, so a radius that suffices there suffices everywhere.
+    # A corner has the fewest tokens near it, so a radius that suffices there suffices everywhere.
     from_corner = coordinates.square().sum(1).sort().values
     radius = math.isqrt(int(from_corner[count]) - 1) + 1 if count else 0
     window = torch.minimum(torch.tensor(2 * radius + 1), sides)
     start = torch.minimum((coordinates - radius).clamp(min=0), sides - window)
     offsets = torch.cartesian_prod(*(torch.arange(int(side)) for side in window)).view(-1, len(grid))
-    # Places with the same position in their window have the same order of neighbors: sort once per position.
+    # Tokens at the same position in their window have the same order of neighbors: sort once per position.
     strides = torch.tensor([math.prod(window[axis + 1 :].tolist()) for axis in range(len(grid))])
     positions, pattern = ((coordinates - start) * strides).sum(1).unique(return_inverse=True)
     squared = (offsets[positions][:, None, :] - offsets).square().sum(-1)
     order = squared.argsort(dim=1, stable=True)[:, 1 : count + 1]
     grid_strides = torch.tensor([math.prod(grid[axis + 1 :]) for axis in range(len(grid))])
     index = (start * grid_strides).sum(1)[:, None] + (offsets * grid_strides).sum(1)[order[pattern]]
-    rank = torch.arange(1, count + 1).expand(places, count)
+    rank = torch.arange(1, count + 1).expand(tokens, count)
     return index, rank
 
 

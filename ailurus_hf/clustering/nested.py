@@ -26,15 +26,24 @@ def merge_clusters(
     alpha: float = 0.9,
     num_density_neighbors: int = 1,
 ) -> TokenClusters:
-    """Joins M clusters to fewer by density peaks among representatives, of which each stands at its cluster's centroid.
+    """Joins M clusters to fewer, by density peaks among representatives, each at its cluster's centroid on the grid.
 
-    clusters: of the grid's N tokens, with their representatives, Tensor[B, M, C]. tokens: Tensor[B, N, C], for how far they
-        are from those.
-    num_clusters: clusters to leave, in [1, M]. The other settings are those of `spatial_density_peaks`.
+    Ranks are by distance between centroids. All pairs of clusters are compared, in O(M²) memory.
 
-    Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster, and counts add up. The new
-    centers are centers of old clusters; None where those have none. Ranks are by distance between centroids. All pairs
-    of clusters are compared, in O(M²) memory.
+    Args:
+        clusters: of the grid's N tokens.
+        representatives: Tensor[B, M, C], of the clusters.
+        tokens: Tensor[B, N, C]; their distance to the representatives counts for the density.
+        grid: of the N tokens.
+        num_clusters: clusters to leave, in [1, M].
+        num_spatial_neighbors, alpha, num_density_neighbors: as in `spatial_density_peaks`.
+
+    Returns:
+        TokenClusters of the N tokens: each of the old clusters lies in one new cluster, and counts add up. The new centers
+        are centers of old clusters; None where those have none.
+
+    Raises:
+        AiluRusError: num_clusters is out of range.
     """
     channels = tokens.shape[2]
     count = clusters.num_clusters
@@ -50,7 +59,7 @@ def merge_clusters(
     sigma = _distances(means).gather(2, index) / math.sqrt(channels)
     s = (1 - alpha) * (by_index + 1) / lam + alpha if num_spatial_neighbors else 1.0
 
-    # A mean of m tokens is as dense as they are: m - 1 neighbors as far away as they are from it on average.
+    # A mean of m tokens is as dense as they are: it has m - 1 neighbors at their mean distance from it.
     k = min(num_density_neighbors, lam)
     spread = torch.linalg.vector_norm(tokens.float() - clusters.unmerge(means), dim=-1, keepdim=True)
     spread = clusters.merge(spread) / math.sqrt(channels)

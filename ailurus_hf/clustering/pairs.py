@@ -1,7 +1,7 @@
-"""Pairs: the clusters that are cheapest to join do so, wherever on the grid they are, and at most half of them in a round.
+"""Pairs: joins the clusters that are cheapest to join, wherever they are on the grid, at most half of them in a round.
 
-Not in the paper. Meant for classification, whose head reads the image as a whole, and for several small reductions behind
-one another: what is unlike all else stays alone, as in ToMe (Bolya et al. 2023, arXiv 2210.09461) and with Ward's criterion.
+Not in the paper. Meant for classification, whose head reads the image as a whole, and for several small reductions in a row:
+what is unlike all else stays alone, as in ToMe (Bolya et al. 2023, arXiv 2210.09461) and with Ward's criterion.
 """
 
 from __future__ import annotations
@@ -38,16 +38,22 @@ class Pairs(Clustering):
 
 @torch.no_grad()
 def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_finite: bool = False) -> TokenClusters:
-    """Joins tokens, each to the one that is cheapest to join, from the cheapest on; rounds until M are left.
+    """Joins tokens to the ones that are cheapest to join, cheapest first, in rounds until M clusters are left.
 
-    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
-    grid: (H, W), or (T, H, W) for video; its product is N. Where tokens are does not matter.
-    num_clusters: M, in [1, N]. One round is enough for half of the tokens.
-    check_finite: raise on NaN or infinite features; this waits for the device.
+    Joining clusters of means a and b and of m and n tokens costs |a - b|² * sqrt(m n / (m + n)). All pairs are compared, in
+    O(N²) memory.
 
-    To join clusters a and b costs |a − b|² · √(m n / (m + n)), by their means and numbers of tokens m and n. All pairs are
-    compared, in O(N²) memory. Returns TokenClusters without centers; none is empty. Raises AiluRusError on a grid that does
-    not match N and on settings out of range.
+    Args:
+        features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
+        grid: (H, W), or (T, H, W) for video; its product is N. Positions on it do not matter.
+        num_clusters: M, in [1, N]. One round is enough for half of the tokens.
+        check_finite: raise on NaN or infinite features; this waits for the device.
+
+    Returns:
+        TokenClusters without centers; none is empty.
+
+    Raises:
+        AiluRusError: the grid does not match N, or M is out of range.
     """
     check_input(features, grid, num_clusters, check_finite)
     sizes = torch.ones(features.shape[:2], device=features.device)
@@ -58,9 +64,16 @@ def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fin
 def join_clusters(
     clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
 ) -> TokenClusters:
-    """Joins M clusters to fewer in the same way; by representatives, Tensor[B, M, C]. Tokens and grid do not matter.
+    """Joins M clusters to fewer in the same way, by their representatives; tokens and grid do not matter.
 
-    Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster. Empty ones cost nothing to join.
+    Args:
+        clusters: of the grid's N tokens. Empty ones cost nothing to join.
+        representatives: Tensor[B, M, C], of the clusters.
+        tokens, grid: not used.
+        num_clusters: clusters to leave, in [1, M].
+
+    Returns:
+        TokenClusters of the N tokens: each of the old clusters lies in one new cluster.
     """
     check_num_clusters(num_clusters, clusters.num_clusters)
     joined = _joined(representatives.float(), clusters.counts, num_clusters)
@@ -69,12 +82,12 @@ def join_clusters(
 
 def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
     """The new cluster of each of Tensor[B, n, C] that stands for `sizes` tokens: LongTensor[B, n]."""
-    # Relative to the image's mean: what all share would only cost precision.
+    # Relative to the image's mean, for precision.
     means = means - means.mean(1, keepdim=True)
     count = means.shape[1]
     assignment = torch.arange(count, device=means.device).expand(means.shape[:2])
     while count > num_clusters:
-        # Everyone's cheapest partner makes at least half as many edges as there are clusters, and no cycle.
+        # Edges to cheapest partners are at least half as many as the clusters, and make no cycle.
         left = max(num_clusters, count - count // 2)
         cost, partner = _costs(means, sizes).min(-1)
         step = united(cost, partner, count - left)
@@ -86,11 +99,11 @@ def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
 
 @without_autocast
 def _costs(means: Tensor, sizes: Tensor) -> Tensor:
-    """What it costs to join each two clusters, Tensor[B, n, n]; infinite with itself, 0 with an empty one."""
+    """The cost of joining any two clusters, Tensor[B, n, n]: infinite with itself, 0 with an empty one."""
     norms = means.square().sum(-1)
     scale = norms[:, :, None] + norms[:, None]
     squared = torch.baddbmm(scale, means, means.transpose(1, 2), alpha=-2).clamp_min(0)
-    # Exactly symmetric, or rounding could make three clusters each other's cheapest in a circle.
+    # Exactly symmetric, or rounding could make three clusters each other's cheapest in a cycle.
     squared = torch.minimum(squared, squared.transpose(1, 2))
     inverse = 1 / sizes
     cost = squared * (inverse[:, :, None] + inverse[:, None]).rsqrt()

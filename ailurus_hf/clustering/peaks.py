@@ -20,13 +20,19 @@ def density_peaks(
     nearest_center: Callable[[Tensor], Tensor],
     also_near: Tensor | None = None,
 ) -> TokenClusters:
-    """The M density peaks and who belongs to them, from σ·s to the neighbors alone.
+    """The M density peaks and the tokens of each, from the weighted distances to neighbors alone.
 
-    weighted, index: Tensor[B, N, λ], σ·s to each neighbor, and LongTensor[B, N, λ], which they are, in ascending order. Or
-        Tensor[B, N, N] and None: all tokens, infinite where a token is no neighbor.
-    nearest_center: from BoolTensor[B, N], False for centers, to LongTensor[B, N], for tokens from which no neighbors lead to
-        one.
-    also_near: Tensor[B, N, any], further distances that count for the density alone.
+    Args:
+        weighted: Tensor[B, N, λ], σ·s to each neighbor; or Tensor[B, N, N], to all tokens, infinite where one is no neighbor.
+        index: LongTensor[B, N, λ], the neighbors' token indices, ascending; None where `weighted` is of all tokens.
+        num_clusters: M.
+        k: neighbors that count for the density.
+        nearest_center: from BoolTensor[B, N], False for centers, to LongTensor[B, N], the center of tokens from which no
+            chain of neighbors leads to one.
+        also_near: Tensor[B, N, any], further distances that count for the density alone.
+
+    Returns:
+        TokenClusters with centers in ascending token order.
     """
     near = weighted if also_near is None else torch.cat([weighted, also_near], -1)
     # Eq. 1: -log ρ, so the least is the densest.
@@ -64,7 +70,7 @@ def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
 
 
 def _least(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Least of the last axis and where it stands, the first of equals."""
+    """The minimum along the last axis and its index, the first of equal ones."""
     least = values.min(-1)
     return least.values, least.indices
 

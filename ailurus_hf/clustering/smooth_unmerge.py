@@ -1,7 +1,7 @@
-"""Smooth unmerging: a token takes a mean of its neighbors' representatives, each by how like the neighbor is.
+"""Smooth unmerging: a token takes a mean of its neighbors' representatives, weighted by how alike the neighbors are.
 
-Not in the paper. It is what a bilateral filter (Tomasi and Manduchi, 1998) would make of the unmerged grid, from the
-representatives at once: borders between clusters are drawn by the tokens themselves.
+Not in the paper. It is a bilateral filter (Tomasi and Manduchi, 1998) on the unmerged grid, computed from the representatives
+directly: the tokens themselves draw the borders between clusters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .neighbors import Grid, grid_neighbors, neighbor_distances
 
 # The two rings around a token.
 NUM_NEIGHBORS = 24
-# Squared distance, in those of tokens to their own representatives, at which a neighbor counts 1/e of the token itself.
+# The squared distance at which a neighbor weighs 1/e of the token itself, relative to the mean squared distance of tokens to
+# their representatives.
 WIDTH = 1.0
 
 
@@ -25,14 +26,16 @@ WIDTH = 1.0
 class Smoothing:
     """Which representatives a token takes, and how much of each.
 
-    cluster: LongTensor[B, N, k]. weight: Tensor[B, N, k] (fp32), of sum 1.
+    Args:
+        cluster: LongTensor[B, N, k], the clusters.
+        weight: Tensor[B, N, k] (fp32), their weights, of sum 1.
     """
 
     cluster: Tensor
     weight: Tensor
 
     def unmerge(self, representatives: Tensor) -> Tensor:
-        """Gives each token its mean: Tensor[B, M, C] to [B, N, C]. Differentiable."""
+        """Each token's weighted mean of representatives: Tensor[B, M, C] to [B, N, C]. Differentiable."""
         batch, num_clusters, channels = representatives.shape
         first = torch.arange(batch, device=representatives.device)[:, None, None] * num_clusters
         rows = F.embedding_bag(
@@ -46,14 +49,20 @@ class Smoothing:
 
 @torch.no_grad()
 def smoothing(clusters: TokenClusters, tokens: Tensor, grid: Grid) -> Smoothing:
-    """Weights from the tokens that were clustered, Tensor[B, N, C], on their grid. No gradient flows through them."""
+    """Weights from the tokens that were clustered; no gradient flows through them.
+
+    Args:
+        clusters: of the N tokens.
+        tokens: Tensor[B, N, C] of any float type.
+        grid: of the N tokens.
+    """
     tokens = tokens.float()
     neighbors = grid_neighbors(grid, NUM_NEIGHBORS, tokens.device)
     apart = neighbor_distances(tokens, neighbors).square()
     within = (tokens - clusters.unmerge(clusters.merge(tokens))).square().sum(-1).mean(1)
-    # Where all tokens are their representatives, equal ones alone count.
+    # Where all tokens equal their representatives, only equal neighbors weigh.
     scale = (WIDTH * within).clamp(min=torch.finfo(torch.float32).tiny)[:, None, None]
     weight = F.pad(-apart / scale, (1, 0)).softmax(-1)
     itself = torch.arange(tokens.shape[1], device=tokens.device)[:, None]
-    places = torch.cat([itself, neighbors.index], 1)
-    return Smoothing(clusters.assignment[:, places], weight)
+    around = torch.cat([itself, neighbors.index], 1)
+    return Smoothing(clusters.assignment[:, around], weight)

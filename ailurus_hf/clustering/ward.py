@@ -1,7 +1,7 @@
-"""Ward's clustering on the grid graph, in rounds: adjacent clusters join where that adds least variance.
+"""Ward's clustering on the grid graph, in rounds: adjacent clusters are joined where that adds least variance.
 
-Not in the paper. Regions of any shape and size come out, of less variance inside than by density peaks and local k-means,
-for some ten rounds, which together take about twice as long as density peaks.
+Not in the paper. The clusters are regions of any shape and size, with less variance inside than those of density peaks and local
+k-means; it takes some ten rounds, together about twice as long as density peaks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .base import Clustering, register_clustering
 from .boruvka import merged, united
 from .neighbors import Grid, check_input, chunk_length
 
-# Of the unions that are still to be made, the share that one round makes at most: less is nearer to Ward, and slower.
+# A round makes at most this share of the unions that are left: less is nearer to Ward, and slower.
 SHARE = 0.35
-# And of the clusters to be left, the share that a round may make at least.
+# A round makes at least as many unions as this share of M.
 LEAST_SHARE = 0.05
-# Repeated edges are sorted out where that leaves less than this share of them: it takes two sorts.
+# Repeated edges are removed, by two sorts, where less than this share is left.
 MUCH_FEWER = 0.8
 
 
@@ -48,16 +48,21 @@ class Ward(Clustering):
 def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_finite: bool = False) -> TokenClusters:
     """Joins adjacent clusters, from single tokens to M, by Ward's criterion (J. H. Ward, 1963).
 
-    features: Tensor[B, N, C], any float type; the arithmetic is fp32. No gradient flows through the choice.
-    grid: (H, W), or (T, H, W) for video; its product is N. Tokens side by side on it are adjacent.
-    num_clusters: M, in [1, N].
-    check_finite: raise on NaN or infinite features; this waits for the device.
+    In a round, every cluster has an edge to the adjacent one that is cheapest to join; an edge costs four times as much where
+    it is not the cheapest at its other end, too. The cheapest edges are joined. Joining pairs that are each other's cheapest,
+    in any order, leads to the same tree as joining the cheapest pair of all each time, so the result is near to that.
 
-    In a round every cluster draws an edge to the adjacent one that is cheapest to join, at four times the cost where it is not
-    the cheapest of that one, too; the cheapest edges are joined. Joining pairs that are each other's cheapest in any order
-    leads to the same tree as the cheapest pair of all each time, so what comes out is near to that.
-    Returns TokenClusters without centers; none is empty. Raises AiluRusError on a grid that does not match N and on settings
-    out of range.
+    Args:
+        features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
+        grid: (H, W), or (T, H, W) for video; its product is N. Tokens side by side on it are adjacent.
+        num_clusters: M, in [1, N].
+        check_finite: raise on NaN or infinite features; this waits for the device.
+
+    Returns:
+        TokenClusters without centers; none is empty.
+
+    Raises:
+        AiluRusError: the grid does not match N, or M is out of range.
     """
     grid = check_input(features, grid, num_clusters, check_finite)
     sizes = torch.ones(features.shape[:2], device=features.device)
@@ -70,9 +75,17 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
 def join_regions(
     clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
 ) -> TokenClusters:
-    """Joins the M clusters that `ward` made to fewer in the same way; by representatives, Tensor[B, M, C].
+    """Joins the M clusters that `ward` made to fewer in the same way, by their representatives.
 
-    Returns TokenClusters of the N tokens: each of the old clusters lies in one new cluster.
+    Args:
+        clusters: of the grid's N tokens.
+        representatives: Tensor[B, M, C], of the clusters.
+        tokens: not used.
+        grid: of the N tokens.
+        num_clusters: clusters to leave, in [1, M].
+
+    Returns:
+        TokenClusters of the N tokens: each of the old clusters lies in one new cluster.
     """
     check_num_clusters(num_clusters, clusters.num_clusters)
     assignment = _joined(representatives.float(), clusters.counts, clusters.assignment, grid, num_clusters)
@@ -80,30 +93,30 @@ def join_regions(
 
 
 @grid_table
-def _next_places(grid: Grid, device: torch.device) -> Tensor:
-    """The next place along each axis of the grid, LongTensor[N, axes]; the place itself where there is none."""
-    places = torch.arange(math.prod(grid)).view(grid)
+def _next_tokens(grid: Grid, device: torch.device) -> Tensor:
+    """The next token along each axis of the grid, LongTensor[N, axes]; the token itself where there is none."""
+    tokens = torch.arange(math.prod(grid)).view(grid)
     following = [
-        places.index_select(axis, torch.arange(1, side + 1).clamp(max=side - 1)) for axis, side in enumerate(grid)
+        tokens.index_select(axis, torch.arange(1, side + 1).clamp(max=side - 1)) for axis, side in enumerate(grid)
     ]
     return torch.stack(following, -1).flatten(0, -2).to(device)
 
 
 def adjacent_clusters(owner: Tensor, grid: Grid) -> Tensor:
-    """Clusters side by side, LongTensor[B, P, 2], from the cluster of each place, LongTensor[B, N]; some with themselves."""
-    following = _next_places(grid, owner.device)
+    """Pairs of adjacent clusters, LongTensor[B, P, 2], from each token's cluster, LongTensor[B, N]; some with themselves."""
+    following = _next_tokens(grid, owner.device)
     there = owner[:, following.flatten()].unflatten(1, following.shape)
     return torch.stack([owner[..., None].expand_as(there), there], -1).flatten(1, 2)
 
 
 def _joined(means: Tensor, sizes: Tensor, owner: Tensor, grid: Grid, num_clusters: int) -> Tensor:
-    """The new cluster of each token, LongTensor[B, N], from the one it is in, of Tensor[B, n, C] that stand for `sizes` tokens."""
-    # Relative to the image's mean: what all share would only cost precision.
+    """The new cluster of each token, LongTensor[B, N], from its old one (`owner`), whose means are Tensor[B, n, C]."""
+    # Relative to the image's mean, for precision.
     means = means - means.mean(1, keepdim=True)
     count, edges = means.shape[1], adjacent_clusters(owner, grid)
     is_planar = sum(side > 1 for side in grid) <= 2
     for unions in _rounds(count, num_clusters, SHARE, LEAST_SHARE):
-        # A planar graph has fewer than three edges a cluster, and any at most as many as there are pairs.
+        # A planar graph has fewer than three edges a cluster, and any graph at most one a pair.
         most = min(3 * count if is_planar else edges.shape[1], count * (count - 1) // 2)
         if most < MUCH_FEWER * edges.shape[1]:
             edges = _distinct(edges, count)[:, :most]
@@ -117,7 +130,7 @@ def _joined(means: Tensor, sizes: Tensor, owner: Tensor, grid: Grid, num_cluster
 
 @grid_table
 def _rounds(count: int, num_clusters: int, share: float, least_share: float) -> tuple[int, ...]:
-    """How many unions each round makes, from so many clusters to M."""
+    """How many unions each round makes, from `count` clusters to M."""
     rounds = []
     while count > num_clusters:
         to_go = count - num_clusters
@@ -127,7 +140,7 @@ def _rounds(count: int, num_clusters: int, share: float, least_share: float) -> 
 
 
 def _distinct(edges: Tensor, count: int) -> Tensor:
-    """Each edge of LongTensor[B, P, 2] once, the lower end first; then edges from 0 to 0 for those inside clusters and repeated."""
+    """Each edge of LongTensor[B, P, 2] once, lower end first; then an edge from 0 to 0 for each that was repeated or a loop."""
     lower, higher = edges.amin(2), edges.amax(2)
     code = torch.where(lower == higher, count * count, lower * count + higher).sort(1).values
     repeated = torch.nn.functional.pad(code[:, 1:] == code[:, :-1], (1, 0))
@@ -136,14 +149,14 @@ def _distinct(edges: Tensor, count: int) -> Tensor:
 
 
 def _cheapest(means: Tensor, sizes: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """The cost of joining the adjacent cluster that is cheapest to join, Tensor[B, n], and which that is, LongTensor[B, n]."""
+    """The adjacent cluster that is cheapest to join: the cost, Tensor[B, n], and its number, LongTensor[B, n]."""
     batch, count, _ = means.shape
     a, b = edges.unbind(2)
     size_a, size_b = sizes.gather(1, a), sizes.gather(1, b)
     squared = _squared_distances(means, a, b)
     cost = (squared * (size_a * size_b / (size_a + size_b))).nan_to_num(torch.finfo(means.dtype).max)
     cost = cost.masked_fill(a == b, torch.inf)
-    # By rank, so that no two edges cost the same and those that are cheapest make no circle.
+    # By rank, so that no two edges cost the same and the cheapest ones make no cycle.
     order = stable_argsort(cost)
     rank = torch.empty_like(order).scatter(1, order, torch.arange(a.shape[1], device=a.device).expand_as(order))
     cheapest = torch.full((batch, count), a.shape[1] - 1, device=a.device)
@@ -154,9 +167,9 @@ def _cheapest(means: Tensor, sizes: Tensor, edges: Tensor) -> tuple[Tensor, Tens
 
 
 def _squared_distances(means: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Of rows a and b, LongTensor[B, P] each, of Tensor[B, n, C]: Tensor[B, P]."""
+    """Squared distances between rows a and b, LongTensor[B, P] each, of Tensor[B, n, C]: Tensor[B, P]."""
     batch, _, channels = means.shape
-    # A compiler gathers and adds up in one kernel, and keeps no row.
+    # A compiler gathers and sums in one kernel, and stores no row.
     compiles = torch.compiler.is_compiling()
     at_once = a.shape[1] if compiles else chunk_length(2 * means.element_size() * batch * channels, means.device)
     ends = zip(a.split(at_once, 1), b.split(at_once, 1), strict=True)

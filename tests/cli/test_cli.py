@@ -327,7 +327,7 @@ def test_no_traceback_in_a_process_of_its_own() -> None:
 
 def test_the_choices_are_those_of_the_configuration() -> None:
     usage = build_parser()._subparsers._group_actions[0].choices["segment"].format_help()
-    for choices in (config.CLUSTERINGS, config.RESTORES, config.RESTORE_PLACES):
+    for choices in (config.CLUSTERINGS, config.RESTORES, config.RESTORES_AT):
         assert "{" + ",".join(choices) + "}" in usage
     assert {f"--{name.replace('_', '-')}" for name in AILURUS_FIELDS} <= set(re.findall(r"--[\w-]+", usage))
 

@@ -67,7 +67,7 @@ def test_a_stage_of_segformer_too():
         with torch.no_grad():
             model(x)
         kept.append(ailurus_status(model).locations[0].num_clusters)
-    assert 15 <= kept[0] < kept[1] <= 45  # the grid's border is no flat place
+    assert 15 <= kept[0] < kept[1] <= 45  # the grid's border is not flat
 
 
 def test_one_image_at_a_time_and_no_compiled_graphs():

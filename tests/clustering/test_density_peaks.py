@@ -161,7 +161,7 @@ def test_no_gradient_and_no_crash_on_nan():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"grid": (6, 7)}, "42 places, but there are 48 tokens"),
+        ({"grid": (6, 7)}, "42 cells, but there are 48 tokens"),
         ({"grid": (48,)}, r"\(H, W\) or \(T, H, W\)"),
         ({"grid": (-6, -8)}, "at least 1"),
         ({"num_clusters": 0}, "between 1 and the 48 tokens, got 0"),

@@ -1,4 +1,4 @@
-"""Clustering by pairs against plain loops, its invariants on any tokens, and several places behind one another."""
+"""Clustering by pairs against plain loops, its invariants on any tokens, and several locations in a row."""
 
 import math
 

@@ -18,7 +18,7 @@ from benchmarks.methods.variants import exact_ward
 
 
 def tokens(grid, batch=1, channels=8):
-    """Regions of 4 x 4 places, and noise."""
+    """Regions of 4 x 4 tokens, and noise."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(batch, channels, *(-(-side // 4) for side in grid), generator=generator)
     for axis, side in enumerate(grid):
@@ -32,10 +32,10 @@ def variance(x, clusters):
 
 
 def slow_ward(points, grid, num_clusters, clusters=None):
-    places = list(itertools.product(*map(range, grid)))
+    cells = list(itertools.product(*map(range, grid)))
 
     def near(a, b):
-        return any(math.dist(places[i], places[j]) == 1 for i in a for j in b)
+        return any(math.dist(cells[i], cells[j]) == 1 for i in a for j in b)
 
     def unions(count):
         to_go = count - num_clusters
