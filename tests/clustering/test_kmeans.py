@@ -17,10 +17,10 @@ from ailurus_hf.clustering.local_kmeans import grid_cells
 def test_each_cell_starts_from_its_middle(grid, num_cells):
     cpu = torch.device("cpu")
     found, start = middles(grid, num_cells, cpu).tolist(), grid_cells(grid, num_cells, cpu).start.tolist()
-    cells = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).double()
+    positions = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).double()
     for cell, middle in enumerate(found):
         inside = [i for i, of in enumerate(start) if of == cell]
-        apart = [float((cells[i] - cells[inside].mean(0)).norm()) for i in inside]
+        apart = [float((positions[i] - positions[inside].mean(0)).norm()) for i in inside]
         assert middle == min(i for i, far in zip(inside, apart) if far < min(apart) + 1e-9)
 
 
