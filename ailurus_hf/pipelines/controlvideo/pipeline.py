@@ -382,10 +382,8 @@ class ControlVideoPipeline(
             raise AiluRusError("give exactly one of prompt and prompt_embeds")
         if prompt is not None and not isinstance(prompt, str):
             raise AiluRusError(f"prompt must be one string, got {type(prompt).__name__}")
-        for name, value, known in (
-            ("output_type", output_type, OUTPUT_TYPES),
-            ("cross_frame", cross_frame, CROSS_FRAME),
-        ):
+        choices = {"output_type": (output_type, OUTPUT_TYPES), "cross_frame": (cross_frame, CROSS_FRAME)}
+        for name, (value, known) in choices.items():
             if value not in known:
                 raise AiluRusError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         if clip_length is not None and clip_length < 3:
