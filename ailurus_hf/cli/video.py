@@ -94,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
     from .. import AiluRusDiffusionConfig, ailurus_status, apply_ailurus, remove_ailurus
     from .. import video as media
     from ..evaluation.loading import BadInputError, choose_device
+    from ..images import check_enlarged
     from ..visualization import side_by_side
     from .batch import progress
-    from .video_sampling import fitted_size, load_pipeline, read_frames, sample_frames, trained_side
+    from .video_sampling import fitted_size, load_pipeline, read_frames, sample_frames, trained_side, write_or_keep
 
     given = {n: v for n in AILURUS_FIELDS if (v := getattr(args, f"ailurus_{n}")) is not None}
     if args.no_ailurus and (given or args.compare):
@@ -107,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
     # What can be wrong is told before anything slow, in the order of its cost.
     config = AiluRusDiffusionConfig(**given)
-    output = media.check_output(args.output)
-    beside = media.check_output(_beside(output)) if args.compare else None
+    output = media.check_output(args.output, source=args.video)
+    beside = media.check_output(_beside(output), source=args.video) if args.compare else None
     clip = media.open_clip(
         args.video,
         every=args.every,
@@ -135,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
         apply_ailurus(pipe, config)  # a model that cannot be reduced is refused before the clip is read
 
     size = fitted_size(clip.size, args.height, args.width, trained_side(pipe), pipe.vae_scale_factor)
+    check_enlarged(clip.size, size, "the shorter side as the model was trained; give --height and --width")
     frames = read_frames(clip, size)
+    media.check_output(output, frames=(len(frames), size))
     controls = [condition(frame) for frame in progress(frames)]
     fps = clip.fps or DEFAULT_FPS
 
@@ -151,13 +154,13 @@ def run(args: argparse.Namespace) -> int:
         plain, result["plain_seconds"] = sample("plain")
         apply_ailurus(pipe, config)
     made, seconds = sample("plain" if args.no_ailurus else "AiluRus")
-    media.write_video(output, made, fps)
+    write_or_keep(output, made, fps)
     result = {"seconds": seconds, **result, "output": str(output)}
     if beside is not None:
         result["speedup"] = result["plain_seconds"] / seconds
         result["psnr"] = media.psnr(plain, made)
         titles = f"plain: {result['plain_seconds']:.1f} s", f"AiluRus: {seconds:.1f} s ({result['speedup']:.2f}x)"
-        media.write_video(beside, side_by_side([plain, made], titles), fps)
+        write_or_keep(beside, side_by_side([plain, made], titles), fps)
         result["comparison"] = str(beside)
 
     status = None if args.no_ailurus else ailurus_status(pipe)

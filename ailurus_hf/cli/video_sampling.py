@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 
 from ..errors import AiluRusError
-from ..evaluation.loading import check_name, read_pretrained
+from ..evaluation.loading import BadInputError, check_name, first_line, read_pretrained
 from ..extras import require
+from ..video import write_video
 
 
 def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
+    """The pipeline of --model and --controlnet. Raises BadInputError where its parts do not go together."""
     # Errors are told in one line: transformers warns already while diffusers is imported.
     transformers = require("transformers", "video")
     transformers.utils.logging.set_verbosity_error()
@@ -32,10 +38,32 @@ def load_pipeline(args: argparse.Namespace, device: Any) -> Any:
     check_name(args.controlnet, "config.json")
     controlnet = read_pretrained(args.controlnet, diffusers.ControlNetModel.from_pretrained)
     pipe = read_pretrained(args.model, ControlVideoPipeline.from_pretrained, controlnet=controlnet)
+    _check_parts(pipe, args)
     if args.smooth_steps:  # the smoother is derived for it
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     # The precision's name in from_pretrained differs between versions of diffusers.
     return pipe.to(device, getattr(torch, args.dtype))
+
+
+def _check_parts(pipe: Any, args: argparse.Namespace) -> None:
+    unet, controlnet, steps = pipe.unet.config, pipe.controlnet.config, pipe.scheduler.config.num_train_timesteps
+    if getattr(unet, "addition_embed_type", None) is not None:
+        raise BadInputError(
+            f"{args.model} is a model like SDXL (its UNet wants {unet.addition_embed_type!r}): ControlVideo needs "
+            "Stable Diffusion 1.x or 2.x"
+        )
+    if unet.in_channels != pipe.vae.config.latent_channels:
+        raise BadInputError(
+            f"the UNet of {args.model} takes {unet.in_channels} channels, its latents have "
+            f"{pipe.vae.config.latent_channels}: ControlVideo needs a text-to-image model"
+        )
+    if controlnet.cross_attention_dim != unet.cross_attention_dim:
+        raise BadInputError(
+            f"{args.controlnet} is for another model than {args.model}: it attends to text of "
+            f"{controlnet.cross_attention_dim} channels, the UNet to {unet.cross_attention_dim}"
+        )
+    if args.steps > steps:
+        raise BadInputError(f"--steps must be at most {steps}, as many as the model was trained with, got {args.steps}")
 
 
 def trained_side(pipe: Any) -> int:
@@ -100,4 +128,25 @@ def sample_frames(
             f"{len(controls)} frames of {size[0]}×{size[1]} do not fit in memory: try{chunk} --clip-length 7, "
             "fewer --frames or a smaller --height"
         ) from error
+    except AiluRusError:
+        raise
+    except (ValueError, RuntimeError) as error:  # of diffusers and torch: parts that do not go together
+        raise BadInputError(f"{args.model} cannot run with {args.controlnet}: {first_line(error)}") from error
     return frames, time.perf_counter() - start
+
+
+def write_or_keep(path: Path, frames: Sequence[Image.Image], fps: float | Fraction) -> None:
+    """Writes the frames; where that fails, keeps them as PNGs in the folder for temporary files.
+
+    Raises:
+        AiluRusError: they could not be written to `path`; says where they are.
+    """
+    try:
+        write_video(path, frames, fps)
+    except AiluRusError as error:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="ailurus-frames-"))
+            write_video(folder, frames, fps)
+        except (AiluRusError, OSError):
+            raise error from None
+        raise AiluRusError(f"{error}; the frames are in {folder}") from error

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..errors import AiluRusError
 from ..extras import require
+from ..images import to_rgb
 
 Condition = Callable[[Image.Image], Image.Image]
 
@@ -61,12 +62,12 @@ def load_condition(
     Raises AiluRusError for another name, and where a detector or its weights cannot be loaded.
     """
     if name == "none":
-        return lambda picture: picture.convert("RGB")
+        return to_rgb
     if name == "canny":
         cv2 = require("cv2", "video")
 
         def canny(picture: Image.Image) -> Image.Image:
-            edges = cv2.Canny(np.asarray(picture.convert("RGB")), low_threshold, high_threshold)
+            edges = cv2.Canny(np.asarray(to_rgb(picture)), low_threshold, high_threshold)
             return Image.fromarray(edges).convert("RGB")
 
         return canny
@@ -77,7 +78,7 @@ def load_condition(
 
     def detect(picture: Image.Image) -> Image.Image:
         sides = {"detect_resolution": detect_resolution, "image_resolution": detect_resolution}
-        drawn = detector(picture.convert("RGB"), output_type="pil", **sides, **kind.options)
+        drawn = detector(to_rgb(picture), output_type="pil", **sides, **kind.options)
         # Detectors round sides to multiples of 64.
         return drawn.convert("RGB").resize(picture.size, Image.Resampling.BILINEAR)
 

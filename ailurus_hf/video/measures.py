@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..errors import AiluRusError
 from ..extras import require
+from ..images import to_rgb
 from .interpolation import disagreement, optical_flow, warp
 
 Frames = Sequence[Image.Image]
@@ -72,7 +73,7 @@ def edge_agreement(
     total = {"precision": 0, "recall": 0}
     _check(frames, edges)
     for frame, condition in zip(frames, edges):
-        drawn = cv2.Canny(np.asarray(frame.convert("RGB")), low_threshold, high_threshold) > 0
+        drawn = cv2.Canny(np.asarray(to_rgb(frame)), low_threshold, high_threshold) > 0
         wanted = np.asarray(condition.convert("L")) >= 128
         for name, ours, theirs in (("precision", drawn, wanted), ("recall", wanted, drawn)):
             total[name] += int(ours.sum())
@@ -100,4 +101,4 @@ def _check(frames: Frames, others: Frames) -> None:
 
 
 def _colors(frame: Image.Image) -> np.ndarray:
-    return np.asarray(frame.convert("RGB"), dtype=np.float32) / 255
+    return np.asarray(to_rgb(frame), dtype=np.float32) / 255

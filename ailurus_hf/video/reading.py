@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageSequence
 
 from ..errors import AiluRusError
 from ..extras import require
+from ..images import IMAGE_SUFFIXES, READING_ERRORS, by, read_image, to_rgb
 
 ANIMATED_SUFFIXES = {".gif", ".webp", ".png", ".apng"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 # Frames of unequal pixel aspect are stretched to square pixels; rotation flags are followed by ffmpeg itself.
 SQUARE_PIXELS = "scale=round(iw*sar):ih,setsar=1"
 # How many of the frames that the header promises may be missing before the file is looked at for damage.
@@ -91,7 +92,7 @@ def open_clip(
             for frame in islice(source, 0, stop, every):
                 if frame.size != size:
                     raise AiluRusError(
-                        f"{path}: frame {number * every} is {_by(frame.size)}, those before are {_by(size)}"
+                        f"{path}: frame {number * every} is {by(frame.size)}, those before are {by(size)}"
                     )
                 number += 1
                 yield frame
@@ -114,10 +115,11 @@ _Source = tuple[tuple[int, int], Fraction | None, Callable[[], Generator[Image.I
 
 def _video(path: Path, fps: Fraction | None) -> _Source:
     ffmpeg = require("imageio_ffmpeg", "video")
+    stream = _moving_stream(path)
     # Without a rate asked for, each frame of the file once, whatever their times: a file of 60 frames is 60 frames.
     # With one, what is shown at each of the times: the last frame that began before, which is fps's round=up.
     timing = "" if fps is None else f",fps={fps}:round=up"
-    options = ["-map", "0:v:0", "-fps_mode", "passthrough", "-vf", SQUARE_PIXELS + timing]
+    options = ["-map", stream.map, "-fps_mode", "passthrough", "-vf", SQUARE_PIXELS + timing]
     options += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
 
     def start() -> Generator:
@@ -129,7 +131,7 @@ def _video(path: Path, fps: Fraction | None) -> _Source:
     except Exception as error:  # ffmpeg's own words are in it, whatever class carries them
         raise AiluRusError(f"{path} is not a readable video: {_reason(error)}") from error
     size: tuple[int, int] = header["size"]
-    own_rate = exact_rate(header["fps"]) if header["fps"] else None
+    own_rate = exact_rate(stream.fps) if stream.fps else None
     rate = fps or own_rate
 
     def frames() -> Generator[Image.Image, None, None]:
@@ -143,16 +145,40 @@ def _video(path: Path, fps: Fraction | None) -> _Source:
             except (OSError, RuntimeError) as error:
                 raise AiluRusError(f"{path} breaks off after {number} frames: {_reason(error)}") from error
         promised = round(header["duration"] * (rate or 0))
-        if number == 0 or (number < (1 - MISSING_SHARE) * promised - 1 and _is_damaged(path)):
+        if number == 0 or (number < (1 - MISSING_SHARE) * promised - 1 and _is_damaged(path, stream.map)):
             raise AiluRusError(f"{path} is damaged: it breaks off after {number} of about {promised} frames")
 
     return size, rate, frames
 
 
-def _is_damaged(path: Path) -> bool:
-    """Whether ffmpeg finds damage; a picture that ends before its sound has none."""
+class _Stream(NamedTuple):
+    """The moving pictures of a file: what ffmpeg's -map takes, and their rate (None: not told)."""
+
+    map: str
+    fps: float | None
+
+
+def _moving_stream(path: Path) -> _Stream:
+    """The stream that players show, which a cover picture is not. Raises AiluRusError for sound alone."""
+    command = [require("imageio_ffmpeg", "video").get_ffmpeg_exe(), "-hide_banner", "-i", str(path.resolve())]
+    told = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stderr.decode(errors="replace")
+    streams = [line for line in told.splitlines() if line.lstrip().startswith("Stream #0:")]
+    moving = [line for line in streams if " Video: " in line and "(attached pic)" not in line]
+    if streams and not moving:
+        raise AiluRusError(f"{path} is not a readable video: it holds sound and no moving pictures")
+    if not moving:  # ffmpeg's own words follow when it is read
+        return _Stream("0:V:0", None)
+    # Some writers leave a cover as a second track, and mark the film.
+    chosen = next((line for line in moving if "(default)" in line), moving[0])
+    index = re.search(r"#0:(\d+)", chosen)
+    fps = re.search(r" (\d+\.?\d*) fps", chosen)
+    return _Stream(f"0:{index[1]}" if index else "0:V:0", float(fps[1]) if fps else None)
+
+
+def _is_damaged(path: Path, stream: str) -> bool:
+    """Whether ffmpeg finds damage in a stream. Pictures that end before their sound have none."""
     command = [require("imageio_ffmpeg", "video").get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path.resolve())]
-    done = subprocess.run([*command, "-map", "0:v:0", "-f", "null", "-"], capture_output=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([*command, "-map", stream, "-f", "null", "-"], capture_output=True, stdin=subprocess.DEVNULL)
     return done.returncode != 0
 
 
@@ -167,7 +193,7 @@ def _animation(path: Path, fps: Fraction | None) -> _Source:
             size = file.size
             # A GIF that tells no times, or one of 10 ms and less, is shown at 100 ms a frame by every viewer.
             times = [frame.info.get("duration", 0) for frame in islice(ImageSequence.Iterator(file), 1000)]
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except READING_ERRORS as error:
         raise AiluRusError(f"{path} is not a readable animation: {error}") from error
     shown = [time if time > 10 else 100 for time in times]
     own_rate = Fraction(1000 * len(shown)) / Fraction(sum(shown))
@@ -179,7 +205,7 @@ def _animation(path: Path, fps: Fraction | None) -> _Source:
         try:
             with Image.open(path) as file:
                 for number, frame in enumerate(ImageSequence.Iterator(file)):
-                    picture = _rgb(frame)
+                    picture = to_rgb(frame)
                     if fps is None:
                         yield picture
                         continue
@@ -187,46 +213,26 @@ def _animation(path: Path, fps: Fraction | None) -> _Source:
                     while taken * 1000 < time * fps:
                         taken += 1
                         yield picture
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        except READING_ERRORS as error:
             raise AiluRusError(f"{path} is damaged: {error}") from error
 
     return size, rate, frames
 
 
 def _folder(path: Path, fps: Fraction | None) -> _Source:
-    files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+    # macOS puts a hidden ._frame.png with its own notes beside each frame.png on foreign disks.
+    named = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    files = sorted(named, key=_natural)
     if not files:
         raise AiluRusError(f"no picture in folder {path}")
 
     def frames() -> Generator[Image.Image, None, None]:
         for file in files:
-            yield _picture(file)
+            yield read_image(file)
 
-    return _picture(files[0]).size, fps, frames
-
-
-def _picture(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as picture:
-            return _rgb(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise AiluRusError(f"{file} is not a readable picture: {error}") from error
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    """8 bits a channel, on white where it is transparent."""
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        picture = Image.fromarray((np.asarray(picture).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return read_image(files[0]).size, fps, frames
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:
     """frame_2 before frame_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"

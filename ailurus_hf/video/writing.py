@@ -16,9 +16,12 @@ from PIL import Image
 
 from ..errors import AiluRusError
 from ..extras import require
+from ..images import by, to_rgb
 from .reading import exact_rate
 
 VIDEO_SUFFIXES = (".mp4", ".mov")
+# How the folders begin in which output is written before it takes its name.
+PART = ".ailurus-"
 # Players take untagged colors for one standard or another, by their size: so the file says which it is.
 COLORS = [
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+bicubic"),
@@ -56,9 +59,26 @@ def write_video(path: str | Path, frames: Iterable[Image.Image], fps: float | Fr
         return _write_pictures(part, sized)
 
 
-def check_output(path: str | Path) -> Path:
-    """The path, its parent folder made; AiluRusError if nothing could be written there later."""
+def check_output(
+    path: str | Path, *, source: str | Path | None = None, frames: tuple[int, tuple[int, int]] | None = None
+) -> Path:
+    """Finds out before any frame is made whether they can be written; makes the parent folder.
+
+    Args:
+        path: as for `write_video`.
+        source: the clip that they are made of: it must not be overwritten.
+        frames: how many, and their (width, height), to ask for room.
+
+    Returns:
+        The path.
+
+    Raises:
+        AiluRusError: another suffix, the source itself, a folder that is not empty or cannot be written to, a name that
+            is too long, too little room.
+    """
     path = Path(path)
+    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+        raise AiluRusError(f"cannot write {path}: it is the clip that the frames are made of; choose another --output")
     suffixes = (*VIDEO_SUFFIXES, ".gif", "")
     if path.suffix.lower() not in suffixes:
         raise AiluRusError(f"cannot write {path}: its suffix must be .mp4, .mov, .gif, or none for a folder of PNGs")
@@ -70,17 +90,29 @@ def check_output(path: str | Path) -> Path:
         require("imageio_ffmpeg", "video")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        with tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as folder:
+            (Path(folder) / (path.name or "frames")).touch()  # under its own name, which may be too long
+        free = shutil.disk_usage(path.parent).free
     except OSError as error:
         raise AiluRusError(f"cannot write {path}: {error.strerror} ({path.parent})") from error
+    needed = 0 if frames is None else _least_bytes(path, *frames)
+    if free < needed:
+        raise AiluRusError(
+            f"cannot write {path}: {free / 1e6:.1f} MB are free in {path.parent}, and the frames take at least about {needed / 1e6:.1f} MB"
+        )
     return path
+
+
+def _least_bytes(path: Path, count: int, size: tuple[int, int]) -> int:
+    """A low guess at what the frames take: it finds a full disk and refuses none that has room."""
+    bytes_a_pixel = {".gif": 0.5, "": 1.0}.get(path.suffix.lower(), 0.1)
+    return round(count * size[0] * size[1] * bytes_a_pixel)
 
 
 @contextmanager
 def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
     """A name in a new folder beside the output; what lies there takes the output's place if nothing was raised."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
+    folder = Path(tempfile.mkdtemp(prefix=PART, dir=path.parent))
     try:
         part = folder / (path.name or "frames")
         yield part
@@ -98,37 +130,35 @@ def _of_one_size(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
     for number, frame in enumerate(frames):
         size = size or frame.size
         if frame.size != size:
-            raise AiluRusError(f"frame {number} is {frame.size[0]}×{frame.size[1]}, the first is {size[0]}×{size[1]}")
-        yield frame.convert("RGB")
+            raise AiluRusError(f"frame {number} is {by(frame.size)}, the first is {by(size)}")
+        yield to_rgb(frame)
 
 
 def _write_h264(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: Fraction) -> int:
     ffmpeg = require("imageio_ffmpeg", "video")
     width, height = (side + side % 2 for side in size)
-    number = 0
-    with closing(
-        ffmpeg.write_frames(
-            str(path.resolve()),
-            (width, height),
-            fps=fps,
-            quality=8,
-            codec="libx264",
-            macro_block_size=1,
-            ffmpeg_log_level="quiet",
-            output_params=COLORS,
-        )
-    ) as writer:
-        writer.send(None)
-        for frame in frames:
-            number += 1
-            pixels = np.asarray(frame)
-            pixels = np.pad(pixels, ((0, height - size[1]), (0, width - size[0]), (0, 0)), mode="edge")
-            writer.send(np.ascontiguousarray(pixels))
-    # ffmpeg's exit is not reported (a full disk, say): what it wrote is counted.
-    written = ffmpeg.count_frames_and_secs(str(path.resolve()))[0] if path.is_file() else 0
+    target, number, written = str(path.resolve()), 0, 0
+    options = {"fps": fps, "quality": 8, "codec": "libx264", "macro_block_size": 1, "output_params": COLORS}
+    try:
+        with closing(ffmpeg.write_frames(target, (width, height), ffmpeg_log_level="quiet", **options)) as writer:
+            writer.send(None)
+            for frame in frames:
+                number += 1
+                pixels = np.asarray(frame)
+                pixels = np.pad(pixels, ((0, height - size[1]), (0, width - size[0]), (0, 0)), mode="edge")
+                writer.send(np.ascontiguousarray(pixels))
+        # ffmpeg's exit is not reported: what it wrote is counted.
+        written = ffmpeg.count_frames_and_secs(target)[0] if path.is_file() else 0
+    except (OSError, RuntimeError) as error:  # it stopped taking frames, or left what is no video
+        raise AiluRusError(f"cannot write {path.name}: ffmpeg failed at frame {number}{_full(path)}") from error
     if written != number:
-        raise AiluRusError(f"cannot write {path.name}: ffmpeg wrote {written} of {number} frames")
+        raise AiluRusError(f"cannot write {path.name}: ffmpeg wrote {written} of {number} frames{_full(path)}")
     return number
+
+
+def _full(path: Path) -> str:
+    free = shutil.disk_usage(path.parent).free
+    return f", and {free // 1024} KiB are free on the disk" if free < 2**20 else ""
 
 
 def _write_gif(path: Path, frames: Iterator[Image.Image], fps: float | Fraction) -> int:
