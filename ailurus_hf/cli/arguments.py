@@ -1,11 +1,18 @@
-"""Arguments that several commands share, and the model that they describe."""
+"""Arguments that several commands share, and the model that they describe.
+
+Presets, clusterings and a clustering's settings are read from the library: one that is registered has its options here.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from ..config import RESTORES, RESTORES_AT, clustering_names
+from ..choices import CLUSTERING_CLASSES, RESTORES_AT, RESTORES, clustering_names
+from ..presets import VISION_PRESETS
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
@@ -48,18 +55,87 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> None:
-    """How tokens are reduced: fields of AiluRusConfig."""
+    """How tokens are reduced: fields of AiluRusConfig, and settings of its clustering. Called after all other arguments."""
     group = parser.add_argument_group("AiluRus", "default: what the model's config.json says, else keep half")
-    group.add_argument("--cluster-location", type=int, metavar="L", help="merge after this layer; 0: the embeddings")
+    add_preset(group, VISION_PRESETS)
+    group.add_argument(
+        "--cluster-location",
+        type=numbers(int),
+        metavar="L",
+        help="merge after this layer; 0: the embeddings; 1,3: twice",
+    )
     size = group.add_mutually_exclusive_group()
-    size.add_argument("--keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
-    size.add_argument("--num-clusters", type=int, metavar="M", help="number of tokens to keep")
-    group.add_argument("--clustering", choices=clustering_names(), help="how tokens are clustered")
+    size.add_argument(
+        "--keep-ratio", type=numbers(float), metavar="R", help="share of the tokens to keep, in (0, 1]; one a location"
+    )
+    size.add_argument("--num-clusters", type=numbers(int), metavar="M", help="number of tokens to keep; one a location")
+    add_clustering(group)
     group.add_argument("--restore", choices=RESTORES, help="the value that a token gets when it is unmerged")
     group.add_argument("--restore-at", choices=RESTORES_AT, help="where the tokens of a segmenter are unmerged")
     group.add_argument("--restore-location", type=int, metavar="R", help="all tokens run again after this layer")
     if can_be_off:
         group.add_argument("--no-ailurus", action="store_true", help="run the model as it is")
+
+
+def add_preset(group: Any, presets: Iterable[str]) -> None:
+    group.add_argument("--preset", choices=tuple(presets), help="measured settings; the other options replace some")
+
+
+def add_clustering(group: Any, prefix: str = "") -> None:
+    """--clustering, and an option for each setting that a registered clustering has.
+
+    Args:
+        group: what the options are added to.
+        prefix: what their long names begin with, such as "ailurus-"; the short ones are there as well.
+    """
+    both = ("",) if not prefix else ("", prefix)
+    group.add_argument(
+        *(f"--{start}clustering" for start in both),
+        choices=clustering_names(),
+        dest=f"{prefix}clustering".replace("-", "_"),
+        help="how tokens are clustered",
+    )
+    for name, defaults in clustering_settings().items():
+        help = "; ".join(f"{owner}: {default}" for owner, default in defaults.items())
+        kind = type(next(iter(defaults.values())))
+        options = [f"--{start}{name.replace('_', '-')}" for start in both]
+        fields = {"type": kind, "metavar": "X", "dest": f"clustering_{name}", "help": f"setting of {help}"}
+        try:
+            group.add_argument(*options, **fields)
+        except argparse.ArgumentError:  # a command has an option of that name
+            group.add_argument(f"--clustering-{name.replace('_', '-')}", **fields)
+
+
+def clustering_settings() -> dict[str, dict[str, Any]]:
+    """The settings of all registered clusterings that are numbers or words: {setting: {clustering: its default}}."""
+    from .. import clustering  # noqa: F401  (registers those of the package)
+
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name in clustering_names():
+        for field in dataclasses.fields(CLUSTERING_CLASSES[name]):
+            if type(field.default) in (int, float, str):
+                found[field.name][name] = field.default
+    return found
+
+
+def given_clustering(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a clustering that were given."""
+    given = {name: getattr(args, f"clustering_{name}", None) for name in clustering_settings()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A number, or several with commas between them as a tuple."""
+
+    def parse(text: str) -> Any:
+        try:
+            values = tuple(map(kind, text.split(",")))
+        except ValueError as error:
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}, nor several like 1,3") from error
+        return values if len(values) > 1 else values[0]
+
+    return parse
 
 
 def positive(text: str) -> int:
@@ -74,8 +150,9 @@ def load(args: argparse.Namespace, task: str | None) -> LoadedModel:
     from ..evaluation.loading import BadInputError, load_model
 
     given = {name: getattr(args, name) for name in AILURUS_FIELDS if getattr(args, name) is not None}
+    settings = given_clustering(args)
     if not getattr(args, "no_ailurus", False):
-        return load_model(args.model, task, args.device, args.dtype, given)
-    if given:
-        raise BadInputError(f"--no-ailurus and --{next(iter(given)).replace('_', '-')} do not go together")
+        return load_model(args.model, task, args.device, args.dtype, given, args.preset, settings)
+    if named := [*given, *settings, *(["preset"] if args.preset else [])]:
+        raise BadInputError(f"--no-ailurus and --{named[0].replace('_', '-')} do not go together")
     return load_model(args.model, task, args.device, args.dtype, None)

@@ -12,8 +12,8 @@ from .arguments import add_ailurus, add_images, add_model, load, positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
     add_model(parser)
-    add_ailurus(parser)
     parser.add_argument("--top", type=positive, default=3, help="classes to show (default: %(default)s)")
+    add_ailurus(parser)
 
 
 def run(args: argparse.Namespace) -> int:

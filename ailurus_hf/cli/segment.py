@@ -12,7 +12,6 @@ from .arguments import add_ailurus, add_images, add_model, add_output, load, pos
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
     add_model(parser)
-    add_ailurus(parser)
     add_output(parser)
     parser.add_argument(
         "--compare",
@@ -23,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels", help="ground truth as class ids: a PNG, or a folder of PNGs named as the images (with --compare)"
     )
     parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each (default: %(default)s)")
+    add_ailurus(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,11 +8,13 @@ import io
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import FRAMES, SCOPES, clustering_names
-from .arguments import add_model, positive
+from ..choices import FRAMES, SCOPES
+from ..presets import DIFFUSION_PRESETS
+from .arguments import add_clustering, add_model, add_preset, given_clustering, positive
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,41 +75,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention-chunk", type=positive, metavar="N", help="frames that attend at once, for memory"
     )
 
-    group = parser.add_argument_group("AiluRus")
-    group.add_argument("--ailurus-keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
-    group.add_argument(
-        "--ailurus-frames",
-        choices=FRAMES,
-        help="cluster frame by frame (each, default) or over space and time",
-    )
-    group.add_argument("--ailurus-min-tokens", type=positive, metavar="N", help="smaller grids run unreduced")
-    group.add_argument("--ailurus-scope", choices=SCOPES, help="whole blocks or self-attention alone")
-    group.add_argument("--ailurus-clustering", choices=clustering_names())
-    group.add_argument("--ailurus-refresh-every", type=positive, metavar="N", help="steps that share an assignment")
-    group.add_argument("--ailurus-unreduced-first-steps", type=int, metavar="N")
-    group.add_argument("--ailurus-unreduced-last-steps", type=int, metavar="N")
+    group = parser.add_argument_group("AiluRus", "default: keep half of the tokens of large grids")
+    add_preset(group, DIFFUSION_PRESETS)
+    add = partial(_add_setting, group)
+    add("keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
+    # --frames says how many there are.
+    group.add_argument("--ailurus-frames", choices=FRAMES, help="cluster each frame (default), or over space and time")
+    add("min-tokens", type=positive, metavar="N", help="smaller grids run unreduced")
+    add("scope", choices=SCOPES, help="reduce whole blocks, or self-attention alone")
+    add_clustering(group, "ailurus-")
+    add("refresh-every", type=positive, metavar="N", help="steps that share an assignment")
+    add("unreduced-first-steps", type=int, metavar="N", help="steps on all tokens at the beginning")
+    add("unreduced-last-steps", type=int, metavar="N", help="steps on all tokens at the end")
     group.add_argument("--no-ailurus", action="store_true", help="run the pipeline as it is")
+
+
+def _add_setting(group: Any, name: str, **fields: Any) -> None:
+    """An option under the name that it has in other commands, and under the one that says whose it is."""
+    group.add_argument(f"--{name}", f"--ailurus-{name}", dest=f"ailurus_{name.replace('-', '_')}", **fields)
 
 
 def run(args: argparse.Namespace) -> int:
     """Makes the video; returns 0, or raises AiluRusError before anything is written."""
     from .. import AiluRusDiffusionConfig, ailurus_status, apply_ailurus, remove_ailurus
     from .. import video as media
-    from ..evaluation.loading import BadInputError, choose_device
+    from ..evaluation.loading import BadInputError, choose_device, with_clustering
     from ..images import check_enlarged
     from ..visualization import side_by_side
     from .batch import progress
     from .video_sampling import fitted_size, load_pipeline, read_frames, sample_frames, trained_side, write_or_keep
 
     given = {n: v for n in AILURUS_FIELDS if (v := getattr(args, f"ailurus_{n}")) is not None}
-    if args.no_ailurus and (given or args.compare):
-        other = "--compare" if args.compare else f"--ailurus-{next(iter(given)).replace('_', '-')}"
+    settings = given_clustering(args)
+    if args.no_ailurus and (given or settings or args.preset or args.compare):
+        named = [f"ailurus-{name.replace('_', '-')}" for name in (*given, *settings)]
+        other = "--compare" if args.compare else "--preset" if args.preset else f"--{named[0]}"
         raise BadInputError(f"--no-ailurus and {other} do not go together")
     if args.interpolator and not args.smooth_steps:
         raise BadInputError("--interpolator is for --smooth-steps: without it nothing is interpolated")
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
     # What can be wrong is told before anything slow, in the order of its cost.
-    config = AiluRusDiffusionConfig(**given)
+    preset = partial(AiluRusDiffusionConfig.preset, args.preset) if args.preset else AiluRusDiffusionConfig
+    config = with_clustering(preset(**given), settings)
     output = media.check_output(args.output, source=args.video)
     beside = media.check_output(_beside(output), source=args.video) if args.compare else None
     clip = media.open_clip(

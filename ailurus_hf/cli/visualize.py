@@ -12,11 +12,11 @@ from .arguments import add_ailurus, add_images, add_model, add_output, load
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
     add_model(parser)
-    add_ailurus(parser, can_be_off=False)
     add_output(parser)
     parser.add_argument(
         "--fill", choices=("mean", "distinct"), default="mean", help="color of a cluster (default: %(default)s)"
     )
+    add_ailurus(parser, can_be_off=False)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..apply import ailurus_enabled, ailurus_status
+from ..choices import clustering_names
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
 from ..images import read_image
@@ -26,19 +27,7 @@ from .timing import interleaved, markdown
 if TYPE_CHECKING:
     from .loading import LoadedModel
 
-# What `--methods` takes: fields of AiluRusConfig.
-METHODS: dict[str, dict[str, Any]] = {
-    "paper": {"clustering": "density_peaks", "restore": "copy"},
-    "density-peaks": {"clustering": "density_peaks", "restore": "residual"},
-    "density-peaks-smooth": {"clustering": "density_peaks", "restore": "smooth"},
-    "local-kmeans": {"clustering": "local_kmeans", "restore": "residual"},
-    "local-kmeans-smooth": {"clustering": "local_kmeans", "restore": "smooth"},
-    "local-kmeans-copy": {"clustering": "local_kmeans", "restore": "copy"},
-    "pairs": {"clustering": "pairs", "restore": "residual"},
-    "ward": {"clustering": "ward", "restore": "residual"},
-    "ward-smooth": {"clustering": "ward", "restore": "smooth"},
-    "ward-copy": {"clustering": "ward", "restore": "copy"},
-}
+PAPER: dict[str, Any] = {"clustering": "density_peaks", "restore": "copy"}
 COLUMNS = {
     "method": "method",
     "location": "location",
@@ -79,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """A method of METHODS behind layer `location`, with `keep` of the tokens."""
+    """A method (see `method_fields`) after layer `location`, with `keep` of the tokens."""
 
     method: str
     location: int
@@ -87,9 +76,7 @@ class Setting:
 
     def config(self) -> AiluRusConfig:
         """Raises AiluRusError on what is out of range."""
-        if self.method not in METHODS:
-            raise AiluRusError(f"no method {self.method!r}: there are {', '.join(METHODS)}")
-        return AiluRusConfig(cluster_location=self.location, keep_ratio=self.keep, **METHODS[self.method])
+        return AiluRusConfig(cluster_location=self.location, keep_ratio=self.keep, **method_fields(self.method))
 
 
 @dataclass
@@ -101,6 +88,27 @@ class _Fidelity:
     full: float = 0.0
     reduced: float = 0.0
     tokens: str | None = None
+
+
+def method_fields(method: str) -> dict[str, Any]:
+    """Fields of AiluRusConfig for a method's name.
+
+    It is "paper", or the name of a registered clustering with "-" for "_", which restores the residual, or with
+    "-smooth" or "-copy" after it: "local-kmeans-smooth".
+
+    Raises:
+        AiluRusError: no clustering has that name.
+    """
+    if method == "paper":
+        return PAPER
+    clusterings = {name.replace("_", "-"): name for name in clustering_names()}
+    for restore in ("residual", "smooth", "copy"):
+        clustering = clusterings.get(method.removesuffix(f"-{restore}"))
+        if clustering is not None:
+            return {"clustering": clustering, "restore": restore}
+    raise AiluRusError(
+        f"no method {method!r}: there are paper, {', '.join(clusterings)}, and the latter with -smooth or -copy"
+    )
 
 
 def settings(methods: Iterable[str], locations: Iterable[int], keeps: Iterable[float]) -> dict[Setting, AiluRusConfig]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
 from ..apply import ailurus_status, apply_ailurus, remove_ailurus
-from ..config import AiluRusConfig
+from ..clustering import get_clustering
+from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..extras import needs_extra, require
 from ..visualization import draw_assignment, reconstruct_image
@@ -26,6 +28,7 @@ from .image_size import check_processed_size
 with needs_extra("vision", "Loading a model"):
     from PIL import Image
 
+AnyConfig = TypeVar("AnyConfig", AiluRusConfig, AiluRusDiffusionConfig)
 # What is used where neither the caller nor the model's config.json says anything.
 DEFAULT_FIELDS: dict[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
 
@@ -147,12 +150,30 @@ class ClusterPictures(NamedTuple):
     num_clusters: int
 
 
-def load_model(name: str, task: str | None, device: str, dtype: str, ailurus: dict[str, Any] | None) -> LoadedModel:
-    """A model folder or Hub name, loaded to "segment" or "classify"; None takes what its config says it is.
+def load_model(
+    name: str,
+    task: str | None,
+    device: str,
+    dtype: str,
+    ailurus: dict[str, Any] | None,
+    preset: str | None = None,
+    clustering: dict[str, Any] | None = None,
+) -> LoadedModel:
+    """Loads a model folder or Hub name.
 
-    ailurus: fields that replace those of the `ailurus_config` saved with the model; None runs it unreduced.
+    Args:
+        task: "segment" or "classify"; None takes what the model's config says it is.
+        device, dtype: "auto" is the first accelerator that is there; "float32", "float16" or "bfloat16".
+        ailurus: fields of AiluRusConfig that replace those of the preset, or of the settings saved with the model; None
+            runs it unreduced.
+        preset: a name of `AiluRusConfig.preset`.
+        clustering: settings that replace the clustering's own.
+
+    Raises:
+        BadInputError: no such model, one of another task, or a device that cannot be used.
+        AiluRusError: settings that are wrong, or that the model cannot be reduced with.
     """
-    place = choose_device(device)  # what can be wrong at once is told before anything slow
+    target = choose_device(device)  # what can be wrong at once is told before anything slow
     transformers = require("transformers", "vision")
     from .. import segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
 
@@ -163,10 +184,13 @@ def load_model(name: str, task: str | None, device: str, dtype: str, ailurus: di
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     check_name(name)
     config = read_pretrained(name, transformers.AutoConfig.from_pretrained)
-    reduced = None if ailurus is None else _ailurus_config(getattr(config, "ailurus_config", None), ailurus)
+    reduced = None
+    if ailurus is not None:
+        saved = getattr(config, "ailurus_config", None) if preset is None else None
+        reduced = with_clustering(_ailurus_config(saved, preset, ailurus), clustering or {})
     processor = read_pretrained(name, transformers.AutoImageProcessor.from_pretrained)
     model = read_pretrained(name, _auto_class(config, task).from_pretrained, dtype=getattr(torch, dtype))
-    loaded = LoadedModel(name, model.to(place).eval(), processor, place, getattr(torch, dtype), reduced)
+    loaded = LoadedModel(name, model.to(target).eval(), processor, target, getattr(torch, dtype), reduced)
     loaded.switch_on()  # a model or a location that cannot be reduced is refused before the first image
     loaded.switch_off()
     return loaded
@@ -179,11 +203,32 @@ def read_pretrained(name: str, from_pretrained: Callable[..., Any], **options: A
         raise BadInputError(f"cannot load model {name}: {first_line(error)}") from error
 
 
-def _ailurus_config(saved: dict[str, Any] | None, given: dict[str, Any]) -> AiluRusConfig:
+def _ailurus_config(saved: dict[str, Any] | None, preset: str | None, given: dict[str, Any]) -> AiluRusConfig:
+    if preset is not None:
+        return AiluRusConfig.preset(preset, **given)  # type: ignore[arg-type]
     fields = dict(saved or DEFAULT_FIELDS)
     if "keep_ratio" in given or "num_clusters" in given:  # they exclude each other: the given one replaces both
         fields |= {"keep_ratio": None, "num_clusters": None}
     return AiluRusConfig.from_dict(fields | given)
+
+
+def with_clustering(config: AnyConfig, settings: Mapping[str, Any]) -> AnyConfig:
+    """The config with other settings of its clustering.
+
+    Raises:
+        BadInputError: a setting that this clustering does not have.
+    """
+    if not settings:
+        return config
+    clustering = get_clustering(config.clustering)
+    known = [field.name for field in dataclasses.fields(clustering)]
+    for name in settings:
+        if name not in known:
+            raise BadInputError(
+                f"{name} is no setting of {clustering.name or type(clustering).__name__}, which has "
+                f"{', '.join(known) or 'none'}: choose the clustering that has it"
+            )
+    return dataclasses.replace(config, clustering=dataclasses.replace(clustering, **settings))
 
 
 def _auto_class(config: Any, task: str | None) -> Any:
