@@ -248,41 +248,44 @@ def test_a_real_motion_survives_the_way_through_a_file(tmp_path: Path) -> None:
         assert np.abs(np.asarray(before).astype(int) - np.asarray(after)).mean() < 4
 
 
-class TestCoversAndNotes:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
-        folder = tmp_path_factory.mktemp("covers")
-        cover, sound, film = folder / "cover.jpg", folder / "sound.wav", clips / "n.mp4"
-        Image.new("RGB", (64, 64), "red").save(cover)
-        ffmpeg("-f", "lavfi", "-i", "sine=duration=1", sound)
-        attached = ("-attach", cover, "-metadata:s:t", "mimetype=image/jpeg")
-        ffmpeg("-i", film, "-c", "copy", *attached, folder / "attached.mkv")
-        first = ("-i", cover, "-i", film, "-map", "0", "-map", "1", "-c", "copy", "-disposition:v:0", "attached_pic")
-        ffmpeg(*first, folder / "first.mp4")
-        ffmpeg(*first, folder / "first.mkv")  # which forgets that it is a cover
-        ffmpeg("-i", sound, *attached, folder / "sound.mkv")
-        both = ("-map", "0", "-map", "1", "-c:v", "copy", "-disposition:v:0", "attached_pic")
-        ffmpeg("-i", sound, "-i", cover, *both, folder / "sound.m4a")
-        return folder
+@pytest.fixture(scope="module")
+def covers(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    folder = tmp_path_factory.mktemp("covers")
+    cover, sound, film = folder / "cover.jpg", folder / "sound.wav", clips / "n.mp4"
+    Image.new("RGB", (64, 64), "red").save(cover)
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=1", sound)
+    attached = ("-attach", cover, "-metadata:s:t", "mimetype=image/jpeg")
+    ffmpeg("-i", film, "-c", "copy", *attached, folder / "attached.mkv")
+    first = ("-i", cover, "-i", film, "-map", "0", "-map", "1", "-c", "copy", "-disposition:v:0", "attached_pic")
+    ffmpeg(*first, folder / "first.mp4")
+    ffmpeg(*first, folder / "first.mkv")  # which forgets that it is a cover
+    ffmpeg("-i", sound, *attached, folder / "sound.mkv")
+    both = ("-map", "0", "-map", "1", "-c:v", "copy", "-disposition:v:0", "attached_pic")
+    ffmpeg("-i", sound, "-i", cover, *both, folder / "sound.m4a")
+    return folder
 
-    @pytest.mark.parametrize("name", ["attached.mkv", "first.mp4", "first.mkv"])
-    def test_a_cover_is_not_the_film(self, folder: Path, name: str) -> None:
-        clip = open_clip(folder / name)
-        assert (clip.size, clip.fps, numbers(list(clip))) == ((32, 24), 10, list(range(20)))
 
-    @pytest.mark.parametrize("name", ["sound.wav", "sound.mkv", "sound.m4a"])
-    def test_sound_with_a_cover_is_no_film(self, folder: Path, name: str) -> None:
-        with pytest.raises(AiluRusError, match="it holds sound and no moving pictures"):
-            open_clip(folder / name)
+@pytest.mark.parametrize("name", ["attached.mkv", "first.mp4", "first.mkv"])
+def test_a_cover_is_not_the_film(covers: Path, name: str) -> None:
+    clip = open_clip(covers / name)
+    assert (clip.size, clip.fps, numbers(list(clip))) == ((32, 24), 10, list(range(20)))
 
-    def test_notes_of_macos_among_the_frames_are_left_out(self, tmp_path: Path) -> None:
-        write_video(tmp_path / "frames", numbered(3))
-        (tmp_path / "frames/._00001.png").write_bytes(b"\0\5\26\7")
-        assert numbers(list(open_clip(tmp_path / "frames"))) == [0, 1, 2]
 
-    def test_frames_of_16_bits(self, tmp_path: Path) -> None:
-        for number in range(2):
-            values = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (24, 1))
-            Image.fromarray(values).save(tmp_path / f"{number}.png")
-        frame = next(iter(open_clip(tmp_path)))
-        assert np.array_equal(np.asarray(frame)[0, :, 0], np.round(np.linspace(0, 65535, 32).astype(int) / 257))
+@pytest.mark.parametrize("name", ["sound.wav", "sound.mkv", "sound.m4a"])
+def test_sound_with_a_cover_is_no_film(covers: Path, name: str) -> None:
+    with pytest.raises(AiluRusError, match="it holds sound and no moving pictures"):
+        open_clip(covers / name)
+
+
+def test_notes_of_macos_among_the_frames_are_left_out(tmp_path: Path) -> None:
+    write_video(tmp_path / "frames", numbered(3))
+    (tmp_path / "frames/._00001.png").write_bytes(b"\0\5\26\7")
+    assert numbers(list(open_clip(tmp_path / "frames"))) == [0, 1, 2]
+
+
+def test_frames_of_16_bits(tmp_path: Path) -> None:
+    for number in range(2):
+        values = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (24, 1))
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    frame = next(iter(open_clip(tmp_path)))
+    assert np.array_equal(np.asarray(frame)[0, :, 0], np.round(np.linspace(0, 65535, 32).astype(int) / 257))
