@@ -17,9 +17,12 @@ from transformers.image_utils import (
     ChannelDimension,
     ImageInput,
     PILImageResampling,
+    SizeDict,
 )
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.processing_utils import ImagesKwargs
+
+from ..images import Image, by, check_enlarged, to_8_bits
 
 # (mean, std) by the name that variant.yml gives them: AugReg ViTs were trained on -1..1, DeiTs on ImageNet statistics.
 NORMALIZATION = {
@@ -128,6 +131,21 @@ class SegmenterImageProcessor(PilBackend):
             maps.append(scores[0].argmax(dim=0))
         return maps
 
+    def convert_to_rgb(self, image: ImageInput, *args, **kwargs) -> ImageInput:
+        """As transformers' own, which would cut pictures of 16 bits or floats off at 255. Raises ImageError."""
+        if isinstance(image, Image.Image):
+            image = to_8_bits(image)
+        return super().convert_to_rgb(image, *args, **kwargs)
+
+    def resize(self, image: np.ndarray, size: SizeDict, *args, **kwargs) -> np.ndarray:
+        """As transformers' own. Raises ImageError where a narrow strip would become too large, see `images`."""
+        if size.shortest_edge and not size.longest_edge:
+            height, width = image.shape[-2:]
+            scale = size.shortest_edge / min(height, width)
+            enlarged = round(width * scale), round(height * scale)
+            check_enlarged((width, height), enlarged, f"the shorter side as {size.shortest_edge}")
+        return super().resize(image, size, *args, **kwargs)
+
     def _processed_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) that an image of this size has after resizing, before padding."""
         if not self.do_resize:
@@ -159,7 +177,8 @@ def sliding_window_logits(
     window_size, window_stride: pixels, one number or (height, width); stride defaults to the window. The last window
     of a row or column is flush with the border. An image smaller than the window is first enlarged bilinearly, aspect
     kept, and its logits brought back to H x W. batch_size: windows a forward pass. Follows the original Segmenter's
-    inference; take softmax or argmax of the result. Raises ValueError for a stride that is < 1 or leaves gaps.
+    inference; take softmax or argmax of the result. Raises ValueError for a stride that is < 1 or leaves gaps, and for an image that is
+    so narrow that enlarging it would fill the memory.
     """
     window = _pair(window_size, "window_size")
     stride = window if window_stride is None else _pair(window_stride, "window_stride")
@@ -169,6 +188,7 @@ def sliding_window_logits(
 
     original_size = (pixel_values.shape[-2], pixel_values.shape[-1])
     size = _enlarged_size(original_size, window)
+    check_enlarged(original_size[::-1], size[::-1], f"to fill windows of {by(window[::-1])}")
     if size != original_size:
         pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
     corners = [
