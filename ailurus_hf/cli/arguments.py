@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..choices import CLUSTERING_CLASSES, RESTORES_AT, RESTORES, clustering_names
+from ..choices import CLUSTERING_CLASSES, RESTORES, RESTORES_AT, clustering_names
 from ..presets import VISION_PRESETS
 
 if TYPE_CHECKING:
