@@ -161,7 +161,7 @@ def test_a_wrong_import_is_seen(tmp_path, monkeypatch):
 from ..cli import main
 import transformers.models.vit
 def late():
-    from ailurus_hf.diffusion import store
+    from ailurus_hf.diffusion import clock
     require("diffusers", "video")
 if TYPE_CHECKING:
     from . import peaks
@@ -171,9 +171,9 @@ if TYPE_CHECKING:
     assert [(i.module, i.late, i.for_types) for i in imports_of(path)] == [
         ("ailurus_hf.cli", False, False),
         ("transformers.models.vit", False, False),
-        ("ailurus_hf.diffusion.store", True, False),
+        ("ailurus_hf.diffusion.clock", True, False),
         ("diffusers", True, False),
         ("ailurus_hf.clustering.peaks", False, True),
     ]
-    assert wrong_directions(path) == ["ailurus_hf.cli", "ailurus_hf.diffusion.store"]
+    assert wrong_directions(path) == ["ailurus_hf.cli", "ailurus_hf.diffusion.clock"]
     assert forbidden(path) == ["transformers.models.vit", "diffusers"]

@@ -17,7 +17,7 @@ from ailurus_hf.clustering import (
 )
 from ailurus_hf.clustering.budget import detail
 from ailurus_hf.clustering.smooth_unmerge import smoothing
-from ailurus_hf.diffusion.reducer import cluster_tokens
+from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
 
 GRID, COUNT, CLUSTERS = (23, 30), 690, 170
 

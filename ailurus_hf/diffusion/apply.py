@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,64 +12,41 @@ from torch import nn
 from ..clustering import ClusterFunction, get_clustering
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
-from ..status import LocationStatus, Status
-from .backend import (
-    JOINT_TRANSFORMERS,
-    Stack,
-    WanTransformer3DModel,
-    block_flops,
-    find_networks,
-    find_stacks,
-    modules_of,
-    projection_flops,
-    self_attentions,
-)
-from .joint import JointReducer
-from .processor import AiluRusProcessor
-from .reducer import NetworkReducer
-from .stacks import StackHooks
-from .wan import WanReducer
+from .networks import declaration_of, find_networks
+from .reducer import ATTRIBUTE, NetworkReducer, reducers_of
+from .status import status
+from .transformer import TransformerReducer
+from .unet import UNetReducer
 
-# The attribute on a network that holds its reducer; gone again after `uninstall`.
-ATTRIBUTE = "_ailurus_reducer"
+__all__ = ["denoising", "install", "reducers_of", "status", "uninstall"]
 
 
 def install(target: Any, config: AiluRusDiffusionConfig, clustering: ClusterFunction | None = None) -> None:
     """Reduces every supported network in `target`; replaces what was on. On an error all is as it was before.
 
-    clustering: another way to cluster than the config's, to compare with.
+    Args:
+        target: a diffusers pipeline or network.
+        config: the settings.
+        clustering: another way to cluster than the config's, to compare with.
     """
-    pipeline = None if isinstance(target, nn.Module) else weakref.ref(target)
-    if config.unreduced_last_steps and pipeline is None:
+    if config.unreduced_last_steps and isinstance(target, nn.Module):
         raise AiluRusError(
             f"unreduced_last_steps={config.unreduced_last_steps} needs a pipeline, which knows how many steps there "
             f"are: apply it to the pipeline, got {type(target).__name__}"
         )
     cluster = partial(get_clustering(clustering or config.clustering), check_finite=config.check_finite)
-    reducers = []
-    for network in find_networks(target):
-        kind = NetworkReducer
-        if isinstance(network, JOINT_TRANSFORMERS):
-            kind = JointReducer
-        elif isinstance(network, WanTransformer3DModel):
-            kind = WanReducer
-        reducers.append(kind(network, config, find_stacks(network), cluster, pipeline))
+    reducers = [_reducer(network, config, cluster) for network in find_networks(target)]
     uninstall(target)
     for reducer in reducers:
         reducer.install()
-        if not isinstance(reducer, JointReducer):
-            _install_stacks(reducer, config)
         setattr(reducer.network, ATTRIBUTE, reducer)
 
 
-def _install_stacks(reducer: NetworkReducer, config: AiluRusDiffusionConfig) -> None:
-    for stack in reducer.stacks:
-        StackHooks(reducer, stack).install()
-    if config.has_scope("attention"):
-        fields = {name: value for name, value in config.to_dict().items() if name in AiluRusProcessor.FIELDS}
-        reducer.set_processor(
-            AiluRusProcessor(**fields, assign=reducer.assign_current, merges_queries=reducer.merges_queries)
-        )
+def _reducer(network: nn.Module, config: AiluRusDiffusionConfig, clustering: ClusterFunction) -> NetworkReducer:
+    declared = declaration_of(network)
+    assert declared is not None
+    kind = UNetReducer if declared.layout == "maps" else TransformerReducer
+    return kind(network, declared, config, clustering)
 
 
 def uninstall(target: Any) -> None:
@@ -78,77 +56,30 @@ def uninstall(target: Any) -> None:
         delattr(reducer.network, ATTRIBUTE)
 
 
-def reducers_of(target: Any) -> list[tuple[str, NetworkReducer]]:
-    """The reducers on `target` and its parts with their paths, each once."""
-    found = {
-        id(vars(module)[ATTRIBUTE]): (".".join(filter(None, (part, path))), vars(module)[ATTRIBUTE])
-        for part, root in modules_of(target)
-        for path, module in root.named_modules()
-        if ATTRIBUTE in vars(module)
-    }
-    return list(found.values())
+@contextmanager
+def denoising(target: Any, scheduler: Any = None) -> Iterator[None]:
+    """Says that all calls of this thread within the block are of one picture, or one batch of them.
 
+    For loops of one's own with `refresh_every`, `unreduced_first_steps` or `unreduced_last_steps`; a pipeline of diffusers
+    needs no such block.
 
-def status(target: Any) -> Status:
-    """What is on in `target`, and what its last forward did."""
-    name, found = type(target).__name__, reducers_of(target)
-    if not found:
-        return _status_of_processors(target)
-    locations = [
-        _place(path, reducer, number, stack) for path, reducer in found for number, stack in enumerate(reducer.stacks)
-    ]
-    records = [
-        record for _, reducer in found for record in reducer.records.values() if record.last_clusters is not None
-    ]
-    last = max(records, key=lambda record: record.last_tokens or 0, default=None)
-    return Status(
-        name,
-        found[0][1].config.to_dict(),
-        locations,
-        None if last is None else last.last_clusters,
-        None if last is None else last.last_grid,
-    )
+    Args:
+        target: what `apply_ailurus` was called with, or a network of it.
+        scheduler: the one whose timesteps the network is called with; None: another timestep is another step.
 
+    Raises:
+        AiluRusError: where AiluRus is not on.
 
-def _place(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> LocationStatus:
-    record, config = reducer.records[stack.name], reducer.config
-    level = reducer.last_levels.get(stack.name)
-    scope = config.scope if level is None else config.scope_at(level)
-    if scope == "attention":
-        restored = "after self-attention (copy)"
-    else:
-        around = config.projections == "merged" and stack.on_maps
-        restored = f"{'around the stack' if around else 'after the last block'} (residual)"
-    if (scope == "attention" or isinstance(reducer, JointReducer)) and set(reducer.without_processor()) & set(
-        self_attentions([stack])
-    ):
-        restored = "processor lost"
-    full = reduced = None
-    if isinstance(reducer, JointReducer):
-        full, reduced = reducer.flops()
-    elif record.last_tokens is not None and record.last_clusters_count is not None:
-        tokens, clusters = record.last_tokens, record.last_clusters_count
-        others = tokens if scope == "attention" else clusters
-        queries = tokens if scope == "attention" and level and not config.merges_queries(level) else clusters
-        projected = clusters if scope == "blocks" and config.projections == "merged" else tokens
-        whole = [block_flops(block, tokens, tokens, tokens, record.attended) for block in stack.blocks]
-        first = reducer.first_reduced(stack)
-        full = sum(whole) + projection_flops(stack, tokens)
-        reduced = sum(whole[:first]) + projection_flops(stack, projected)
-        reduced += sum(block_flops(block, queries, clusters, others, record.attended) for block in stack.blocks[first:])
-    where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
-    return record.location_status(where, number, restored, full, reduced)
-
-
-def _status_of_processors(target: Any) -> Status:
-    """Processors that `set_attn_processor` put there; they keep no records."""
-    on = [
-        (".".join(filter(None, (part, path))), module.processor)
-        for part, root in modules_of(target)
-        for path, module in root.named_modules()
-        if isinstance(getattr(module, "processor", None), AiluRusProcessor) and not module.is_cross_attention
-    ]
-    config = on[0][1].config.to_dict() if on else None
-    restored = "after self-attention (copy)"
-    locations = [LocationStatus(path, n, restored, None, None, 0, 0, None, None) for n, (path, _) in enumerate(on)]
-    return Status(type(target).__name__, config, locations)
+    Example:
+        with denoising(unet, scheduler):
+            for timestep in scheduler.timesteps:
+                noise = unet(latents, timestep, prompt).sample
+                latents = scheduler.step(noise, timestep, latents).prev_sample
+    """
+    reducers = reducers_of(target)
+    if not reducers:
+        raise AiluRusError(f"AiluRus is not on in {type(target).__name__}: call apply_ailurus first")
+    with ExitStack() as stack:
+        for _, reducer in reducers:
+            stack.enter_context(reducer.clock.generation(scheduler))
+        yield

@@ -2,18 +2,18 @@
 
     pipe.unet.set_attn_processor(AiluRusProcessor(keep_ratio=0.5))
 
-One instance serves all layers and holds no state of theirs. Alone it clusters in every layer; `apply_ailurus` with
-scope="attention" makes one that shares assignments.
+One instance serves all layers. Alone it clusters in every layer; `apply_ailurus` with scope="attention" makes one that
+shares assignments.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..clustering import get_clustering
 from ..clusters import TokenClusters
@@ -21,20 +21,74 @@ from ..config import AiluRusDiffusionConfig
 from ..config_base import refuse_moved_fields
 from ..errors import AiluRusError, UnsupportedModelError
 from .backend import attend
+from .cluster_tokens import cluster_tokens
 from .frames import JointClusters
-from .reducer import cluster_tokens
-
-# The clusters of Tensor[B, N, C], or None where a layer runs unreduced.
-Assign = Callable[[Tensor], TokenClusters | JointClusters | None]
+from .rebuildable import RebuildableProcessor
 
 
-class AiluRusProcessor:
+class Assigned(NamedTuple):
+    """What a layer of self-attention runs on: clusters, and whether queries are merged, too, and not only keys and values."""
+
+    clusters: TokenClusters | JointClusters
+    merges_queries: bool
+
+
+class ClusterSource(Protocol):
+    """What an AiluRusProcessor asks for clusters."""
+
+    @property
+    def config(self) -> AiluRusDiffusionConfig: ...
+
+    def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
+        """For a layer that gets Tensor[B, N, C]; None where it runs unreduced."""
+
+
+class OwnClusters:
+    """The clusters of a layer's tokens from nothing but themselves.
+
+    Args:
+        config: the settings.
+        grid: (H, W) of the latents; None: grids are square.
+    """
+
+    def __init__(self, config: AiluRusDiffusionConfig, grid: tuple[int, int] | None) -> None:
+        self.config, self.grid = config, grid
+        self.clustering = partial(get_clustering(config.clustering), check_finite=config.check_finite)
+
+    def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
+        num_tokens = tokens.shape[1]
+        num_clusters = self.config.clusters_for(num_tokens, level=1)
+        if num_clusters == num_tokens:
+            return None
+        clusters = cluster_tokens(self.clustering, tokens, self.grid_of(num_tokens), num_clusters)
+        return Assigned(clusters, self.config.merges_queries(1))
+
+    def grid_of(self, num_tokens: int) -> tuple[int, int]:
+        """The grid of so many tokens."""
+        if self.grid is None:
+            side = math.isqrt(num_tokens)
+            if side * side != num_tokens:
+                raise AiluRusError(
+                    f"{num_tokens} tokens are no square: give grid=(H, W) of the latents, or use apply_ailurus"
+                )
+            return side, side
+        grid = self.grid
+        while math.prod(grid) > num_tokens:
+            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+        if math.prod(grid) != num_tokens:
+            raise AiluRusError(f"no level of latents of {self.grid} has {num_tokens} tokens: give their grid=(H, W)")
+        return grid
+
+
+class AiluRusProcessor(RebuildableProcessor):
     """Self-attention on M of N tokens, weighted by how many each stands for; cross-attention as it is.
 
-    keep_ratio: M = round(keep_ratio · N).
-    grid: (H, W) of the latents; layers at half, a quarter, ... of it are known by their number of tokens, and one that
-        fits none of them is an error. None: grids are square, and a number of tokens that is no square is an error.
-    min_tokens, reduce, clustering, check_finite: as in `AiluRusDiffusionConfig`.
+    Args:
+        keep_ratio: M = round(keep_ratio · N).
+        grid: (H, W) of the latents; layers at half, a quarter, ... of it are known by their number of tokens, and one that
+            fits none of them is an error. None: grids are square, and a number of tokens that is no square is an error.
+        source: gives the clusters, instead of the settings here.
+        min_tokens, reduce, clustering, check_finite: as in `AiluRusDiffusionConfig`.
     """
 
     FIELDS = ("keep_ratio", "min_tokens", "reduce", "clustering", "check_finite")
@@ -47,27 +101,27 @@ class AiluRusProcessor:
         keep_ratio: float | Mapping[int, float] = 0.5,
         grid: Sequence[int] | None = None,
         *,
-        assign: Assign | None = None,
-        merges_queries: Callable[[], bool] | None = None,
+        source: ClusterSource | None = None,
         **config_fields: Any,
     ) -> None:
-        if assign is None:
-            for name, value in {"keep_ratio": keep_ratio, "reduce": config_fields.get("reduce")}.items():
-                if isinstance(value, Mapping):
-                    raise AiluRusError(f"a processor knows no resolutions: {name} must be one for all, got {value!r}")
+        for name, value in {"keep_ratio": keep_ratio, "reduce": config_fields.get("reduce")}.items():
+            if isinstance(value, Mapping):
+                raise AiluRusError(f"a processor knows no resolutions: {name} must be one for all, got {value!r}")
         refuse_moved_fields(config_fields)
         unknown = sorted(set(config_fields) - set(self.FIELDS))
         if unknown:
             raise AiluRusError(f"AiluRusProcessor has no fields {unknown}; it has grid, {', '.join(self.FIELDS)}")
-        self.config = AiluRusDiffusionConfig(keep_ratio=keep_ratio, scope="attention", **config_fields)
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise AiluRusError(f"grid must be (H, W) with sides of at least 1, got {tuple(grid)}")
-        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
-        self.clustering = functools.partial(
-            get_clustering(self.config.clustering), check_finite=self.config.check_finite
-        )
-        self.assign = assign or self.cluster
-        self.merges_queries = merges_queries or functools.partial(self.config.merges_queries, 1)
+        if source is None:
+            config = AiluRusDiffusionConfig(keep_ratio=keep_ratio, scope="attention", **config_fields)
+            source = OwnClusters(config, None if grid is None else (int(grid[0]), int(grid[1])))
+        self.source = source
+
+    @property
+    def config(self) -> AiluRusDiffusionConfig:
+        """The settings that it runs with."""
+        return self.source.config
 
     def __call__(
         self,
@@ -94,9 +148,11 @@ class AiluRusProcessor:
         clusters, asking, answering = None, hidden_states, encoder_hidden_states
         unmerges = False
         if answering is None:
-            clusters = self.assign(hidden_states) if attention_mask is None else None
-            answering = hidden_states if clusters is None else clusters.merge(hidden_states)
-            unmerges = clusters is not None and self.merges_queries()
+            assigned = self.source.assigned(attn, hidden_states) if attention_mask is None else None
+            answering = hidden_states
+            if assigned is not None:
+                clusters, unmerges = assigned
+                answering = clusters.merge(hidden_states)
             asking = answering if unmerges else asking
         elif attn.norm_cross:
             answering = attn.norm_encoder_hidden_states(answering)
@@ -141,26 +197,3 @@ class AiluRusProcessor:
         """From Tensor[B, heads, L, D] to [B, L, C]."""
         projected: Tensor = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return projected
-
-    def cluster(self, tokens: Tensor) -> TokenClusters | None:
-        """Clusters of Tensor[B, N, C] from nothing but themselves; None where all N are kept."""
-        num_tokens = tokens.shape[1]
-        num_clusters = self.config.clusters_for(num_tokens, level=1)
-        if num_clusters == num_tokens:
-            return None
-        return cluster_tokens(self.clustering, tokens, self._grid(num_tokens), num_clusters)
-
-    def _grid(self, num_tokens: int) -> tuple[int, int]:
-        if self.grid is None:
-            side = math.isqrt(num_tokens)
-            if side * side != num_tokens:
-                raise AiluRusError(
-                    f"{num_tokens} tokens are no square: give grid=(H, W) of the latents, or use apply_ailurus"
-                )
-            return side, side
-        grid = self.grid
-        while math.prod(grid) > num_tokens:
-            grid = (-(-grid[0] // 2), -(-grid[1] // 2))
-        if math.prod(grid) != num_tokens:
-            raise AiluRusError(f"no level of latents of {self.grid} has {num_tokens} tokens: give their grid=(H, W)")
-        return grid

@@ -1,167 +1,214 @@
-"""NetworkReducer: what is shared by the stacks of one network: its hooks, its assignments, and when to cluster.
+"""NetworkReducer: what the reduction of any network needs: its hooks, its clock, its assignments, its records.
 
-A forward of the network begins a run (store.py); the stacks (stacks.py) or the processor (processor.py) ask `assign` for
-the clusters of their grid; the end of the forward ends the run.
+`unet.py` and `transformer.py` derive from it. A forward of the network makes a ForwardState; the hooks around a stack, or
+the processors of its self-attention, ask `assign` for the clusters of their grid; the end of the forward drops the state.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 
 from ..clustering import ClusterFunction
-from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
-from ..errors import AiluRusError
-from ..grid_cache import grid_table
+from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
-from ..precision import without_autocast
 from ..status import Record
-from .backend import Call, Stack, pairs_halves, self_attentions
+from .backend import PLAIN_PROCESSORS, modules_of
+from .calls import NetworkCall, argument_names
+from .checkpointing import drop_state_in_checkpoints
+from .clock import Clock
+from .cluster_tokens import cluster_tokens
+from .forward_state import Clusters, Forwards, ForwardState, StackState
 from .frames import Frames, JointClusters
-from .store import AssignmentStore, Run, place_among
+from .networks import DiffusionNetwork
+from .processor import AiluRusProcessor, Assigned
+from .rebuildable import RebuildableProcessor
+from .stacks import AttentionLayer, Stack, find_stacks, self_attentions
 
 log = logging.getLogger(__name__)
 
-# Tokens are compared in this many random directions: distances survive that, and it costs a fifth of 320 channels.
-COMPARED_CHANNELS = 64
+# The attribute on a network that holds its reducer; gone again after `uninstall`.
+ATTRIBUTE = "_ailurus_reducer"
 
 
-@dataclass
-class Attending:
-    """A stack whose self-attention alone is reduced, and its grid."""
-
-    stack: Stack
-    grid: tuple[int, ...]
-
-
-@dataclass(eq=False)
 class NetworkReducer:
-    """Hooks on one network. `pipeline` knows the schedule and whether guidance is on; it may be gone, or never was.
+    """Reduces one network.
 
-    processor, previous_processors: with scope="attention", what self-attention runs on now, and what it ran on before.
-    last_levels: of each stack's grid, in the last forward.
+    Args:
+        network: the network.
+        declared: its declaration.
+        config: the settings.
+        clustering: what clusters its tokens.
+
+    Attributes:
+        records: what was done, by the names of the stacks.
+        processor: what self-attention runs on, where it runs on one of ours; `previous_processors` is what it ran on before.
+        last_levels: of each stack's grid, in the last forward.
+        left_whole: why stacks, by name, ran on all tokens in the last forward, where it was not for their size.
+        text_tokens: in joint attention, in the last forward; None elsewhere.
     """
 
-    network: nn.Module
-    config: AiluRusDiffusionConfig
-    stacks: list[Stack]
-    clustering: ClusterFunction
-    pipeline: ReferenceType | None = None
-    records: dict[str, Record] = field(default_factory=dict)
-    hooks: Hooks = field(default_factory=Hooks)
-    processor: Any = None
-    previous_processors: dict[str, Any] = field(default_factory=dict)
-    lost_processors: list[str] = field(default_factory=list)
-    last_levels: dict[str, int] = field(default_factory=dict)
-    said_nothing: bool = False
-
-    def __post_init__(self) -> None:
-        self.store = AssignmentStore(self.config)
-        self.call = Call(self.network)
+    def __init__(
+        self,
+        network: nn.Module,
+        declared: DiffusionNetwork,
+        config: AiluRusDiffusionConfig,
+        clustering: ClusterFunction,
+    ) -> None:
+        self.network, self.declared, self.config, self.clustering = network, declared, config, clustering
+        self.stacks = find_stacks(network)
         self.records = {stack.name: Record() for stack in self.stacks}
+        self.hooks, self.forwards = Hooks(), Forwards()
+        self.clock = Clock(config, type(network).__name__)
+        self.processor: Any = None
+        self.previous_processors: dict[str, Any] = {}
+        self.last_levels: dict[str, int] = {}
+        self.left_whole: dict[str, str] = {}
+        self.text_tokens: int | None = None
+        self._names = argument_names(network)
+        self._lost_processors: list[str] = []
+        self._said: set[str] = set()
         for stack in self.stacks:
             if self.first_reduced(stack) >= len(stack.blocks):
                 raise AiluRusError(
-                    f"cluster_location must be below the {len(stack.blocks)} blocks of {type(self.network).__name__}, "
-                    f"got {self.config.cluster_location}"
+                    f"cluster_location must be below the {len(stack.blocks)} blocks of {type(network).__name__}, "
+                    f"got {config.cluster_location}"
                 )
 
+    # On and off
+
     def install(self) -> None:
+        """Puts the hooks on the network; subclasses add those of its stacks."""
         self.hooks.pre_forward(self.network, self.begin)
-        self.hooks.post_forward(self.network, self.end)
+        self.hooks.post_forward(self.network, self.end, always_call=True)
+        log.debug("%s: %d stacks are reduced", type(self.network).__name__, len(self.stacks))
 
     def remove(self) -> None:
+        """Takes off hooks and processors; what somebody else has put there since stays."""
         self.hooks.remove()
-        if self.processor is not None:
-            lost = self.without_processor()
-            for name, layer in self_attentions(self.stacks).items():
-                # What somebody else has put there since stays.
-                if name not in lost:
-                    layer.set_processor(self.previous_processors[name])
+        drop_state_in_checkpoints(self.network)
+        for name, layer in self_attentions(self.stacks).items():
+            if name in self.previous_processors and self.owns(layer.processor):
+                layer.set_processor(self.previous_processors[name])
+        log.debug("%s: no longer reduced", type(self.network).__name__)
 
     def first_reduced(self, stack: Stack) -> int:
         """Which of its blocks is the first on representatives."""
         return 0 if stack.on_maps else self.config.cluster_location
 
-    def set_processor(self, processor: Any) -> None:
-        """Runs self-attention on one processor; `remove` puts back what was there."""
+    def set_processor(self, processor: Any, layers: Mapping[str, AttentionLayer]) -> None:
+        """Runs layers of self-attention on one processor; `remove` puts back what was there."""
         self.processor = processor
-        for name, layer in self_attentions(self.stacks).items():
+        for name, layer in layers.items():
             self.previous_processors[name] = layer.processor
             layer.set_processor(processor)
+
+    def reduce_self_attention(self) -> None:
+        """Runs self-attention on an AiluRusProcessor that asks this reducer for its clusters."""
+        layers = self_attentions(self.stacks)
+        known = {name: layer for name, layer in layers.items() if takes_mask(layer)}
+        others = sorted({type(layer.processor).__name__ for name, layer in layers.items() if name not in known})
+        if not known:
+            raise UnsupportedModelError(
+                f"self-attention of {type(self.network).__name__} runs on {', '.join(others)}, which AiluRus cannot stand in for"
+            )
+        if others:
+            self.say_once(
+                "%d self-attention layers run on all tokens: AiluRusProcessor cannot stand in for %s",
+                len(layers) - len(known),
+                ", ".join(others),
+            )
+        self.set_processor(AiluRusProcessor(source=SharedClusters(self)), known)
+
+    def owns(self, processor: Any) -> bool:
+        """Whether a processor asks this reducer for clusters: ours, one that its class made, or one that stands for it."""
+        processor = getattr(processor, "stands_for", processor)
+        return getattr(getattr(processor, "source", None), "reducer", None) is self
 
     def without_processor(self) -> list[str]:
         """Self-attention layers that run on something else by now."""
         return [
             name
             for name, layer in self_attentions(self.stacks).items()
-            if self.processor not in (layer.processor, getattr(layer.processor, "stands_for", None))
+            if name in self.previous_processors and not self.owns(layer.processor)
         ]
 
+    # A forward begins and ends
+
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = self.call.argument("cross_attention_kwargs", args, kwargs) or {}
-        for name in ("ip_adapter_masks", "gligen"):
-            if given.get(name) is not None:
-                raise AiluRusError(f"{name} in cross_attention_kwargs cannot follow merged tokens: call without them")
-        latents, compiling = self.call.latents(args, kwargs), torch.compiler.is_compiling()
-        timestep, pipeline = self._schedule(args, kwargs)
-        if not compiling and self.processor is not None:
+        """Before the network's forward."""
+        call = NetworkCall(self.network, self._names, args, kwargs)
+        self.refuse(call)
+        batch = call.latents.shape[0]
+        if self.config.share_cfg and batch % 2:
+            raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {batch} images")
+        if not torch.compiler.is_compiling():
             self._notice_lost_processors()
-        share = self.config.share_cfg
-        if share and latents.shape[0] % 2:
-            raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {latents.shape[0]} images")
-        if share is None:
-            share = latents.shape[0] % 2 == 0 and self._pairs_halves(pipeline, args, kwargs)
-        self.store.begin(max(latents.shape[-2:]), share, timestep, pipeline)
-
-    def _pairs_halves(self, pipeline: Any, args: tuple, kwargs: dict) -> bool:
-        return pairs_halves(pipeline, self.call, args, kwargs)
-
-    def _schedule(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-        """The timestep of this call, and the pipeline that makes it, None where it is not known."""
-        timestep = self.call.argument("timestep", args, kwargs)
-        # The compiler cannot follow the reference to a pipeline.
-        return timestep, None if torch.compiler.is_compiling() else self._pipeline_of(timestep)
-
-    def _pipeline_of(self, timestep: Any) -> Any:
-        """The pipeline, if it is the one that makes this call: another may have the same network."""
-        pipeline = None if self.pipeline is None else self.pipeline()
-        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-        return None if place_among(timesteps, timestep) is None else pipeline
+            self.left_whole.clear()
+        frames = frames_of(self.stacks[0])
+        tick = self.clock.tick(call, self.declared.guides_by_halves, None if frames is None else frames.numbers)
+        side = max(call.latents.shape[-2:])
+        self.forwards.begin(ForwardState(side, tick.reduce, tick.share_cfg, tick.assignments))
 
     def end(self, network: nn.Module, args: tuple, output: Any) -> None:
-        run = self.store.run
-        if run is not None and run.most_unreduced and not run.assignments and not torch.compiler.is_compiling():
-            self._say_that_nothing_was_reduced(run.most_unreduced)
-        self.store.end()
+        """After the network's forward, also where it raised; then there is no output."""
+        forward = self.forwards.end()
+        if torch.compiler.is_compiling():
+            return
+        if output is None:
+            self.clock.forget()
+        elif forward is not None and forward.most_unreduced and not forward.assignments:
+            self._say_that_nothing_was_reduced(forward.most_unreduced)
 
-    def num_clusters(self, run: Run, grid: tuple[int, ...]) -> int:
+    def refuse(self, call: NetworkCall) -> None:
+        """Raises AiluRusError on a call that cannot follow merged tokens, whatever is reduced in it."""
+
+    def running(self) -> ForwardState:
+        """The forward that this thread is in; raises AiluRusError where a part of the network is called on its own."""
+        forward = self.forwards.current
+        if forward is None:
+            raise AiluRusError(
+                f"a part of {type(self.network).__name__} was called outside a forward of the network, where AiluRus does not "
+                "know its tokens' grid: call the network, or remove_ailurus first"
+            )
+        return forward
+
+    # Clusters
+
+    def level_of(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
+        """How many times smaller a grid's sides are than the latents'."""
+        # Sides are halved and rounded up, so a level is known by its nearest power of two.
+        return int(2 ** round(math.log2(forward.latent_side / max(grid))))
+
+    def num_clusters(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
         """M for a grid in this forward; N where it runs unreduced."""
         num_tokens = math.prod(grid)
-        return self.config.clusters_for(num_tokens, level_of(run, grid)) if run.reduce else num_tokens
+        return self.config.clusters_for(num_tokens, self.level_of(forward, grid)) if forward.reduce else num_tokens
 
-    def assign(self, run: Run, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> TokenClusters | JointClusters:
-        """The run's clusters of a grid, made from Tensor[B, N, C] if it has none."""
+    def assign(self, forward: ForwardState, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> Clusters:
+        """The forward's clusters of a grid, made from Tensor[B, N, C] if it has none."""
         if tokens.shape[1] != math.prod(grid):
-            raise AiluRusError(f"grid {grid} has {math.prod(grid)} places, but there are {tokens.shape[1]} tokens")
-        frames, num_clusters = frames_of(stack), self.num_clusters(run, grid)
+            raise AiluRusError(f"grid {grid} has {math.prod(grid)} tokens, but there are {tokens.shape[1]}")
+        frames, num_clusters = frames_of(stack), self.num_clusters(forward, grid)
         own = stack.name if self.config.cluster_per == "stack" else ""
         key = grid, tokens.shape[0], None if frames is None else frames.numbers, own
-        clusters = run.assignments.get(key)
+        clusters = forward.assignments.get(key)
         made = clusters is None
         if clusters is None:
             if frames is not None and frames.all_joined and self.config.frames == "joint":
-                clusters = self._cluster_videos(frames, tokens, grid, num_clusters, run.share_cfg)
+                clusters = self._cluster_videos(frames, tokens, grid, num_clusters, forward.share_cfg)
             else:
-                clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, run.share_cfg)
-            run.assignments[key] = clusters
+                clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, forward.share_cfg)
+            forward.assignments[key] = clusters
+        if forward.recomputing:
+            return clusters
         record = self.records[stack.name]
         record.attended = 1 if frames is None else len(frames.sources[0])
         if isinstance(clusters, JointClusters):
@@ -173,7 +220,7 @@ class NetworkReducer:
     def _cluster_videos(
         self, frames: Frames, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool
     ) -> JointClusters:
-        """Clusters over space and time, as many a frame as there would be of each frame alone."""
+        """Clusters over space and time: `num_clusters` times the number of frames, for each video."""
         count, videos = frames.count, frames.videos(tokens.shape[0])
         if share_halves and videos % 2:
             raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {videos} videos of {count} frames")
@@ -182,34 +229,56 @@ class NetworkReducer:
             cluster_tokens(self.clustering, joined, (count, *grid), count * num_clusters, share_halves), count
         )
 
-    def assign_current(self, tokens: Tensor) -> TokenClusters | JointClusters | None:
-        """For the processor: clusters of the stack that is running, None where it runs unreduced."""
-        run = self.store.run
-        if run is None or not isinstance(run.current, Attending):
+    def assigned(self, tokens: Tensor) -> Assigned | None:
+        """For a layer of self-attention that gets Tensor[B, N, C]; None where it runs unreduced."""
+        forward = self.running()
+        running = forward.stack
+        if running is None or not running.reached or running.scope != "attention":
             return None
-        stack, grid = run.current.stack, run.current.grid
-        if self.num_clusters(run, grid) == math.prod(grid):
-            self.leave(run, stack, tokens.shape[1])
+        if self.num_clusters(forward, running.grid) == math.prod(running.grid):
+            self.leave(forward, running.stack, tokens.shape[1])
             return None
-        return self.assign(run, stack, grid, tokens)
+        clusters = self.assign(forward, running.stack, running.grid, tokens)
+        return Assigned(clusters, self.config.merges_queries(self.level_of(forward, running.grid)))
 
-    def merges_queries(self) -> bool:
-        """For the processor: whether the stack that is running asks for its clusters alone."""
-        run = self.store.run
-        assert run is not None and isinstance(run.current, Attending)
-        return self.config.merges_queries(level_of(run, run.current.grid))
+    def merged(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Tensor:
+        """The representatives of the tokens that a stack is about to run on."""
+        clusters = self.assign(forward, running.stack, running.grid, tokens)
+        representatives = clusters.merge(tokens)
+        running.clusters, running.kept, running.start = clusters, tokens, representatives
+        return representatives
 
-    def leave(self, run: Run, stack: Stack, num_tokens: int) -> None:
-        """A stack runs unreduced."""
+    def unmerged(self, running: StackState, representatives: Tensor) -> Tensor:
+        """All tokens after a stack: each adds what its representative gained."""
+        assert running.clusters is not None and running.kept is not None and running.start is not None
+        return running.kept + running.clusters.unmerge(representatives - running.start)
+
+    def leave(self, forward: ForwardState, stack: Stack, num_tokens: int, reason: str | None = None) -> None:
+        """A stack runs unreduced. reason: why, where it is not for the size of its grid."""
+        if forward.recomputing:
+            return
         record, frames = self.records[stack.name], frames_of(stack)
         record.attended = 1 if frames is None else len(frames.sources[0])
         record.unreduced(num_tokens)
-        if run.reduce:
-            run.most_unreduced = max(run.most_unreduced, num_tokens)
+        if torch.compiler.is_compiling():
+            return
+        if reason is not None:
+            self.left_whole[stack.name] = reason
+        elif forward.reduce:
+            forward.most_unreduced = max(forward.most_unreduced, num_tokens)
+
+    # What is said, once
+
+    def say_once(self, message: str, *args: Any) -> None:
+        """Logs a warning, once for each message."""
+        text = message % args
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s: %s", type(self.network).__name__, text)
 
     def _say_that_nothing_was_reduced(self, most: int) -> None:
-        if not self.said_nothing and self.config.keep_ratio != 1:
-            self.said_nothing = True
+        if self.config.keep_ratio != 1 and "nothing" not in self._said:
+            self._said.add("nothing")
             log.warning(
                 "%s ran on all tokens: its largest grid has %d of them, and those of fewer than min_tokens=%d, and "
                 "levels that keep_ratio leaves out, are left alone",
@@ -219,55 +288,58 @@ class NetworkReducer:
             )
 
     def _notice_lost_processors(self) -> None:
-        layers, lost = self_attentions(self.stacks), self.without_processor()
-        if lost and lost != self.lost_processors:
+        lost = self.without_processor() if self.processor is not None else []
+        if lost and lost != self._lost_processors:
+            layers = self_attentions(self.stacks)
             log.warning(
                 "%d of %d self-attention layers of %s no longer have the processor of apply_ailurus and run as they "
-                "are now: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace processors. Call "
-                "apply_ailurus again",
+                "are now, on %s: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace processors. "
+                "Call apply_ailurus again",
                 len(lost),
                 len(layers),
                 type(self.network).__name__,
+                ", ".join(sorted({type(layers[name].processor).__name__ for name in lost})),
             )
-        self.lost_processors = lost
+        self._lost_processors = lost
 
 
-def level_of(run: Run, grid: tuple[int, ...]) -> int:
-    """How many times smaller a grid's sides are than the latents'."""
-    # Sides are halved and rounded up, so a level is known by its nearest power of two.
-    return 2 ** round(math.log2(run.latent_side / max(grid)))
+@dataclass(eq=False)
+class SharedClusters:
+    """Where an AiluRusProcessor of `apply_ailurus` gets its clusters: those of the stack that is running."""
+
+    reducer: NetworkReducer
+
+    @property
+    def config(self) -> AiluRusDiffusionConfig:
+        return self.reducer.config
+
+    def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
+        return self.reducer.assigned(tokens)
+
+
+def key_bias(clusters: Clusters | None, tokens: Tensor) -> Tensor:
+    """Log counts as blocks take a bias on self-attention: Tensor[B, 1, M]."""
+    assert clusters is not None
+    return clusters.log_counts()[:, None, :].to(tokens.dtype)
+
+
+def takes_mask(layer: Any) -> bool:
+    """Whether a layer of self-attention is known to run the whole batch and to take a bias on its keys as a mask."""
+    return type(layer.processor) in PLAIN_PROCESSORS or isinstance(layer.processor, RebuildableProcessor)
+
+
+def reducers_of(target: Any) -> list[tuple[str, NetworkReducer]]:
+    """The reducers on `target` and its parts with their paths, each once."""
+    found = {
+        id(vars(module)[ATTRIBUTE]): (".".join(filter(None, (part, path))), vars(module)[ATTRIBUTE])
+        for part, root in modules_of(target)
+        for path, module in root.named_modules()
+        if ATTRIBUTE in vars(module)
+    }
+    return list(found.values())
 
 
 def frames_of(stack: Stack) -> Frames | None:
     """The frames that a batch holds, where the stack's self-attention runs on a CrossFrameProcessor."""
     layer = getattr(stack.blocks[0], "attn1", None)
     return getattr(getattr(layer, "processor", None), "frames", None)
-
-
-@torch.no_grad()
-def cluster_tokens(
-    clustering: ClusterFunction, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool = False
-) -> TokenClusters:
-    """Clusters of Tensor[B, N, C]; share_halves: both halves of the batch get those of their mean."""
-    features = tokens
-    if tokens.shape[2] > COMPARED_CHANNELS:
-        features = _projected(tokens.float())
-    if not share_halves:
-        return clustering(features, grid, num_clusters)
-    first, second = features.chunk(2)
-    shared = clustering((first + second) / 2, grid, num_clusters)
-    centers = None if shared.centers is None else shared.centers.repeat(2, 1)
-    return TokenClusters(shared.assignment.repeat(2, 1), centers, shared.counts.repeat(2, 1))
-
-
-@without_autocast
-def _projected(tokens: Tensor) -> Tensor:
-    """Tensor[B, N, C] in fewer channels, about as far from one another."""
-    return tokens @ directions(tokens.shape[2], COMPARED_CHANNELS, tokens.device)
-
-
-@grid_table
-def directions(channels: int, number: int, device: torch.device) -> Tensor:
-    """The same random directions in every process: Tensor[channels, number]."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(channels, number, generator=generator) / math.sqrt(number)).to(device)

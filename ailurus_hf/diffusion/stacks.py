@@ -1,181 +1,143 @@
-"""Stacks of transformer blocks on representatives: hooks around a stack, in one of two ways where its scope is "blocks".
-
-projections="all": tokens are merged before the first block and restored after the last; each token adds what its
-representative gained in between. projections="merged": the whole Transformer2DModel runs on the representatives, as
-on an image of one row, and each pixel adds what its representative gained.
-
-Self-attention gets the count bias through the blocks' own attention mask, so it runs on whatever processor is there.
-"""
+"""Stacks of transformer blocks: where they are in a network, and their layers of self-attention."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
-import torch
-from torch import Tensor, nn
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
 
-from ..clusters import TokenClusters
-from ..errors import AiluRusError
-from .backend import BLOCK_MASK_POSITION, Stack
-from .frames import JointClusters
-from .reducer import Attending, NetworkReducer, level_of
-from .store import Run
+from ..errors import UnsupportedModelError
+from .networks import DiffusionNetwork, declaration_of
 
 
-@dataclass
-class Merged:
-    """What a reduced stack carries from its first hook to its last.
+class AttentionLayer(Protocol):
+    """What diffusers' attention layers have in common."""
 
-    kept: what all N tokens keep, [B, N, C] or [B, C, H, W]. start: the representatives that the gain is counted from.
+    processor: Any
+
+    def set_processor(self, processor: Any) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Transformer blocks that follow one another on the tokens of one grid.
+
+    Args:
+        name: its path in the network.
+        module: what holds it: a Transformer2DModel, or the network itself.
+        blocks: its transformer blocks, and `block_names` their paths.
+        patch: how many rows and columns of the latents, or of the map that `module` gets, are one token.
+        mask_position: where `module.forward` takes its attention mask.
     """
 
-    clusters: TokenClusters | JointClusters
-    kept: Tensor
-    start: Tensor
-    bias: Tensor
-
-
-@dataclass
-class Arriving:
-    """A stack that is to be reduced and has not met the first block to be."""
-
-    grid: tuple[int, int]
-    scope: str
-
-
-class StackHooks:
-    """The hooks of one stack; they find the run of their thread through the reducer."""
-
-    def __init__(self, reducer: NetworkReducer, stack: Stack) -> None:
-        self.reducer, self.stack = reducer, stack
-
-    def install(self) -> None:
-        reducer, stack = self.reducer, self.stack
-        reducer.hooks.pre_forward(stack.module, self.arrive)
-        reduced = stack.blocks[reducer.first_reduced(stack) :]
-        if not reducer.config.has_scope("blocks"):
-            if not stack.on_maps:
-                reducer.hooks.pre_forward(reduced[0], self.merge_tokens)
-            return
-        if self._merges_maps:
-            reducer.hooks.post_forward(stack.module.norm, self.give_merged_map)  # type: ignore
-            reducer.hooks.post_forward(stack.module, self.restore_map)
-            return
-        reducer.hooks.pre_forward(reduced[0], self.merge_tokens)
-        for block in reduced:
-            reducer.hooks.pre_forward(block, self.add_bias)
-        # Prepended, so that hooks that were there before see all N tokens.
-        reducer.hooks.post_forward(stack.blocks[-1], self.restore_tokens, prepend=True)
+    name: str
+    module: nn.Module
+    blocks: list[nn.Module]
+    block_names: list[str]
+    patch: int
+    mask_position: int = 0
 
     @property
-    def _merges_maps(self) -> bool:
-        return self.stack.on_maps and self.reducer.config.projections == "merged"
+    def on_maps(self) -> bool:
+        """Whether it goes from a map to a map of the same size: normalized, projected, blocks, projected, added."""
+        return isinstance(self.module, Transformer2DModel) and bool(self.module.is_input_continuous)
 
-    def arrive(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        run = self.reducer.store.run
-        assert run is not None
-        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-        # Plain numbers also where torch.compile would keep sizes symbolic.
-        height, width = (int(side) // self.stack.patch for side in hidden_states.shape[-2:])
-        grid, run.current = (height, width), None
-        level = level_of(run, grid)
-        scope = self.reducer.config.scope_at(level)
-        if not torch.compiler.is_compiling():
-            self.reducer.last_levels[self.stack.name] = level
-        if scope == "attention":
-            # The processor asks for the clusters of the stack that is running.
-            run.current = Attending(self.stack, grid) if self.stack.on_maps else Arriving(grid, scope)
-            return None
-        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False) and not self._merges_maps:
-            raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
-        if self.reducer.num_clusters(run, grid) == height * width:
-            self.reducer.leave(run, self.stack, height * width)
-            return None
-        self._refuse_mask(args, kwargs, self.stack.mask_position)
-        if self._merges_maps:
-            return self._merge_map(run, grid, hidden_states, args, kwargs)
-        run.current = Arriving(grid, scope)
-        return None
+    @property
+    def norm(self) -> nn.Module:
+        """The first norm of a stack on maps."""
+        return self.module.get_submodule("norm")
 
-    # projections="all"
-
-    def merge_tokens(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        run = self.reducer.store.run
-        if run is None:
-            if not self.reducer.config.has_scope("blocks"):
-                return None
-            raise AiluRusError(
-                "a transformer block was called outside a forward of its network. Where blocks are compiled one by one, "
-                "compile the network instead, or use projections='merged'"
-            )
-        if not isinstance(run.current, Arriving):
-            return None
-        if run.current.scope == "attention":
-            run.current = Attending(self.stack, run.current.grid)
-            return None
-        tokens = args[0] if args else kwargs["hidden_states"]
-        clusters = self.reducer.assign(run, self.stack, run.current.grid, tokens)
-        merged = clusters.merge(tokens)
-        run.current = Merged(clusters, tokens, merged, _bias(clusters, tokens))
-        return with_argument(args, kwargs, 0, "hidden_states", merged)
-
-    def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        run = self.reducer.store.run
-        if run is None or not isinstance(run.current, Merged):
-            return None
-        return with_argument(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", run.current.bias)
-
-    def restore_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        run = self.reducer.store.run
-        if run is None or not isinstance(run.current, Merged):
-            return None
-        state, run.current = run.current, None
-        return state.kept + state.clusters.unmerge(output - state.start)
-
-    # projections="merged"
-
-    def _merge_map(
-        self, run: Run, grid: tuple[int, int], hidden_states: Tensor, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict]:
-        # Normalized over all pixels: statistics of the representatives would be others.
-        tokens = self.stack.module.norm(hidden_states).flatten(2).transpose(1, 2)  # type: ignore[operator]
-        clusters = self.reducer.assign(run, self.stack, grid, tokens)
-        merged = clusters.merge(tokens).transpose(1, 2).unsqueeze(2)
-        # The module adds its input to its output: from zeros, the output is the gain.
-        zeros = hidden_states.new_zeros(()).expand_as(merged)
-        run.current = Merged(clusters, hidden_states, merged, _bias(clusters, tokens))
-        args, kwargs = with_argument(args, kwargs, 0, "hidden_states", zeros)
-        return with_argument(args, kwargs, self.stack.mask_position, "attention_mask", run.current.bias)
-
-    def give_merged_map(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        run = self.reducer.store.run
-        return run.current.start if run is not None and isinstance(run.current, Merged) else None
-
-    def restore_map(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        run = self.reducer.store.run
-        if run is None or not isinstance(run.current, Merged):
-            return None
-        state, run.current = run.current, None
-        gained = state.clusters.unmerge(output[0].squeeze(2).transpose(1, 2))
-        restored = state.kept + gained.transpose(1, 2).reshape(state.kept.shape)
-        return (restored,) if isinstance(output, tuple) else type(output)(sample=restored)
-
-    # Both
-
-    def _refuse_mask(self, args: tuple, kwargs: dict, position: int) -> None:
-        given = args[position] if len(args) > position else kwargs.get("attention_mask")
-        if given is not None:
-            raise AiluRusError("an attention mask cannot follow merged tokens: call the network without one")
+    @property
+    def in_channels(self) -> int:
+        """Channels of the map that a stack on maps gets."""
+        return int(cast(Any, self.module).config.in_channels)
 
 
-def _bias(clusters: TokenClusters | JointClusters, tokens: Tensor) -> Tensor:
-    """Log counts as blocks take a bias on self-attention: Tensor[B, 1, M]."""
-    return clusters.log_counts()[:, None, :].to(tokens.dtype)
+# Where BasicTransformerBlock takes its attention mask.
+BLOCK_MASK_POSITION = list(inspect.signature(BasicTransformerBlock.forward).parameters).index("attention_mask") - 1
 
 
-def with_argument(args: tuple, kwargs: dict, position: int, name: str, value: Any) -> tuple[tuple, dict]:
-    """The arguments with one of them replaced, wherever it stood."""
-    if position < len(args):
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-    return args, {**kwargs, name: value}
+def find_stacks(network: nn.Module) -> list[Stack]:
+    """The stacks of a declared network whose blocks can be reduced; raises UnsupportedModelError where there is none."""
+    declared = declaration_of(network)
+    if declared is None:
+        raise UnsupportedModelError(f"{type(network).__name__} is not declared: see register_network")
+    stacks = _stacks_on_maps(network) if declared.layout == "maps" else [_stack_of_tokens(network, declared)]
+    stacks = [stack for stack in stacks if stack.blocks]
+    if not stacks:
+        raise UnsupportedModelError(
+            f"{type(network).__name__} has no transformer blocks with plain self-attention over image tokens "
+            "(blocks of cross-attention alone and of gated attention cannot be reduced)"
+        )
+    return stacks
+
+
+def _stacks_on_maps(network: nn.Module) -> list[Stack]:
+    stacks = []
+    for name, module in network.named_modules():
+        if not isinstance(module, Transformer2DModel) or getattr(module, "is_input_vectorized", False):
+            continue
+        holder: Any = module
+        blocks = list(holder.transformer_blocks)
+        if all(map(_is_plain, blocks)):
+            names = [f"transformer_blocks.{number}" for number in range(len(blocks))]
+            position = list(inspect.signature(type(module).forward).parameters).index("attention_mask") - 1
+            patch = 1 if holder.is_input_continuous else int(holder.config.patch_size)
+            stacks.append(Stack(name, module, blocks, names, patch, position))
+    return stacks
+
+
+def _stack_of_tokens(network: nn.Module, declared: DiffusionNetwork) -> Stack:
+    found = {
+        f"{path}.{number}": block
+        for path in declared.blocks
+        for number, block in enumerate(cast(nn.ModuleList, network.get_submodule(path)))
+    }
+    patch = declared.patch
+    if patch is None:
+        size: Any = cast(Any, network).config.patch_size
+        patch = int(size if isinstance(size, int) else size[-1])
+    blocks = list(found.values())
+    if any(isinstance(block, BasicTransformerBlock) and not _is_plain(block) for block in blocks):
+        blocks = []
+    return Stack("", network, blocks, list(found), patch)
+
+
+def _is_plain(block: nn.Module) -> bool:
+    return (
+        isinstance(block, BasicTransformerBlock)
+        and not block.only_cross_attention
+        and not block.double_self_attention
+        and block.pos_embed is None
+        and not hasattr(block, "fuser")
+    )
+
+
+def self_attentions(stacks: Iterable[Stack]) -> dict[str, AttentionLayer]:
+    """The self-attention layers of stacks, by path."""
+    return {
+        f"{stack.name}.{block_name}.{name}".lstrip("."): getattr(block, name)
+        for stack in stacks
+        for block_name, block in zip(stack.block_names, stack.blocks)
+        for name in _attention_names(block)
+    }
+
+
+def _attention_names(block: nn.Module) -> tuple[str, ...]:
+    """`attn1` beside cross-attention in `attn2`; or joint attention in `attn`, and the image's alone in `attn2` (SD3.5)."""
+    names = ("attn1",) if hasattr(block, "attn1") else ("attn", "attn2")
+    return tuple(name for name in names if getattr(block, name, None) is not None)
+
+
+def convolution_norms(network: nn.Module) -> list[nn.GroupNorm]:
+    """The group norms around a network's convolutions: of its ResNet blocks, and before its last convolution."""
+    blocks: list[Any] = [module for module in network.modules() if isinstance(module, ResnetBlock2D)]
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
+    norms.append(getattr(network, "conv_norm_out", None))
+    return [norm for norm in norms if isinstance(norm, nn.GroupNorm)]

@@ -1,8 +1,4 @@
-"""Wan's video transformer on representatives: its tokens are frames, rows and columns, and attend to all of them.
-
-As in joint.py, with other embeddings and no text in self-attention: tokens are clustered over space and time, and a
-representative is rotated by its cluster's mean frame, row and column.
-"""
+"""Wan's video transformer: its tokens are frames, rows and columns, attend to all of them, and are rotated by all three."""
 
 from __future__ import annotations
 
@@ -13,55 +9,36 @@ from torch import Tensor
 
 from ..clusters import TokenClusters
 from ..errors import AiluRusError
-from .backend import WAN_PROCESSORS, wan_block_flops
-from .joint import Arriving, JointProcessor, JointReducer, Rotary
+from .calls import NetworkCall
+from .joint import JointProcessor
+from .rotary import Rotary
 
 
-class WanReducer(JointReducer):
-    """What reduces one Wan transformer."""
+def rotary_of_centroids(call: NetworkCall, clusters: TokenClusters, grid: tuple[int, ...]) -> Rotary:
+    """cos and sin at each cluster's mean frame, row and column, Tensor[B, M, D] each."""
+    rope: Any = call.network.rope
+    device = clusters.assignment.device
+    # Asked for two positions a side, the last token is at position 1 of each. Its angles are at most 1, so cosine and sine
+    # tell them; those of position p are p times as much.
+    cos, sin = rope(torch.empty((1, 1, *(2 * size for size in rope.patch_size)), device=device))
+    step = torch.atan2(sin[0, -1, 0], cos[0, -1, 0])
+    widths = (rope.t_dim, rope.h_dim, rope.w_dim)
+    along = [
+        position.expand(-1, -1, width)
+        for position, width in zip(clusters.centroids(grid).split(1, -1), widths, strict=True)
+    ]
+    angles = torch.cat(along, -1) * step
+    return angles.cos(), angles.sin()
 
-    KWARGS = "attention_kwargs"
-    PROCESSORS = WAN_PROCESSORS
-    block_flops = staticmethod(wan_block_flops)
 
-    def _new_processor(self) -> JointProcessor:
-        return WanProcessor(self)
-
-    def _pairs_halves(self, pipeline: Any, args: tuple, kwargs: dict) -> bool:
-        # Guidance calls the network twice.
-        return False
-
-    def _grid(self, latents: Tensor, ids: Any, given: Any) -> tuple[int, ...]:
-        patch = self.network.config.patch_size  # type: ignore[union-attr]
-        grid = tuple(int(side) // int(size) for side, size in zip(latents.shape[-3:], patch))  # type: ignore[arg-type]
-        if given is not None and tuple(given) != grid:
-            raise AiluRusError(f"grid in attention_kwargs must be {grid}, got {tuple(given)}")
-        return grid
-
-    def _refuse_what_cannot_follow(self, given: dict, args: tuple, kwargs: dict) -> None:
-        timestep = self.call.argument("timestep", args, kwargs)
-        if isinstance(timestep, Tensor) and timestep.ndim > 1:
-            raise AiluRusError(
-                f"a timestep for each token, {tuple(timestep.shape)}, cannot follow merged tokens: give one a video, "
-                f"({timestep.shape[0]},), as Wan 2.1 and the 14B models of Wan 2.2 take it"
-            )
-        super()._refuse_what_cannot_follow(given, args, kwargs)
-
-    def _rotary(self, clusters: TokenClusters, arriving: Arriving) -> Rotary:
-        """cos and sin at each cluster's mean frame, row and column, Tensor[B, M, D] each."""
-        rope: Any = self.network.rope
-        device = clusters.assignment.device
-        # Asked for two places a side, the last token is at place 1 of each. Its angles are at most 1, so cosine and sine
-        # tell them; those of place p are p times as much.
-        cos, sin = rope(torch.empty((1, 1, *(2 * size for size in rope.patch_size)), device=device))
-        step = torch.atan2(sin[0, -1, 0], cos[0, -1, 0])
-        widths = (rope.t_dim, rope.h_dim, rope.w_dim)
-        along = [
-            place.expand(-1, -1, width)
-            for place, width in zip(clusters.centroids(arriving.grid).split(1, -1), widths, strict=True)
-        ]
-        angles = torch.cat(along, -1) * step
-        return angles.cos(), angles.sin()
+def refuse_timesteps_of_tokens(call: NetworkCall) -> None:
+    """Raises AiluRusError where each token has a timestep of its own."""
+    timestep = call.argument("timestep")
+    if isinstance(timestep, Tensor) and timestep.ndim > 1:
+        raise AiluRusError(
+            f"a timestep for each token, {tuple(timestep.shape)}, cannot follow merged tokens: give one a video, "
+            f"({timestep.shape[0]},), as Wan 2.1 and the 14B models of Wan 2.2 take it"
+        )
 
 
 class WanProcessor(JointProcessor):
@@ -76,7 +53,7 @@ class WanProcessor(JointProcessor):
         image_rotary_emb: Rotary | None = None,
         grid: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """image_rotary_emb: Tensor[1, N, 1, D] twice, given by its place."""
+        """image_rotary_emb: Tensor[1, N, 1, D] twice, given by its position."""
         rotary = None if image_rotary_emb is None else (image_rotary_emb[0].squeeze(2), image_rotary_emb[1].squeeze(2))
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ailurus_hf.clustering import get_clustering
 from ailurus_hf.diffusion.apply import reducers_of
-from ailurus_hf.diffusion.reducer import cluster_tokens
+from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
 
 from ..harness import environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
 from ..methods.diffusion import METHODS, OURS, switch_on

@@ -23,8 +23,8 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DCondi
 from torch import Tensor
 
 from ailurus_hf import apply_ailurus, remove_ailurus
-from ailurus_hf.diffusion.backend import find_stacks, self_attentions
 from ailurus_hf.diffusion.frames import Frames
+from ailurus_hf.diffusion.stacks import find_stacks, self_attentions
 from ailurus_hf.pipelines import ControlVideoPipeline
 
 from ..harness import environment, log, markdown, methods_in_turn, model_flops, peak_on_shapes, save, switched

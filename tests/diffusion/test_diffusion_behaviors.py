@@ -12,6 +12,7 @@ from traces import traces
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, Level, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import local_kmeans
 from ailurus_hf.diffusion.apply import install, reducers_of
+from ailurus_hf.diffusion.forward_state import ForwardState
 
 
 @on_every_network
@@ -77,9 +78,9 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
             return stack.module(doubled, encoder_hidden_states=text_of(network), return_dict=False)[0]
 
     for stack in reducer.stacks:
-        reducer.store.begin(max(LATENTS), False, 5, None)
+        reducer.forwards.begin(ForwardState(max(LATENTS), True, False, {}))
         reduced[stack.name] = run(stack)
-        reducer.store.end()
+        reducer.forwards.end()
     assert all(p.num_tokens == 4 * p.num_clusters for p in ailurus_status(network).locations)
     remove_ailurus(network)
     for stack in reducer.stacks:

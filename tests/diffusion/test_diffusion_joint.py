@@ -18,7 +18,7 @@ from ailurus_hf import (
     remove_ailurus,
 )
 from ailurus_hf.clusters import TokenClusters
-from ailurus_hf.diffusion import joint
+from ailurus_hf.diffusion import grids
 from ailurus_hf.diffusion.apply import install, reducers_of
 from benchmarks.harness import model_flops
 
@@ -114,8 +114,8 @@ def test_attention_merges_what_was_rotated(reduce):
 
 
 def test_ids_are_read_once_for_a_tensor(monkeypatch):
-    read, reads = joint.grid_from_ids, []
-    monkeypatch.setattr(joint, "grid_from_ids", lambda ids: [reads.append(1), read(ids)][1])
+    read, reads = grids.grid_from_ids, []
+    monkeypatch.setattr(grids, "grid_from_ids", lambda ids: [reads.append(1), read(ids)][1])
     network = apply_ailurus(make_network("Flux"), **SETTINGS)
     tokens, ids = packed(sample("Flux"))
     for _ in range(3):
@@ -136,7 +136,7 @@ def test_ids_are_read_once_for_a_tensor(monkeypatch):
 def test_half_precision_ids_and_ids_of_several_images():
     # Above 256, bf16 knows no odd numbers.
     rows, columns = torch.arange(2.0), torch.arange(300.0)
-    assert joint.grid_from_ids(torch.cartesian_prod(torch.zeros(1), rows, columns).bfloat16()) == (2, 300)
+    assert grids.grid_from_ids(torch.cartesian_prod(torch.zeros(1), rows, columns).bfloat16()) == (2, 300)
     network = apply_ailurus(make_network("Flux"), **SETTINGS)
     tokens, ids = packed(sample("Flux"))
     for other in (torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, 0])):
@@ -273,7 +273,7 @@ def test_flops_are_those_that_torch_counts(name):
         x = latents((4, 1, *size) if name == "Wan" else (4, *size), batch=1)
         counted.append(model_flops(lambda x=x: predict(network, name, x)))
         tokens = size[0] * size[1] // 4
-        known.append(sum(reducer.block_flops(block, tokens, tokens, tokens, 5) for block in blocks))
+        known.append(sum(reducer.declared.flops(block, tokens, tokens, tokens, 1, 5) for block in blocks))
     # What is left is constant, but for the maps into and out of 16 channels.
     width = 32 if name == "Wan" else 16
     assert counted[1] - counted[0] == known[1] - known[0] + 72 * 4 * 16 * width

@@ -7,7 +7,7 @@ from diffusion_models import NETWORKS, SETTINGS, latents, make_network, make_vae
 from diffusion_ways import in_both_scopes, on_both, sample
 
 from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
-from ailurus_hf.diffusion import backend
+from ailurus_hf.diffusion import backend, denoising
 from ailurus_hf.diffusion.apply import reducers_of
 
 # Whole generations
@@ -82,17 +82,28 @@ def test_another_caller_of_the_same_flux_has_its_own_steps():
         generate(pipe, callback_on_step_end=stop)
     before = ailurus_status(pipe).locations[0].clusterings
     tokens, ids = packed(latents((4, 16, 24), batch=1))
-    for timestep in (0.9, 0.6, 0.3, 0.1):
-        with torch.no_grad():
-            pipe.transformer(tokens, timestep=torch.tensor([timestep]), img_ids=ids, **NETWORKS["Flux"].conditions(1))
+
+    def loop():
+        for timestep in (0.9, 0.6, 0.3, 0.1):
+            with torch.no_grad():
+                pipe.transformer(
+                    tokens, timestep=torch.tensor([timestep]), img_ids=ids, **NETWORKS["Flux"].conditions(1)
+                )
+
+    with denoising(pipe):
+        loop()
     assert ailurus_status(pipe).locations[0].clusterings - before == 2
+    loop()
+    assert ailurus_status(pipe).locations[0].clusterings - before == 2 + 4
 
 
 def test_halves_share_one_assignment_and_guidance_by_skipped_layers_has_none():
     pipe, shared = apply_ailurus(make_pipeline("SD3"), **SETTINGS), []
     reducer = reducers_of(pipe)[0][1]
     pipe.transformer.register_forward_hook(
-        lambda *_: shared.append([reducer.store.run.share_cfg, len(reducer.records[""].last_clusters.assignment)]),
+        lambda *_: shared.append(
+            [reducer.forwards.current.share_cfg, len(reducer.records[""].last_clusters.assignment)]
+        ),
         prepend=True,
     )
     inputs = {name: torch.cat([text(1), text(1, 5)]) for name in ("prompt_embeds", "negative_prompt_embeds")}

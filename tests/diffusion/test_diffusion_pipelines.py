@@ -91,18 +91,6 @@ def test_first_and_last_steps_run_on_all_tokens():
         assert seen == [96, 96, 24, 24, 96]
 
 
-def test_a_network_alone_tells_a_new_image_by_its_timestep():
-    network = apply_ailurus(make_network("UNet"), **SETTINGS, refresh_every=2, unreduced_first_steps=1)
-    location = lambda: ailurus_status(network).locations[0]  # noqa: E731
-    with torch.no_grad():
-        for image in (1, 2):
-            for timestep in (900, torch.tensor(700), torch.tensor([500]), 300, 100):
-                network(torch.ones(1, 4, *LATENTS), timestep, text(1))
-            assert location().forwards == 5 * image
-            assert location().clusterings == 2 * image  # the first runs unreduced, then 2 and 2 steps
-    assert location().num_clusters == 24
-
-
 def test_guidance_shares_assignments_where_the_pipeline_says_so():
     # At the first stack both halves still are the same image; at the second resolution the text has had its say.
     def assignment(pipe):

@@ -74,9 +74,9 @@ def test_whatever_is_not_merged_is_exact(fields):
 def test_grids_are_inferred_given_or_refused():
     attn = layer()
     square, given = AiluRusProcessor(min_tokens=1), AiluRusProcessor(grid=(9, 14), min_tokens=1)
-    assert square._grid(64) == (8, 8)
+    assert square.source.grid_of(64) == (8, 8)
     for grid in ((9, 14), (5, 7), (3, 4), (2, 2)):
-        assert given._grid(grid[0] * grid[1]) == grid
+        assert given.source.grid_of(grid[0] * grid[1]) == grid
     with pytest.raises(AiluRusError, match=r"96 tokens are no square: give grid=\(H, W\)"):
         call(attn, square, torch.randn(1, 96, 32))
     for wrong in (96, 36, 200):

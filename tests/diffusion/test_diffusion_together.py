@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import T2IAdapter
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusion_models import LATENTS, SETTINGS, TEXT, generate, text
 from diffusion_pipelines import PICTURE, ours, text_to_image
 
@@ -72,18 +73,26 @@ def test_an_image_prompt_loaded_after_is_noticed(scope, caplog):
     inputs = {"ip_adapter_image_embeds": [torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(0))]}
     with caplog.at_level(logging.WARNING, "ailurus_hf"):
         reduced = generate(pipe, **inputs)
-    if scope == "blocks":
-        # Blocks run on representatives whatever their processors are.
-        assert not ours(caplog)
-        assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).locations)
-        assert (reduced - generate(remove_ailurus(pipe), **inputs)).abs().max() > 1e-3
-    else:
-        assert "7 of 7 self-attention layers" in caplog.text and "apply_ailurus again" in caplog.text
-        assert len(ours(caplog)) == 1
-        assert all(p.restored == "processor lost" for p in ailurus_status(pipe).locations)
-        apply_ailurus(pipe, **SETTINGS, scope=scope)
-        assert not torch.equal(generate(pipe, **inputs), reduced)
-        assert all(p.restored != "processor lost" for p in ailurus_status(pipe).locations)
+    # Blocks run on representatives whatever their processors are, and processors rebuilt by their class keep theirs.
+    assert not ours(caplog)
+    assert all(p.num_clusters == p.num_tokens // 4 for p in ailurus_status(pipe).locations)
+    assert torch.equal(generate(apply_ailurus(pipe, **SETTINGS, scope=scope), **inputs), reduced)
+    assert (reduced - generate(remove_ailurus(pipe), **inputs)).abs().max() > 1e-3
+    assert not any("AiluRus" in type(p).__name__ for p in pipe.unet.attn_processors.values())
+
+
+def test_processors_replaced_by_others_are_noticed(caplog):
+    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, scope="attention")
+    reduced = generate(pipe)
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    with caplog.at_level(logging.WARNING, "ailurus_hf"):
+        generate(pipe)
+        generate(pipe)
+    assert "7 of 7 self-attention layers" in caplog.text and "apply_ailurus again" in caplog.text
+    assert "AttnProcessor2_0" in caplog.text and len(ours(caplog)) == 1
+    assert all(p.restored == "processor lost" for p in ailurus_status(pipe).locations)
+    assert torch.equal(generate(apply_ailurus(pipe, **SETTINGS, scope="attention")), reduced)
+    assert all(p.restored != "processor lost" for p in ailurus_status(pipe).locations)
 
 
 OTHER_SAVINGS = {

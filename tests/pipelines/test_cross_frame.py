@@ -9,8 +9,10 @@ from traces import traces
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import DensityPeaks, local_kmeans
 from ailurus_hf.diffusion.apply import reducers_of
-from ailurus_hf.diffusion.backend import convolution_norms, find_stacks
+from ailurus_hf.diffusion.forward_state import ForwardState
 from ailurus_hf.diffusion.frames import MODES, Frames, JointClusters
+from ailurus_hf.diffusion.processor import Assigned
+from ailurus_hf.diffusion.stacks import convolution_norms, find_stacks
 from ailurus_hf.pipelines.controlvideo.cross_frame import CrossFrameAttention, CrossFrameProcessor
 from ailurus_hf.pipelines.controlvideo.shared_norm import SharedGroupNorm
 
@@ -167,11 +169,11 @@ def stack_outputs(network, inputs, mode="full"):
     with CrossFrameAttention(network, Frames.attending(mode, range(COUNT))), torch.no_grad():
         for stack in find_stacks(network):
             if reducers:
-                reducers[0][1].store.begin(max(LATENTS), False, 5, None)
+                reducers[0][1].forwards.begin(ForwardState(max(LATENTS), True, False, {}))
             x = inputs(stack.module.config.in_channels)
             out[stack.name] = stack.module(x, encoder_hidden_states=text(1).repeat(COUNT, 1, 1), return_dict=False)[0]
             if reducers:
-                reducers[0][1].store.end()
+                reducers[0][1].forwards.end()
     return out
 
 
@@ -226,7 +228,7 @@ def test_joint_clusters_are_the_joint_softmax_over_representatives():
         merged = clusters.clusters.merge(tokens.view(2, -1, 16))
         want = clusters.clusters.unmerge(by_hand(attn, merged, "own", 1, clusters.clusters.counts)).view_as(tokens)
         reducing = CrossFrameProcessor(Frames.attending("full", range(COUNT)))
-        reducing.assign = lambda _: clusters
+        reducing.source.assigned = lambda layer, tokens: Assigned(clusters, True)
         torch.testing.assert_close(reducing(attn, tokens), want, rtol=1e-4, atol=1e-5)
 
 

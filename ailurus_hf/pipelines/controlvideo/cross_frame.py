@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...clusters import TokenClusters
-from ...diffusion.backend import attend, find_stacks, self_attentions
+from ...config import AiluRusDiffusionConfig
+from ...diffusion.backend import attend
 from ...diffusion.frames import Frames, JointClusters
 from ...diffusion.processor import AiluRusProcessor
+from ...diffusion.stacks import find_stacks, self_attentions
 from ...errors import AiluRusError
 
 
@@ -37,10 +39,7 @@ class CrossFrameProcessor(AiluRusProcessor):
         frames_at_once: int | None = None,
         stands_for: AiluRusProcessor | None = None,
     ) -> None:
-        super().__init__(
-            assign=_no_clusters if stands_for is None else stands_for.assign,
-            merges_queries=None if stands_for is None else stands_for.merges_queries,
-        )
+        super().__init__(source=NoClusters() if stands_for is None else stands_for.source)
         if frames_at_once is not None and frames_at_once < 1:
             raise AiluRusError(f"frames_at_once must be at least 1, got {frames_at_once}")
         self.frames = frames or Frames.attending("own", [0])
@@ -74,8 +73,13 @@ class CrossFrameProcessor(AiluRusProcessor):
         return self._output(attn, out)
 
 
-def _no_clusters(tokens: Tensor) -> None:
-    return None
+class NoClusters:
+    """Leaves every layer as it is."""
+
+    config = AiluRusDiffusionConfig(scope="attention")
+
+    def assigned(self, layer: nn.Module, tokens: Tensor) -> None:
+        return None
 
 
 def attend_frames(

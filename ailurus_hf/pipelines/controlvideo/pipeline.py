@@ -27,8 +27,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ailurus_hf.diffusion.backend import find_networks
 from ailurus_hf.diffusion.frames import Frames
+from ailurus_hf.diffusion.networks import find_networks
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.pipelines.controlvideo.cross_frame import CrossFrameAttention
 from ailurus_hf.pipelines.controlvideo.key_frames import parts_of

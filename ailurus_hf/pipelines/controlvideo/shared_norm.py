@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ...diffusion.backend import convolution_norms
 from ...diffusion.frames import Frames
+from ...diffusion.stacks import convolution_norms
 from ...hooks import Hooks
 
 

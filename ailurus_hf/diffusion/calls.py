@@ -1,0 +1,94 @@
+"""One call of a network, its arguments by name; and which pipeline makes it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+# Code between a pipeline and the network that it calls.
+PLUMBING = ("torch", "accelerate", "peft", "diffusers.hooks", "diffusers.models", "ailurus_hf.diffusion")
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<genexpr>")
+
+
+@dataclass(eq=False)
+class NetworkCall:
+    """The arguments of one call of a network's forward, given in whatever way."""
+
+    network: nn.Module
+    names: list[str]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def argument(self, name: str) -> Any:
+        """An argument by name, None where it was not given or does not exist."""
+        if name in self.kwargs or name not in self.names:
+            return self.kwargs.get(name)
+        position = self.names.index(name)
+        return self.args[position] if position < len(self.args) else None
+
+    @property
+    def latents(self) -> Tensor:
+        """What the network is called with, Tensor[B, C, H, W], [B, C, F, H, W] or packed [B, N, C]."""
+        value: Tensor = self.argument(self.names[0])
+        return value
+
+
+def argument_names(network: nn.Module) -> list[str]:
+    """The names of a forward's arguments, in order."""
+    # Of the class: offloading puts a forward of its own on the instance.
+    return list(inspect.signature(type(network).forward).parameters)[1:]
+
+
+def with_argument(args: tuple, kwargs: dict, position: int, name: str, value: Any) -> tuple[tuple, dict]:
+    """The arguments with one of them replaced, wherever it stood."""
+    if position < len(args):
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def calling_pipeline() -> DiffusionPipeline | None:
+    """The pipeline whose code called the network that is running in this thread, None where other code did.
+
+    Read from the call stack: what a pipeline keeps about its guidance and its scheduler outlives its generation, and other
+    pipelines and loops may use the same network and the same scheduler.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not _is_plumbing(frame):
+            # The callers of a method that a pipeline inherits from outside diffusers are no pipelines either.
+            owner = _first_argument(frame)
+            if isinstance(owner, DiffusionPipeline):
+                return owner
+            if not isinstance(owner, nn.Module):
+                return None
+        frame = frame.f_back
+    return None
+
+
+def _is_plumbing(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", ""))
+    return frame.f_code.co_name in COMPREHENSIONS or any(
+        module == name or module.startswith(f"{name}.") for name in PLUMBING
+    )
+
+
+def _first_argument(frame: FrameType) -> Any:
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def guides_by_halves(pipeline: Any, call: NetworkCall) -> bool:
+    """Whether a pipeline says that its batches are two halves, without and with the prompt, of the same latents."""
+    if not getattr(pipeline, "do_classifier_free_guidance", False) or call.argument("guess_mode"):
+        return False
+    # These have a third part.
+    perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
+    # Stable Diffusion 3 guides by a call of its own that skips layers, of one half.
+    skips = call.argument("skip_layers") is not None
+    return not perturbed and not skips and not hasattr(pipeline, "image_guidance_scale")

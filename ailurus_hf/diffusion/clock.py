@@ -1,0 +1,299 @@
+"""The clock: at which denoising step of which picture a network is called, and which assignments it may therefore use.
+
+Where a step is read from, the surest first: what the user said (`denoising`), the scheduler of the pipeline that makes the
+call, the cache context of diffusers, where one is set. Where none of them knows, assignments are not used again, and
+whether the first steps of a picture are over is told by the timesteps, which rise or fall in one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AiluRusDiffusionConfig
+from ..errors import AiluRusError
+from ..per_thread import PerThread
+from .calls import NetworkCall, calling_pipeline, guides_by_halves
+from .forward_state import Assignments
+
+log = logging.getLogger(__name__)
+
+# Which of several calls in one step: the shape of the latents, and which frames of a video they are.
+Part = tuple[tuple[int, ...], tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What the clock says of one call.
+
+    Args:
+        reduce: False in a step that runs on all tokens.
+        share_cfg: whether the batch is two halves of the same latents.
+        assignments: those that the call may use and adds to.
+    """
+
+    reduce: bool
+    share_cfg: bool
+    assignments: Assignments
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step of a schedule: its number, 0 the first, and the timesteps of the generation, None where they are not known."""
+
+    number: int
+    schedule: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Generation:
+    """Where one thread stands in the denoising of one picture or batch.
+
+    Args:
+        schedule: the timesteps of the scheduler; every generation makes its own.
+        scheduler: the one that the user gave.
+        given: whether the user says where the generation begins and ends.
+        known: whether the number of the step is known, or only told by whether timesteps rise or fall.
+        step: the number of the step.
+        refreshed_at: the step that the assignments are of.
+        timestep: the last one, where no schedule has it. rises: whether they rise, as in an inversion.
+        calls: the latents that each part was called with in this step.
+        alone: whether each part was called with one tensor a step, and so for one picture.
+        halves: whether a batch of so many is two halves of the same latents.
+    """
+
+    schedule: Tensor | None = None
+    scheduler: Any = None
+    given: bool = False
+    known: bool = True
+    step: int = 0
+    refreshed_at: int = 0
+    timestep: float | None = None
+    rises: bool | None = None
+    assignments: Assignments = field(default_factory=dict)
+    calls: dict[Part, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
+    alone: bool = True
+    halves: dict[Part, bool] = field(default_factory=dict)
+
+    def move_to(self, step: int) -> None:
+        """Another step, or the same one."""
+        if step != self.step:
+            self.step = step
+            self.calls.clear()
+
+    def note(self, part: Part, latents: Tensor) -> None:
+        """A call of this step; two for one part that differ are of different pictures, such as tiles."""
+        version = 0 if latents.is_inference() else latents._version
+        before = self.calls.setdefault(part, (ref(latents), version))
+        self.alone &= before[0]() is latents and before[1] == version
+
+
+class Clock:
+    """The clock of one network; each thread has its own generation."""
+
+    def __init__(self, config: AiluRusDiffusionConfig, name: str) -> None:
+        self.config, self.name = config, name
+        self._generations: PerThread[Generation] = PerThread()
+        self._warned = False
+
+    def tick(self, call: NetworkCall, by_halves: bool, frames: tuple[int, ...] | None) -> Tick:
+        """Moves this thread's generation to the step of a call.
+
+        Args:
+            by_halves: whether pipelines guide this kind of network by batches of two halves.
+            frames: the numbers of the frames of a video that the batch is.
+
+        Raises AiluRusError where steps at the end shall run on all tokens, and how many there are is not known.
+        """
+        config = self.config
+        if torch.compiler.is_compiling():
+            if config.unreduced_first_steps or config.unreduced_last_steps:
+                raise AiluRusError("a compiled network does not count steps: leave none of them unreduced")
+            return Tick(True, bool(config.share_cfg), {})
+        may_pair = config.share_cfg is None and by_halves and call.latents.shape[0] % 2 == 0
+        if not config.counts_steps and not may_pair:
+            return Tick(True, bool(config.share_cfg), {})
+        pipeline = calling_pipeline()
+        generation = self._generation(call, pipeline)
+        part = tuple(call.latents.shape), frames
+        share = bool(config.share_cfg)
+        if may_pair and generation is not None and guides_by_halves(pipeline, call):
+            share = self._are_halves(generation, part, call.latents)
+        if not config.counts_steps:
+            return Tick(True, share, {})
+        return Tick(self._reduces(generation), share, self._assignments(generation, part, call.latents))
+
+    @contextmanager
+    def generation(self, scheduler: Any) -> Iterator[None]:
+        """All calls of this thread within are of one picture or batch."""
+        before = self._generations.get()
+        self._generations.set(Generation(scheduler=scheduler, given=True))
+        try:
+            yield
+        finally:
+            self._generations.pop()
+            if before is not None:
+                self._generations.set(before)
+
+    def forget(self) -> None:
+        """A forward broke off: what it has clustered is not used again."""
+        generation = self._generations.get()
+        if generation is not None:
+            generation.assignments = {}
+
+    def _generation(self, call: NetworkCall, pipeline: Any) -> Generation | None:
+        """This thread's generation, moved to the step of this call, or a new one; None where nothing is known."""
+        timestep, state = call.argument("timestep"), self._generations.get()
+        if state is not None and state.given:
+            self._move_given(state, timestep)
+            return state
+        step = _step_of_pipeline(pipeline, timestep, call.network)
+        if step is not None:
+            if state is None or state.schedule is not step.schedule or step.number < state.step:
+                known = step.schedule is not None
+                state = Generation(step.schedule, known=known, step=step.number, refreshed_at=step.number)
+            state.move_to(step.number)
+        elif self.config.unreduced_first_steps:
+            state = _told_by_timesteps(state, _value_of(timestep))
+        else:
+            return None
+        self._generations.set(state)
+        return state
+
+    def _move_given(self, state: Generation, timestep: Any) -> None:
+        step = None if state.scheduler is None else _step_of(state.scheduler, timestep)
+        if step is not None:
+            state.schedule = step.schedule
+            state.move_to(step.number)
+            return
+        value = _value_of(timestep)
+        if state.timestep is not None and value != state.timestep:
+            state.move_to(state.step + 1)
+        state.timestep = value
+
+    def _reduces(self, generation: Generation | None) -> bool:
+        last = self.config.unreduced_last_steps
+        step = 0 if generation is None else generation.step
+        if last:
+            if generation is None or generation.schedule is None:
+                raise AiluRusError(
+                    f"unreduced_last_steps={last} cannot be found: the timestep is none of those of the scheduler of a "
+                    "pipeline that makes this call. In a loop of your own: with denoising(network, scheduler)"
+                )
+            if step >= len(generation.schedule) - last:
+                return False
+        return step >= self.config.unreduced_first_steps
+
+    def _assignments(self, generation: Generation | None, part: Part, latents: Tensor) -> Assignments:
+        """Those of earlier steps where they are of this picture for sure, else none."""
+        if self.config.refresh_every == 1:
+            return {}
+        if generation is None or not generation.known:
+            self._warn(
+                "in a loop of your own, say where a picture begins and ends: with denoising(network, scheduler). No "
+                "pipeline of diffusers makes this call, or its scheduler has not this timestep"
+            )
+            return {}
+        if not generation.given:
+            generation.note(part, latents)
+            if not generation.alone:
+                self._warn("this pipeline calls it several times a step, for tiles or pictures that differ")
+                return {}
+        if generation.step - generation.refreshed_at >= self.config.refresh_every or not generation.assignments:
+            generation.assignments, generation.refreshed_at = {}, generation.step
+        return generation.assignments
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "%s clusters in every call, and not in one of refresh_every=%d steps: %s",
+                self.name,
+                self.config.refresh_every,
+                reason,
+            )
+
+    def _are_halves(self, generation: Generation, part: Part, latents: Tensor) -> bool:
+        """Whether the two halves are the same latents. That waits for the device, so once a generation."""
+        if part not in generation.halves:
+            generation.halves[part] = torch.equal(*latents.chunk(2))
+        return generation.halves[part]
+
+
+def _step_of_pipeline(pipeline: Any, timestep: Any, network: nn.Module) -> Step | None:
+    """The step at which a pipeline makes a call, by its schedulers, or by the cache context that is set."""
+    found = [] if pipeline is None else [part for part in vars(pipeline).values() if _is_scheduler(part)]
+    for scheduler in found:
+        number = index_among(scheduler.timesteps, timestep)
+        if number is not None:
+            return Step(number, scheduler.timesteps)
+    # Some pipelines scale the timestep, so that it is no view of the schedule any more; their scheduler counts steps.
+    step = _counted_step(found[0]) if len(found) == 1 else None
+    if step is None and pipeline is not None:
+        number = _number_in_cache_context(network)
+        step = None if number is None else Step(number, found[0].timesteps if len(found) == 1 else None)
+    return step
+
+
+def _is_scheduler(part: Any) -> bool:
+    return not isinstance(part, nn.Module) and hasattr(part, "timesteps") and hasattr(part, "step")
+
+
+def _step_of(scheduler: Any, timestep: Any) -> Step | None:
+    number = index_among(scheduler.timesteps, timestep)
+    return _counted_step(scheduler) if number is None else Step(number, scheduler.timesteps)
+
+
+def _counted_step(scheduler: Any) -> Step | None:
+    """The step that a scheduler has counted to, where it counts."""
+    if not hasattr(scheduler, "step_index") or not isinstance(scheduler.timesteps, Tensor):
+        return None
+    number = scheduler.step_index
+    if number is None:
+        number = getattr(scheduler, "begin_index", None) or 0
+    return Step(int(number), scheduler.timesteps) if number < len(scheduler.timesteps) else None
+
+
+def _number_in_cache_context(network: nn.Module) -> int | None:
+    """The step in the cache context that a pipeline calls in; there is one where a cache of diffusers is enabled."""
+    for module in network.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}).values():
+            for manager in vars(hook).values():
+                number = getattr(getattr(manager, "_context", None), "step_index", None)
+                if number is not None:
+                    return int(number)
+    return None
+
+
+def _told_by_timesteps(state: Generation | None, value: float) -> Generation:
+    """Without a schedule: within a generation timesteps only rise or only fall."""
+    if state is None or state.timestep is None:
+        return Generation(known=False, timestep=value)
+    if value != state.timestep:
+        rises = value > state.timestep
+        if state.rises is not None and rises != state.rises:
+            return Generation(known=False, timestep=value)
+        state.rises, state.timestep = rises, value
+        state.move_to(state.step + 1)
+    return state
+
+
+def _value_of(timestep: Any) -> float:
+    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+
+
+def index_among(timesteps: Any, timestep: Any) -> int | None:
+    """Which of a scheduler's timesteps this is a view of, without asking the device for its value; None: of none."""
+    if not isinstance(timesteps, Tensor) or not isinstance(timestep, Tensor) or timesteps.ndim != 1:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)

@@ -1,0 +1,120 @@
+"""What one forward of a network carries: its assignments, and the stack of blocks that is running.
+
+Each thread has its own state. It is made when the network is entered and gone when the network is left, also by an
+exception.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..clusters import TokenClusters
+from ..per_thread import PerThread
+from .calls import NetworkCall
+from .frames import JointClusters
+from .rotary import Rotary
+from .stacks import Stack
+
+Clusters = TokenClusters | JointClusters
+
+# By grid, batch, the numbers of the frames of a video, and the stack ("" where all stacks of a resolution share).
+Assignments = dict[tuple[tuple[int, ...], int, tuple[int, ...] | None, str], Clusters]
+
+
+@dataclass(eq=False)
+class StackState:
+    """What a stack carries from its first hook to its last.
+
+    Args:
+        stack: the blocks.
+        grid: of its tokens.
+        scope: "blocks" or "attention".
+        reached: whether the first block to be reduced was reached.
+        call: of the network, where a rotary embedding depends on its arguments.
+        clusters: of the tokens, once they are merged; with scope="attention" None, as each layer asks for them.
+        kept: what all N tokens keep, Tensor[B, N, C] or [B, C, H, W].
+        start: the representatives that the gain is counted from, in the form that the blocks get them in.
+        key_bias: log counts, Tensor[B, 1, M], for blocks that take an attention mask.
+        rotary: the rotary embedding of text and representatives.
+    """
+
+    stack: Stack
+    grid: tuple[int, ...]
+    scope: str
+    reached: bool = False
+    call: NetworkCall | None = None
+    clusters: Clusters | None = None
+    kept: Tensor | None = None
+    start: Tensor | None = None
+    key_bias: Tensor | None = None
+    rotary: Rotary | None = None
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """One forward of a network.
+
+    Args:
+        latent_side: rows or columns of the latents, whichever are more.
+        reduce: False in a step that runs on all tokens.
+        share_cfg: whether the batch is two halves that share an assignment.
+        assignments: what this forward may use and adds to.
+        stack: the stack that is running reduced, None elsewhere.
+        most_unreduced: tokens of the largest grid that ran unreduced for its size.
+        recomputing: whether a gradient checkpoint runs a part of the forward again.
+    """
+
+    latent_side: int
+    reduce: bool
+    share_cfg: bool
+    assignments: Assignments
+    stack: StackState | None = None
+    most_unreduced: int = 0
+    recomputing: bool = False
+
+    def at_this_point(self) -> ForwardState:
+        """A copy to run the next block again from, as often as need be."""
+        stack = None if self.stack is None else dataclasses.replace(self.stack)
+        return dataclasses.replace(self, stack=stack, recomputing=True)
+
+
+class Forwards:
+    """The forwards that a network is in, one a thread."""
+
+    def __init__(self) -> None:
+        self._states: PerThread[ForwardState] = PerThread()
+
+    @property
+    def current(self) -> ForwardState | None:
+        """The forward that this thread is in."""
+        return self._states.get()
+
+    @property
+    def running(self) -> bool:
+        """Whether any thread is in a forward."""
+        return self._states.get() is not None or self._states.is_busy_elsewhere()
+
+    def begin(self, state: ForwardState) -> None:
+        """This thread enters the network."""
+        self._states.set(state)
+
+    def end(self) -> ForwardState | None:
+        """This thread leaves the network, with the state that it had."""
+        return self._states.pop()
+
+    @contextmanager
+    def resumed(self, state: ForwardState) -> Iterator[None]:
+        """Runs a part of an earlier forward again."""
+        before = self._states.get()
+        self._states.set(state)
+        try:
+            yield
+        finally:
+            self._states.pop()
+            if before is not None:
+                self._states.set(before)

@@ -1,0 +1,110 @@
+"""Where the grid of a network's image tokens comes from: the sides of its latents, or the ids of its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from ..errors import AiluRusError
+from .calls import NetworkCall
+
+# Reads the grid of a call: (rows, columns), or (frames, rows, columns). May raise AiluRusError.
+GridReader = Callable[[NetworkCall], tuple[int, ...]]
+
+
+class LatentGrid:
+    """The sides of the latents over the network's patch size.
+
+    Args:
+        axes: 2 for pictures, 3 for videos.
+        kwargs: the argument of the network that holds "grid", where a caller says which it expects.
+    """
+
+    def __init__(self, axes: int = 2, kwargs: str | None = None) -> None:
+        self.axes, self.kwargs = axes, kwargs
+
+    def __call__(self, call: NetworkCall) -> tuple[int, ...]:
+        patch: Any = cast(Any, call.network).config.patch_size
+        patches = tuple(patch) if isinstance(patch, Sequence) else (patch,) * self.axes
+        sides = call.latents.shape[-self.axes :]
+        # Plain numbers also where torch.compile would keep sizes symbolic.
+        grid = tuple(int(side) // int(size) for side, size in zip(sides, patches, strict=True))
+        given = given_grid(call, self.kwargs)
+        if given is not None and given != grid:
+            form = "(H, W)" if self.axes == 2 else "(T, H, W)"
+            raise AiluRusError(f"grid in {self.kwargs} must be {form}, here {grid}, got {given}")
+        return grid
+
+
+class IdGrid:
+    """The rows and columns in `img_ids`, Tensor[N, 3], as Flux takes them; or "grid" in the network's attention kwargs.
+
+    Args:
+        kwargs: the argument of the network that may hold "grid".
+    """
+
+    def __init__(self, kwargs: str = "joint_attention_kwargs") -> None:
+        self.kwargs = kwargs
+        # The last ids that were read, held weakly, their version, and their grid.
+        self._known: tuple[ReferenceType[Tensor], int, tuple[int, int]] | None = None
+
+    def __reduce__(self) -> tuple:
+        return IdGrid, (self.kwargs,)
+
+    def __call__(self, call: NetworkCall) -> tuple[int, ...]:
+        num_tokens = call.latents.shape[1]
+        given = given_grid(call, self.kwargs)
+        if given is not None and len(given) != 2:
+            raise AiluRusError(f"grid in {self.kwargs} must be (H, W), got {given}")
+        if given is None and torch.compiler.is_compiling():
+            raise AiluRusError(
+                "a compiled network cannot read its grid from img_ids: call it with "
+                f'{self.kwargs}={{"grid": (H, W)}}, the rows and columns of tokens (a 16th of the picture\'s sides)'
+            )
+        grid = self._read(unbatched_ids(call, "img_ids")) if given is None else given
+        if math.prod(grid) != num_tokens:
+            raise AiluRusError(
+                f"grid {grid} has {math.prod(grid)} tokens, but the network is called with {num_tokens} image tokens"
+            )
+        return grid
+
+    def _read(self, ids: Tensor) -> tuple[int, int]:
+        """Reads the grid, which waits for the device: once for a tensor, of which pipelines make one a picture."""
+        version = 0 if ids.is_inference() else ids._version
+        known = self._known
+        if known is None or known[0]() is not ids or known[1] != version:
+            self._known = known = ref(ids), version, grid_from_ids(ids)
+        return known[2]
+
+
+def given_grid(call: NetworkCall, kwargs: str | None) -> tuple[int, ...] | None:
+    """The grid that the caller gives in the network's attention kwargs."""
+    given = None if kwargs is None else (call.argument(kwargs) or {}).get("grid")
+    return None if given is None else tuple(int(side) for side in given)
+
+
+def unbatched_ids(call: NetworkCall, name: str) -> Tensor:
+    """Ids of tokens, Tensor[L, 3]; older versions of diffusers gave them a batch."""
+    ids: Tensor = call.argument(name)
+    return ids[0] if ids.ndim == 3 else ids
+
+
+def grid_from_ids(ids: Tensor) -> tuple[int, int]:
+    """(H, W) of the row and column of each image token, Tensor[N, 3]; raises AiluRusError where they are no one grid."""
+    positions = ids.detach().cpu()
+    width = int((positions[:, 1] == positions[0, 1]).sum())
+    height = len(positions) // width
+    if height * width == len(positions):
+        rows = positions.unflatten(0, (height, width))
+        same_image = (positions[:, 0] == positions[0, 0]).all()
+        if same_image and (rows[:, :, 1] == rows[:, :1, 1]).all() and (rows[:, :, 2] == rows[:1, :, 2]).all():
+            return height, width
+    raise AiluRusError(
+        f"the {len(positions)} img_ids are not the rows and columns of one image: reference images beside it (Flux Kontext) "
+        "cannot be reduced"
+    )

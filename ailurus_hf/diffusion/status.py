@@ -1,0 +1,86 @@
+"""What `ailurus_status` says of diffusion networks: a row for each stack of blocks, or for each processor set by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..status import LocationStatus, Status
+from .backend import modules_of
+from .flops import TEXT_TOKENS, projection_flops
+from .processor import AiluRusProcessor
+from .reducer import NetworkReducer, reducers_of
+from .stacks import Stack, self_attentions
+
+
+def status(target: Any) -> Status:
+    """What is on in `target`, and what its last forward did."""
+    name, found = type(target).__name__, reducers_of(target)
+    if not found:
+        return _status_of_processors(target)
+    locations = [
+        _location(path, reducer, number, stack)
+        for path, reducer in found
+        for number, stack in enumerate(reducer.stacks)
+    ]
+    records = [
+        record for _, reducer in found for record in reducer.records.values() if record.last_clusters is not None
+    ]
+    last = max(records, key=lambda record: record.last_tokens or 0, default=None)
+    return Status(
+        name,
+        found[0][1].config.to_dict(),
+        locations,
+        None if last is None else last.last_clusters,
+        None if last is None else last.last_grid,
+    )
+
+
+def _location(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> LocationStatus:
+    record, config = reducer.records[stack.name], reducer.config
+    level = reducer.last_levels.get(stack.name)
+    scope = config.scope if level is None else config.scope_at(level)
+    if stack.name in reducer.left_whole:
+        restored = reducer.left_whole[stack.name]
+    elif set(reducer.without_processor()) & set(self_attentions([stack])):
+        restored = "processor lost"
+    elif scope == "attention":
+        restored = "after self-attention (copy)"
+    else:
+        around = config.projections == "merged" and stack.on_maps
+        restored = f"{'around the stack' if around else 'after the last block'} (residual)"
+    whole, reduced = _flops(reducer, stack, scope == "attention", level)
+    where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
+    return record.location_status(where, number, restored, whole, reduced)
+
+
+def _flops(
+    reducer: NetworkReducer, stack: Stack, attention_alone: bool, level: int | None
+) -> tuple[float, float] | tuple[None, None]:
+    """FLOPs of a stack on one image in the last forward, without and with reduction; None before the first."""
+    record, config, flops = reducer.records[stack.name], reducer.config, reducer.declared.flops
+    tokens, clusters = record.last_tokens, record.last_clusters_count
+    if tokens is None or clusters is None:
+        return None, None
+    text = TEXT_TOKENS if reducer.text_tokens is None else reducer.text_tokens
+    others = tokens if attention_alone else clusters
+    queries = tokens if attention_alone and level and not config.merges_queries(level) else clusters
+    projected = clusters if not attention_alone and config.projections == "merged" else tokens
+    full = [flops(block, tokens, tokens, tokens, record.attended, text) for block in stack.blocks]
+    first = reducer.first_reduced(stack)
+    reduced = [flops(block, queries, clusters, others, record.attended, text) for block in stack.blocks[first:]]
+    before, after = (projection_flops(stack, num_tokens) for num_tokens in (tokens, projected))
+    return sum(full) + before, sum(full[:first]) + sum(reduced) + after
+
+
+def _status_of_processors(target: Any) -> Status:
+    """Processors that `set_attn_processor` put there."""
+    on = [
+        (".".join(filter(None, (part, path))), module.processor)
+        for part, root in modules_of(target)
+        for path, module in root.named_modules()
+        if isinstance(getattr(module, "processor", None), AiluRusProcessor) and not module.is_cross_attention
+    ]
+    config = on[0][1].config.to_dict() if on else None
+    restored = "after self-attention (copy)"
+    locations = [LocationStatus(path, n, restored, None, None, 0, 0, None, None) for n, (path, _) in enumerate(on)]
+    return Status(type(target).__name__, config, locations)

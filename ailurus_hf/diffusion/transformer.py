@@ -1,0 +1,244 @@
+"""TransformerReducer: networks that are one stack of transformer blocks on image tokens: PixArt, DiT, SD3, Flux, Wan.
+
+scope="blocks": image tokens are merged after block `cluster_location` and unmerged after the last; each adds what its
+representative gained. scope="attention": in these blocks queries, keys and values of the image are merged. Text tokens
+stay as they are. Self-attention gets the counts as a mask, or runs on a JointProcessor: the declaration says which.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..clustering import ClusterFunction
+from ..clusters import TokenClusters
+from ..config import AiluRusDiffusionConfig
+from ..errors import AiluRusError, UnsupportedModelError
+from .calls import NetworkCall, with_argument
+from .checkpointing import keep_state_in_checkpoints
+from .forward_state import StackState
+from .joint import JointProcessor, JointReduction
+from .networks import DiffusionNetwork, OwnProcessor
+from .reducer import NetworkReducer, key_bias, takes_mask
+from .stacks import self_attentions
+from .token_order import TokenOrder
+
+CONTROLS = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
+
+
+class TransformerReducer(NetworkReducer):
+    """Reduces one transformer."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        declared: DiffusionNetwork,
+        config: AiluRusDiffusionConfig,
+        clustering: ClusterFunction,
+    ) -> None:
+        super().__init__(network, declared, config, clustering)
+        self.stack, self.own = self.stacks[0], declared.attention
+        self.read_grid = declared.grid()
+        self.mask_positions: dict[type, int] = {}
+        self.tokens_name = ""
+        if isinstance(self.own, OwnProcessor):
+            self._check_processors(self.own)
+        else:
+            self._find_masks()
+
+    def _check_processors(self, own: OwnProcessor) -> None:
+        if self.config.levels:
+            raise AiluRusError(
+                f"{type(self.network).__name__} has one resolution: leave levels out, got {self.config.levels!r}"
+            )
+        for name, layer in self_attentions(self.stacks).items():
+            # A subclass may do something else.
+            if type(layer.processor) not in own.stands_in_for and not isinstance(layer.processor, JointProcessor):
+                raise UnsupportedModelError(
+                    f"{name} runs on a {type(layer.processor).__name__}: it can be reduced where it runs on one of "
+                    f"{', '.join(kind.__name__ for kind in own.stands_in_for)} (no IP-Adapter, no perturbed attention)"
+                )
+
+    def _find_masks(self) -> None:
+        """Where each class of block takes its attention mask."""
+        for kind in {type(block) for block in self.stack.blocks}:
+            names = list(inspect.signature(kind.forward).parameters)[1:]
+            if "attention_mask" not in names:
+                raise UnsupportedModelError(
+                    f"{kind.__name__} takes no attention_mask: declare {type(self.network).__name__} with "
+                    "attention=OwnProcessor(...)"
+                )
+            self.mask_positions[kind] = names.index("attention_mask")
+
+    def install(self) -> None:
+        super().install()
+        if isinstance(self.own, OwnProcessor):
+            processor = self.own.processor(JointClustersOfReducer(self))
+            self.set_processor(processor, self_attentions(self.stacks))
+        elif self.config.has_scope("attention"):
+            self.reduce_self_attention()
+        # On all of them: the first one may be skipped.
+        for block in self.stack.blocks[self.first_reduced(self.stack) :]:
+            self.hooks.pre_forward(block, self.enter_block)
+        if not self.config.has_scope("blocks"):
+            return
+        if self.declared.unmerge_before is None:
+            # Prepended, so that hooks that were there before see all N tokens.
+            self.hooks.post_forward(self.stack.blocks[-1], self.unmerge_after, prepend=True)
+        else:
+            after = self.network.get_submodule(self.declared.unmerge_before)
+            self.tokens_name = list(inspect.signature(type(after).forward).parameters)[1]
+            self.hooks.pre_forward(after, self.unmerge_before)
+
+    def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = NetworkCall(self.network, self._names, args, kwargs)
+        grid = self.read_grid(call)
+        super().begin(network, args, kwargs)
+        forward = self.running()
+        forward.latent_side = self.stack.patch * max(grid)
+        scope = self.config.scope_at(self.level_of(forward, grid))
+        if not torch.compiler.is_compiling():
+            self.last_levels[self.stack.name] = self.level_of(forward, grid)
+        if reason := self._runs_whole(scope):
+            # Some layers would not weigh the representatives, so none runs on them.
+            self.leave(forward, self.stack, math.prod(grid), reason)
+            return
+        if self.num_clusters(forward, grid) == math.prod(grid):
+            self.leave(forward, self.stack, math.prod(grid))
+            return
+        self._refuse_reduced(call, scope)
+        if isinstance(self.own, OwnProcessor) and not torch.compiler.is_compiling():
+            self.text_tokens = call.argument("encoder_hidden_states").shape[1]
+        forward.stack = StackState(self.stack, grid, scope, call=call if scope == "blocks" else None)
+
+    def _runs_whole(self, scope: str) -> str | None:
+        if isinstance(self.own, OwnProcessor):
+            return "processor lost" if self.without_processor() else None
+        if scope == "attention":
+            return None
+        others = [layer for layer in self_attentions(self.stacks).values() if not takes_mask(layer)]
+        if not others:
+            return None
+        other = type(others[0].processor).__name__
+        self.say_once(
+            "runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs the whole "
+            "batch and takes a mask",
+            other,
+        )
+        return f"left whole: {other}"
+
+    def _refuse_reduced(self, call: NetworkCall, scope: str) -> None:
+        """Raises AiluRusError on a call that cannot follow merged tokens."""
+        if self.declared.refuses is not None:
+            self.declared.refuses(call)
+        kwargs = self.own.kwargs if isinstance(self.own, OwnProcessor) else "cross_attention_kwargs"
+        given = call.argument(kwargs) or {}
+        for name in ("attention_mask", "ip_adapter_image_embeds", "ip_hidden_states", "ip_adapter_masks", "gligen"):
+            if given.get(name) is not None:
+                raise AiluRusError(f"{name} in {kwargs} cannot follow merged tokens: call without it")
+        if getattr(self.processor, "_parallel_config", None) is not None:
+            raise AiluRusError(
+                "context parallelism cuts the sequence, and AiluRus needs all of its tokens: switch one of them off"
+            )
+        network: Any = self.network
+        checkpoints = torch.is_grad_enabled() and getattr(network, "gradient_checkpointing", False)
+        if scope == "attention":
+            if checkpoints:
+                keep_state_in_checkpoints(network, self.forwards)
+            return
+        if self.own == "mask" and call.argument("attention_mask") is not None:
+            raise AiluRusError("an attention mask cannot follow merged tokens: call the network without one")
+        if checkpoints:
+            raise AiluRusError(
+                "gradient checkpointing runs blocks again on their own: train without it, or use scope='attention'"
+            )
+        for name in CONTROLS:
+            if call.argument(name) is not None:
+                raise AiluRusError(
+                    f"{name} are added to all tokens between blocks, where there are only representatives: use "
+                    "scope='attention', or no ControlNet"
+                )
+        if getattr(network, "is_cache_enabled", False):
+            raise AiluRusError(
+                "a cache of diffusers keeps what blocks did to another step's representatives: disable_cache() first, or "
+                "use scope='attention'"
+            )
+
+    # Around the blocks
+
+    def enter_block(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before a block: merges at the first one, and hands on the bias to those that take it as a mask."""
+        forward = self.running()
+        running = forward.stack
+        if running is None:
+            return None
+        first, running.reached = not running.reached, True
+        if running.scope == "attention":
+            return None
+        if first:
+            tokens: Tensor = args[0] if args else kwargs["hidden_states"]
+            representatives = self.merged(forward, running, tokens)
+            if isinstance(self.own, OwnProcessor):
+                running.rotary = self._rotary(running)
+            else:
+                running.key_bias = key_bias(running.clusters, tokens)
+            args, kwargs = with_argument(args, kwargs, 0, "hidden_states", representatives)
+        if running.key_bias is None:
+            return args, kwargs
+        return with_argument(args, kwargs, self.mask_positions[type(block)], "attention_mask", running.key_bias)
+
+    def _rotary(self, running: StackState) -> Any:
+        rotary = cast(OwnProcessor, self.own).rotary
+        if rotary is None:
+            return None
+        assert running.call is not None and isinstance(running.clusters, TokenClusters)
+        return rotary(running.call, running.clusters, running.grid)
+
+    def unmerge_after(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        forward = self.running()
+        running, forward.stack = forward.stack, None
+        return None if running is None or running.clusters is None else self.unmerged(running, output)
+
+    def unmerge_before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        forward = self.running()
+        running, forward.stack = forward.stack, None
+        if running is None or running.clusters is None:
+            return None
+        tokens: Tensor = args[0] if args else kwargs[self.tokens_name]
+        return with_argument(args, kwargs, 0, self.tokens_name, self.unmerged(running, tokens))
+
+    # For the processor
+
+    def joint_reduction(self, tokens: Tensor) -> JointReduction | None:
+        """How a layer of joint attention is reduced that gets Tensor[B, L, C]; None where it runs as it is."""
+        running = self.running().stack
+        if running is None or not running.reached:
+            return None
+        if running.scope == "blocks":
+            assert isinstance(running.clusters, TokenClusters)
+            return JointReduction(running.clusters, running.rotary)
+        image = self.declared.token_order.split(tokens, math.prod(running.grid))[1]
+        assigned = self.assigned(image)
+        if assigned is None:
+            return None
+        assert isinstance(assigned.clusters, TokenClusters)
+        return JointReduction(assigned.clusters, merges=True, merges_queries=assigned.merges_queries)
+
+
+@dataclass(eq=False)
+class JointClustersOfReducer:
+    """Where a JointProcessor of `apply_ailurus` reads how it is reduced."""
+
+    reducer: TransformerReducer
+
+    @property
+    def token_order(self) -> TokenOrder:
+        return self.reducer.declared.token_order
+
+    def reduction(self, layer: nn.Module, tokens: Tensor) -> JointReduction | None:
+        return self.reducer.joint_reduction(tokens)

@@ -1,0 +1,161 @@
+"""UNetReducer: stacks of transformer blocks between convolutions, as in UNets and ControlNets.
+
+With scope="blocks" there are two ways. projections="all": tokens are merged before the first block and unmerged after the
+last; each token adds what its representative gained in between. projections="merged": the whole Transformer2DModel runs
+on the representatives, as on an image of one row, and each pixel adds what its representative gained.
+
+Self-attention gets the count bias through the blocks' own attention mask, so it runs on whatever processor is there. With
+scope="attention" it runs on an AiluRusProcessor.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AiluRusError
+from .calls import NetworkCall, with_argument
+from .checkpointing import keep_state_in_checkpoints
+from .forward_state import ForwardState, StackState
+from .reducer import NetworkReducer, key_bias, takes_mask
+from .stacks import BLOCK_MASK_POSITION, Stack, self_attentions
+
+
+class UNetReducer(NetworkReducer):
+    """Reduces one UNet or ControlNet."""
+
+    def install(self) -> None:
+        super().install()
+        for stack in self.stacks:
+            self.hooks.pre_forward(stack.module, partial(self.arrive, stack))
+            if self.config.has_scope("blocks"):
+                self._install_on_blocks(stack)
+            self.hooks.post_forward(stack.module, self.depart, always_call=True)
+        if self.config.has_scope("attention"):
+            self.reduce_self_attention()
+
+    def _install_on_blocks(self, stack: Stack) -> None:
+        if self._merges_maps(stack):
+            self.hooks.post_forward(stack.norm, self.give_merged_map)
+            self.hooks.post_forward(stack.module, self.unmerge_map)
+            return
+        self.hooks.pre_forward(stack.blocks[0], self.merge_tokens)
+        for block in stack.blocks:
+            self.hooks.pre_forward(block, self.add_bias)
+        # Prepended, so that hooks that were there before see all N tokens.
+        self.hooks.post_forward(stack.blocks[-1], self.unmerge_tokens, prepend=True)
+
+    def _merges_maps(self, stack: Stack) -> bool:
+        return stack.on_maps and self.config.projections == "merged"
+
+    def refuse(self, call: NetworkCall) -> None:
+        given = call.argument("cross_attention_kwargs") or {}
+        for name in ("ip_adapter_masks", "gligen"):
+            if given.get(name) is not None:
+                raise AiluRusError(f"{name} in cross_attention_kwargs cannot follow merged tokens: call without them")
+
+    # Around a stack
+
+    def arrive(self, stack: Stack, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before a stack: what is to be done with it."""
+        forward = self.running()
+        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+        # Plain numbers also where torch.compile would keep sizes symbolic.
+        height, width = (int(side) // stack.patch for side in hidden_states.shape[-2:])
+        grid, forward.stack = (height, width), None
+        level = self.level_of(forward, grid)
+        scope = self.config.scope_at(level)
+        if not torch.compiler.is_compiling():
+            self.last_levels[stack.name] = level
+        running = StackState(stack, grid, scope, reached=True)
+        checkpoints = torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
+        if scope == "attention":
+            # Its processor asks for the clusters of the stack that is running.
+            forward.stack = running
+            if checkpoints:
+                keep_state_in_checkpoints(module, self.forwards)
+            return None
+        if self.num_clusters(forward, grid) == height * width:
+            self.leave(forward, stack, height * width)
+            return None
+        if (other := self._other_processor(stack)) is not None:
+            self.say_once(
+                "%s runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs the "
+                "whole batch and takes a mask",
+                stack.name,
+                other,
+            )
+            self.leave(forward, stack, height * width, f"left whole: {other}")
+            return None
+        if checkpoints and not self._merges_maps(stack):
+            raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
+        given = args[stack.mask_position] if len(args) > stack.mask_position else kwargs.get("attention_mask")
+        if given is not None:
+            raise AiluRusError("an attention mask cannot follow merged tokens: call the network without one")
+        forward.stack = running
+        return self._merge_map(forward, running, hidden_states, args, kwargs) if self._merges_maps(stack) else None
+
+    def depart(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """After a stack, also where it raised."""
+        if (forward := self.forwards.current) is not None:
+            forward.stack = None
+
+    def _other_processor(self, stack: Stack) -> str | None:
+        """The class of a processor in the stack that AiluRus does not know to take the bias."""
+        for layer in self_attentions([stack]).values():
+            if not takes_mask(layer):
+                return type(layer.processor).__name__
+        return None
+
+    # projections="all"
+
+    def merge_tokens(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        forward = self.running()
+        running = forward.stack
+        if running is None or running.scope == "attention":
+            return None
+        tokens: Tensor = args[0] if args else kwargs["hidden_states"]
+        representatives = self.merged(forward, running, tokens)
+        running.key_bias = key_bias(running.clusters, tokens)
+        return with_argument(args, kwargs, 0, "hidden_states", representatives)
+
+    def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        running = self.running().stack
+        if running is None or running.key_bias is None:
+            return None
+        return with_argument(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", running.key_bias)
+
+    def unmerge_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        running = self.running().stack
+        return None if running is None or running.clusters is None else self.unmerged(running, output)
+
+    # projections="merged"
+
+    def _merge_map(
+        self, forward: ForwardState, running: StackState, hidden_states: Tensor, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        # Normalized over all pixels: statistics of the representatives would be others.
+        tokens = running.stack.norm(hidden_states).flatten(2).transpose(1, 2)
+        merged = self.merged(forward, running, tokens).transpose(1, 2).unsqueeze(2)
+        running.kept, running.start, running.key_bias = hidden_states, merged, key_bias(running.clusters, tokens)
+        # The module adds its input to its output: from zeros, the output is the gain.
+        zeros = hidden_states.new_zeros(()).expand_as(merged)
+        args, kwargs = with_argument(args, kwargs, 0, "hidden_states", zeros)
+        return with_argument(args, kwargs, running.stack.mask_position, "attention_mask", running.key_bias)
+
+    def give_merged_map(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        forward = self.forwards.current
+        running = None if forward is None else forward.stack
+        # `_merge_map` calls the norm itself, before there is anything to give.
+        return None if running is None or running.key_bias is None else running.start
+
+    def unmerge_map(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        running = self.running().stack
+        if running is None or running.clusters is None or running.kept is None:
+            return None
+        gained = running.clusters.unmerge(output[0].squeeze(2).transpose(1, 2))
+        restored = running.kept + gained.transpose(1, 2).reshape(running.kept.shape)
+        return (restored,) if isinstance(output, tuple) else type(output)(sample=restored)
