@@ -19,12 +19,15 @@ from transformers import (
 )
 
 from ailurus_hf import ailurus_status
+from ailurus_hf.choices import CLUSTERING_CLASSES
 from ailurus_hf.cli import build_parser
+from ailurus_hf.clustering import get_clustering
 from ailurus_hf.video import open_clip, write_video
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/README.md"]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 
 
 def blocks(language: str) -> list[str]:
@@ -119,4 +122,18 @@ def test_the_field_table_is_the_configuration() -> None:
 def test_links_lead_to_files(document: str) -> None:
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / document).parent.joinpath(target).exists(), target
+
+
+def test_the_clustering_of_contributing_works() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    block = re.search(r"^## Add a clustering$.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert block
+    names: dict = {}
+    try:
+        exec(compile(block[1], "CONTRIBUTING.md", "exec"), names)
+        for clustering in ("rows", names["Rows"]()):
+            clusters = get_clustering(clustering)(torch.randn(2, 24, 8), (4, 6), 12)
+            assert torch.equal(clusters.assignment, (torch.arange(24) // 2).expand(2, -1))
+    finally:
+        CLUSTERING_CLASSES.pop("rows", None)
