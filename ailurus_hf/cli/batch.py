@@ -76,8 +76,9 @@ class Batch:
                 self.results.append(result)
                 if not self.json and (line := show(result)) is not None:
                     tell(line, sys.stdout)
-        except (KeyboardInterrupt, WritingError):
-            tell(self._summary())
+        except BaseException as error:  # an interrupt, a signal, a full disk
+            if not isinstance(error, (FailedImageError, BrokenPipeError)):
+                tell(self._summary())
             raise
 
     def fail(self, path: Path, reason: str) -> None:
