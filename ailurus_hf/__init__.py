@@ -19,11 +19,14 @@ _HOME = {
     "AiluRusModelForSemanticSegmentation": "vision.auto",
     "AiluRusProcessor": "diffusion.processor",
     "Clustering": "clustering",
+    "Family": "vision.registry",
     "Level": "config",
+    "Reader": "vision.registry",
     "SegmenterConfig": "segmenter",
     "SegmenterForSemanticSegmentation": "segmenter",
     "SegmenterImageProcessor": "segmenter",
     "TokenClusters": "clusters",
+    "TokenDecoder": "vision.registry",
     "UnsupportedModelError": "errors",
     "ailurus_enabled": "apply",
     "ailurus_status": "apply",
@@ -31,6 +34,9 @@ _HOME = {
     "count_weighted_attention": "attention",
     "local_kmeans": "clustering",
     "register_clustering": "clustering",
+    "register_family": "vision.registry",
+    "register_reader": "vision.registry",
+    "register_token_decoder": "vision.registry",
     "remove_ailurus": "apply",
     "spatial_density_peaks": "clustering",
 }
@@ -52,6 +58,14 @@ if TYPE_CHECKING:
         AiluRusModelForImageClassification,
         AiluRusModelForObjectDetection,
         AiluRusModelForSemanticSegmentation,
+    )
+    from .vision.registry import (
+        Family,
+        Reader,
+        TokenDecoder,
+        register_family,
+        register_reader,
+        register_token_decoder,
     )
 
 

@@ -36,7 +36,7 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     installation = _installation(target)
     kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
     if config is None and not config_fields and kind is AiluRusConfig:
-        config = installation.saved_config(getattr(target, "config", None))
+        config = installation.saved_config(target)
     installation.install(target, _combined(kind, config, config_fields))
     return target
 

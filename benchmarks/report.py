@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from ailurus_hf.vision.refused import supported_models
+from ailurus_hf.vision.model_table import supported_models
 
 from . import tables
 from .clustering import clustering_cost, clustering_overhead, clusterings

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import AiluRusError
-from ..vision.families import patch_grid
+from ..vision.registry import patch_grid
 
 LEVELS = ("0", "1", "2", "3")
 _double = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)

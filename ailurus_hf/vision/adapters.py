@@ -1,13 +1,13 @@
 """What layers are given beside tokens, made to follow the clusters: relative position bias, rotary embeddings, query masks.
 
 An adapter sees a layer's arguments by name, may replace some, and returns the attention bias of the reduced layer,
-to which the counts have been added already: Tensor[B, 1 or heads, 1 or L, L], where L is front + M + suffix.
+to which the counts have been added already: Tensor[B, 1 or heads, 1 or L, L], where L is prefix + M + suffix.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def relative_bias_modules(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def relative_bias_of_clusters(module: nn.Module, run: ForwardState, reduction: Reduction) -> Tensor:
+def relative_bias_of_clusters(module: nn.Module, reduction: Reduction) -> Tensor:
     """Relative position bias between clusters, Tensor[B, heads, 1 + M, 1 + M].
 
     The bias of two clusters is the table's entry at the displacement of their centroids, which is the mean displacement
@@ -69,15 +69,13 @@ def _relative_index(reduction: Reduction) -> Tensor:
     return index
 
 
-def add_relative_bias(modules: list[nn.Module]) -> Adapter:
+def add_relative_bias(
+    modules: Sequence[nn.Module], arguments: dict[str, Any], state: ForwardState, reduction: Reduction, bias: Tensor
+) -> Tensor:
     """Adds the biases of `modules`; what a model expanded for all N tokens and gave as the mask is dropped."""
-
-    def adapter(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
-        for module in modules:
-            bias = bias + relative_bias_of_clusters(module, run, reduction)
-        return bias
-
-    return adapter
+    for module in modules:
+        bias = bias + relative_bias_of_clusters(module, reduction)
+    return bias
 
 
 # A layer expands its own bias inside its forward. The two hooks make that next to nothing in a reduced layer, which is
@@ -111,15 +109,15 @@ def _is_reduced(given: dict[str, Any]) -> bool:
 # Rotary position embeddings (DINOv3): (cos, sin) of angles that are linear in a patch's row and column.
 
 
-def rotate_at_centroids(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
+def rotate_at_centroids(arguments: dict[str, Any], state: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
     """Gives each representative the rotary embedding of its cluster's centroid."""
     given = arguments.get("position_embeddings")
-    if not (isinstance(given, tuple) and len(given) == 2 and given[0].shape == (run.num_tokens, given[0].shape[-1])):
+    if not (isinstance(given, tuple) and len(given) == 2 and given[0].shape == (state.num_tokens, given[0].shape[-1])):
         raise UnsupportedModelError(
-            f"position_embeddings are no (cos, sin) of shape ({run.num_tokens}, D) each: this model's are not known here"
+            f"position_embeddings are no (cos, sin) of shape ({state.num_tokens}, D) each: this model's are not known here"
         )
     # A step is 4π over the side's patches at most, and up to four times that by the augmentation of training.
-    longest = 16 if run.training else 4
+    longest = 16 if state.training else 4
     arguments["position_embeddings"] = reduction.once("rotary", lambda: rotary_at_centroids(given, reduction, longest))
     return bias
 
@@ -151,26 +149,26 @@ def rotary_at_centroids(
 # as the query may look at, which is exact where they are equal.
 
 
-def follow_query_mask(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
+def follow_query_mask(arguments: dict[str, Any], state: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
     """Replaces a mask over all N patches by one over clusters."""
     mask = arguments.get("attention_mask")
     if mask is None:
         return bias
-    if mask.ndim != 4 or run.suffix:
+    if mask.ndim != 4 or state.suffix:
         raise AiluRusError(f"a mask of shape (B, heads, L, L) was expected, got {tuple(mask.shape)}")
-    front = mask.shape[-1] - run.num_tokens
+    prefix = mask.shape[-1] - state.num_tokens
     # The same for all heads, and open for all but the queries.
-    allowed = (mask[:, 0, :front, front:] >= 0).transpose(1, 2).float()
+    allowed = (mask[:, 0, :prefix, prefix:] >= 0).transpose(1, 2).float()
     count = reduction.clusters.merge(allowed) * reduction.clusters.counts[..., None]
     # Rounded, because a mean times a count is a whole number but for rounding.
-    of_queries = F.pad(count.round().log().transpose(1, 2), (front, 0))[:, None]
+    of_queries = F.pad(count.round().log().transpose(1, 2), (prefix, 0))[:, None]
     of_patches = bias.expand(-1, 1, reduction.clusters.num_clusters, -1)
     return torch.cat([of_queries.to(bias.dtype), of_patches], 2)
 
 
-# Padding behind the patches (SigLIP 2): nobody looks at it. The mask that says so is as long as all N patches.
+# Padding after the patches (SigLIP 2): nobody looks at it. The mask that says so is as long as all N patches.
 
 
-def mask_padding(arguments: dict[str, Any], run: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
+def mask_padding(arguments: dict[str, Any], state: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:
     """The bias with padding closed; the mask over all patches is dropped."""
-    return F.pad(bias[..., : bias.shape[-1] - run.suffix], (0, run.suffix), value=-torch.inf)
+    return F.pad(bias[..., : bias.shape[-1] - state.suffix], (0, state.suffix), value=-torch.inf)

@@ -1,65 +1,67 @@
-"""Installation: one `apply_ailurus` on a transformers model, remembered on its encoders so that it can be undone."""
+"""Installation: one `apply_ailurus` on a transformers model, remembered on its modules so that it can be undone."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from ..clustering import ClusterFunction, get_clustering
 from ..clustering.budget import by_content
 from ..config import AiluRusConfig
-from ..errors import AiluRusError
 from ..status import Status
-from .discovery import find_encoders
+from .base import Reducer
 from .encoder import EncoderReducer
-from .stages import StageReducer, stage_reducers
-from .windows import GlobalLayerReducer, global_layer_reducers
+from .saved_settings import SavedSettings, clear_settings, saved_config
+from .stages import StageReducer
+from .windows import GlobalLayerReducer
 
-Reducer = EncoderReducer | StageReducer | GlobalLayerReducer
+__all__ = ["install", "reducers_of", "saved_config", "status", "uninstall"]
 
-# The attribute on an encoder or a stage that holds its reducer; gone again after `uninstall`.
+# Tried in this order. The last one raises where there is nothing that it can reduce.
+REDUCERS: tuple[type[Reducer], ...] = (StageReducer, GlobalLayerReducer, EncoderReducer)
+
+# The attribute on a module that holds its reducer; gone again after `uninstall`.
 ATTRIBUTE = "_ailurus_reducer"
-CONFIG_KEY = "ailurus_config"
 
 
 def install(target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction | None = None) -> None:
-    """Reduces every supported encoder in `target`, or SegFormer's stages; replaces what was on. On an error all is as it was before.
+    """Reduces every supported encoder in a model, or SegFormer's stages; replaces what was on.
 
-    clustering: another way to cluster than the config's, to compare with.
+    Args:
+        target: the model. On an error it is as it was before.
+        config: the settings.
+        clustering: another way to cluster than the config's, to compare with.
+
+    Raises:
+        UnsupportedModelError: nothing in the model can be reduced.
+        AiluRusError: the settings do not fit the model, or another thread is in the middle of a forward.
     """
     chosen = get_clustering(clustering or config.clustering)
     if config.min_keep_ratio is not None:
         chosen = by_content(chosen, config.min_keep_ratio)
     cluster = partial(chosen, check_finite=config.check_finite)
-    reducers: list[Reducer] = [*stage_reducers(target, config, cluster)]
-    if not reducers and config.stages is None:
-        reducers += global_layer_reducers(target, config, cluster)
-    if not reducers:
-        encoders = find_encoders(target)
-        if config.stages is not None:
-            raise AiluRusError(
-                f"{type(target).__name__} has no stages to choose from: leave stages out, got stages={config.stages}"
-            )
-        reducers = [EncoderReducer(found, config, cluster, chosen.join) for found in encoders]
+    reducers: list[Reducer] = []
+    for kind in REDUCERS:
+        if reducers := list(kind.find(target, config, cluster, chosen.join)):
+            break
     uninstall(target)
+    settings = SavedSettings(target, [reducer.module for reducer in reducers], config.to_dict())
     for reducer in reducers:
         reducer.install()
+        settings.write_for(reducer.module, reducer.hooks)
         setattr(reducer.module, ATTRIBUTE, reducer)
-    if hasattr(target, "config"):
-        # Written into config.json by save_pretrained; from_pretrained of the AiluRus classes reads it.
-        setattr(target.config, CONFIG_KEY, config.to_dict())
 
 
 def uninstall(target: nn.Module) -> None:
     """Takes every reduction off `target` and its parts; nothing to do is no error."""
-    for reducer in reducers_of(target):
+    reducers = reducers_of(target)
+    for reducer in reducers:
+        reducer.check_idle()
+    for reducer in reducers:
         reducer.remove()
         delattr(reducer.module, ATTRIBUTE)
-    for module in target.modules():
-        if CONFIG_KEY in vars(getattr(module, "config", None) or object):
-            delattr(module.config, CONFIG_KEY)
+    clear_settings(target)
 
 
 def reducers_of(target: nn.Module) -> list[Reducer]:
@@ -77,13 +79,7 @@ def status(target: nn.Module) -> Status:
     return Status(
         name,
         reducers[0].config.to_dict(),
-        [place for reducer in reducers for place in reducer.locations()],
+        [row for reducer in reducers for row in reducer.status()],
         last.last_clusters,
         last.last_grid,
     )
-
-
-def saved_config(config: Any) -> AiluRusConfig | None:
-    """The AiluRusConfig that a model's config.json carries, if any."""
-    fields = getattr(config, CONFIG_KEY, None)
-    return None if fields is None else AiluRusConfig.from_dict(fields)

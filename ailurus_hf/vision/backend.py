@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -15,13 +15,15 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from ..attention import biased_attention
 from ..errors import UnsupportedModelError
+from ..hooks import Hooks
+from .registry import qualified_name
 
 # Support checks in transformers look for "sdpa", "flash" and "flex" in the name, so it holds none of them.
 ATTENTION_NAME = "ailurus"
 EAGER_NAME = "ailurus_maps"
 # The argument of a bias for layers that hand unknown arguments to the attention function and take no mask.
 KEY_BIAS = "ailurus_key_bias"
-# Attention that writes out its probabilities, and the module for dropout through which it sends them (own_attention.py).
+# Attention that writes out its probabilities, and the module for dropout through which it sends them (weighted_probabilities.py).
 OWN_ATTENTION = {"transformers.models.blip.modeling_blip.BlipAttention": "dropout"}
 
 
@@ -49,25 +51,6 @@ def ailurus_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def ailurus_mask(
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    allow_is_bidirectional_skip: bool = False,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """SDPA's mask; but none where nothing is masked, also in an export, which else writes out one of ones for N tokens."""
-    if attention_mask is None and local_size is None and allow_is_bidirectional_skip:
-        return None
-    kwargs.update(
-        attention_mask=attention_mask,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        local_size=local_size,
-    )
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -89,46 +72,42 @@ def eager_attention_forward(
 
 # Registering is idempotent. Without the mask entry transformers would drop 2-D masks without a word.
 AttentionInterface.register(ATTENTION_NAME, ailurus_attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, ailurus_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 AttentionInterface.register(EAGER_NAME, eager_attention_forward)
 AttentionMaskInterface.register(EAGER_NAME, eager_mask)
 
 
-def attention_configs(layers: Iterable[nn.Module]) -> list[PreTrainedConfig]:
-    """The configs from which the attention modules in `layers` read their implementation, each once."""
-    configs = {id(m.config): m.config for layer in layers for m in layer.modules() if _uses_interface(m)}
-    return list(configs.values())
+class AttentionConfig:
+    """A config as an attention module reads it, but for the registered attention in place of the model's.
 
-
-def _uses_interface(module: nn.Module) -> bool:
-    """Whether a module takes its attention function from transformers' registry, by its config."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return (
-        isinstance(getattr(module, "config", None), PreTrainedConfig)
-        and code is not None
-        and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-    )
-
-
-def use_ailurus_attention(configs: Iterable[PreTrainedConfig], eager_as: str = "eager") -> Callable[[], None]:
-    """Switches configs to the registered attention; returns the call that switches them back.
-
-    Eager attention stays, because it alone returns attention maps, and it takes the bias as its mask; or it becomes
-    `eager_as`, where layers take no mask.
+    The model's own config stays what it is, and what the user sets there later counts: eager attention stays, because it
+    alone returns attention maps, and it takes the bias as its mask, or by `eager_as` where layers take no mask.
     """
-    switched = []
-    for config in configs:
-        before = config._attn_implementation
-        after = {"eager": eager_as, None: before}.get(before, ATTENTION_NAME)
-        config._attn_implementation = after
-        switched.append((config, before, after))
 
-    def restore() -> None:
-        for config, before, after in switched:
-            if config._attn_implementation == after:  # what the user has changed since stays
-                config._attn_implementation = before
+    def __init__(self, config: PreTrainedConfig | AttentionConfig, eager_as: str, name: str) -> None:
+        self.ailurus_replaces, self.ailurus_eager_as, self.ailurus_name = config, eager_as, name
 
-    return restore
+    @property
+    def _attn_implementation(self) -> str | None:
+        before = self.ailurus_replaces._attn_implementation
+        if before is None:
+            return None
+        return self.ailurus_eager_as if before == "eager" else self.ailurus_name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("__", "ailurus_")):  # a copy asks before it has the config
+            raise AttributeError(name)
+        return getattr(self.ailurus_replaces, name)
+
+
+def use_attention(
+    hooks: Hooks, layers: Iterable[nn.Module], eager_as: str = "eager", name: str = ATTENTION_NAME
+) -> None:
+    """Has the attention of `layers` take a registered function, until `hooks` are removed; eager attention another."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(config := vars(module).get("config"), (PreTrainedConfig, AttentionConfig)):
+                hooks.replace(module, "config", AttentionConfig(config, eager_as, name))
 
 
 # The one model of timm, and the one kind of layer in it, whose forward is known here.
@@ -176,29 +155,50 @@ def weights_in_place(module: nn.Module) -> AbstractContextManager[Any]:
     return context
 
 
-def qualified_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside wrappers that hand on any argument to one module (of torch.compile, checkpoints, FSDP)."""
+    while len(children := list(module.children())) == 1:
+        kinds = {p.kind for p in inspect.signature(module.forward).parameters.values()}
+        if not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            break
+        module = children[0]
+    return module
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return "hidden_states" in inspect.signature(module.forward).parameters
+    return "hidden_states" in parameters_of(module)
 
 
-def parameters_of(layer: nn.Module) -> list[str]:
-    """The names of the arguments of `layer.forward`, in order."""
-    return list(inspect.signature(layer.forward).parameters)
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward, in order."""
+    return tuple(inspect.signature(unwrapped(module).forward).parameters)
 
 
-def bias_parameter(layer: nn.Module) -> str:
-    """The argument by which `layer` takes an attention bias."""
+def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
+    """The argument by which a layer of an encoder takes an attention bias.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    layer = unwrapped(layer)
     parameters = inspect.signature(layer.forward).parameters
     for name in ("attention_mask", "relative_position_bias", "attn_mask"):
         if name in parameters:
             return name
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if takes_any and any(_uses_interface(m) or qualified_name(m) in OWN_ATTENTION for m in layer.modules()):
-        return KEY_BIAS
+    if _takes_any(layer):
+        attention = [module for module in layer.modules() if module is not layer]
+        if any(qualified_name(module) in OWN_ATTENTION for module in attention):
+            return KEY_BIAS
+        # What an encoder that can use SDPA is told, it tells the attention function of transformers' registry.
+        by_registry = getattr(encoder, "_supports_sdpa", False)
+        if by_registry and any(_takes_any(module) and hasattr(module, "config") for module in attention):
+            return KEY_BIAS
     raise UnsupportedModelError(
         f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(parameters)}, and its attention is not "
         "one of transformers' registry: there is no way to tell it how many tokens a representative stands for"
     )
+
+
+def _takes_any(module: nn.Module) -> bool:
+    """Whether a module's forward takes keyword arguments that it does not name."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())

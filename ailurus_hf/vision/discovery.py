@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .backend import layers_of, qualified_name
-from .families import DECODERS, FAMILIES, READERS, Family, Reader
+from . import families as _families  # noqa: F401  (declares them)
+from .backend import layers_of
 from .refused import REFUSED
+from .registry import FAMILIES, READERS, TOKEN_DECODERS, Family, Reader, qualified_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FoundEncoder:
-    """An encoder inside a model: its family, its layers, what reads it, and the token decoder behind it, if there is one.
+    """An encoder inside a model: its family, its layers, what reads it, and its token decoder, if there is one.
 
     stack: the module that calls the layers; its output holds the hidden states before the encoder itself reads them.
-    prefix, suffix: tokens before and behind the patches; queries join in front later.
+    prefix, suffix: tokens before and after the patches; queries join before them later.
     reader: the module around it that reads some hidden states, and its declaration.
+    around_decoder: the smallest module with encoder and decoder in it.
     """
 
     family: Family
@@ -32,39 +34,38 @@ class FoundEncoder:
     decoder: nn.Module | None
     decoder_layers: Sequence[nn.Module]
     decoder_suffix: int
+    around_decoder: nn.Module | None
 
 
 def find_encoders(target: nn.Module) -> list[FoundEncoder]:
     """Every supported encoder in a model; raises UnsupportedModelError, naming the class, where there is none."""
-    families = {family.encoder: family for family in FAMILIES}
-    decoders = {decoder.decoder: decoder for decoder in DECODERS}
-    encoders = [module for module in target.modules() if qualified_name(module) in families]
-    token_decoders = [module for module in target.modules() if qualified_name(module) in decoders]
+    encoders = [module for module in target.modules() if qualified_name(module) in FAMILIES]
+    token_decoders = [module for module in target.modules() if qualified_name(module) in TOKEN_DECODERS]
     if not encoders:
         raise UnsupportedModelError(_unsupported(target))
     # With several encoders in one model nothing says whose tokens a decoder reads.
     decoder = token_decoders[0] if len(token_decoders) == len(encoders) == 1 else None
-    suffix = decoders[qualified_name(decoder)].suffix if decoder is not None else None
-    found = []
-    for encoder in encoders:
-        family = families[qualified_name(encoder)]
-        stack, layers = layers_of(encoder)
-        found.append(
-            FoundEncoder(
-                family,
-                encoder,
-                stack,
-                list(layers),
-                (family.prefix(encoder) if callable(family.prefix) else family.prefix)
-                + _count(encoder, family.registers),
-                _count(encoder, family.suffix),
-                _reader(target, encoder),
-                decoder,
-                list(getattr(decoder, "layers", [])),
-                0 if suffix is None else getattr(decoder, suffix),
-            )
-        )
-    return found
+    return [_found(target, encoder, decoder) for encoder in encoders]
+
+
+def _found(target: nn.Module, encoder: nn.Module, decoder: nn.Module | None) -> FoundEncoder:
+    family = FAMILIES[qualified_name(encoder)]
+    stack, layers = layers_of(encoder)
+    prefix = family.prefix(encoder) if callable(family.prefix) else family.prefix
+    decoder_suffix = None if decoder is None else TOKEN_DECODERS[qualified_name(decoder)].suffix
+    return FoundEncoder(
+        family=family,
+        encoder=encoder,
+        stack=stack,
+        layers=tuple(layers),
+        prefix=prefix + _count(encoder, family.registers),
+        suffix=_count(encoder, family.suffix),
+        reader=_reader(target, encoder),
+        decoder=decoder,
+        decoder_layers=tuple(getattr(decoder, "layers", ())),
+        decoder_suffix=0 if decoder_suffix is None else getattr(decoder, decoder_suffix),
+        around_decoder=None if decoder is None else _smallest_around(target, encoder, decoder),
+    )
 
 
 def _count(encoder: nn.Module, field: str | None) -> int:
@@ -72,14 +73,21 @@ def _count(encoder: nn.Module, field: str | None) -> int:
 
 
 def _reader(target: nn.Module, encoder: nn.Module) -> tuple[nn.Module, Reader] | None:
-    readers = {reader.reader: reader for reader in READERS}
-    around = [m for m in target.modules() if qualified_name(m) in readers and encoder in m.modules()]
-    return (around[0], readers[qualified_name(around[0])]) if len(around) == 1 else None
+    around = [m for m in target.modules() if qualified_name(m) in READERS and encoder in m.modules()]
+    return (around[0], READERS[qualified_name(around[0])]) if len(around) == 1 else None
+
+
+def _smallest_around(target: nn.Module, *inside: nn.Module) -> nn.Module:
+    """The innermost module of `target` that holds all of `inside`."""
+    around = target
+    while inner := [child for child in around.children() if {*inside} <= {*child.modules()}]:
+        around = inner[0]
+    return around
 
 
 def _unsupported(target: nn.Module) -> str:
     name = type(target).__name__
-    known = {family.encoder.rsplit(".", 1)[1] for family in FAMILIES}
+    known = {key.rsplit(".", 1)[1] for key in FAMILIES}
     for module in target.modules():
         for base in type(module).__mro__[1:]:
             if base.__name__ in known:
@@ -91,8 +99,15 @@ def _unsupported(target: nn.Module) -> str:
         for refused, reason in REFUSED.items():
             if f"{type(module).__module__}.".startswith(f"transformers.models.{refused}."):
                 return f"{name} cannot be reduced: {type(module).__name__} is refused because {reason}. {_supported()}"
+    for module in target.modules():
+        if type(module).__module__.startswith("timm."):
+            return (
+                f"{name} is a model of timm by itself: load it into transformers, TimmWrapperModel.from_pretrained("
+                f'"timm/…"), and reduce that. {_supported()}'
+            )
     return f"{name} holds no encoder whose tokens can be reduced. {_supported()}"
 
 
 def _supported() -> str:
-    return f"Supported encoders: {', '.join([*(family.name for family in FAMILIES), 'SegFormer', 'VitDet', 'SAM', 'SAM-HQ'])}"
+    names = [*(family.name for family in FAMILIES.values()), "SegFormer", "VitDet", "SAM", "SAM-HQ"]
+    return f"Supported encoders: {', '.join(names)}"

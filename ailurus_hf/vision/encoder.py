@@ -1,8 +1,8 @@
 """EncoderReducer: the hooks that run an encoder's later layers on representatives and unmerge the result.
 
-One forward goes: encoder pre-hook (a new ForwardState) -> layers up to L as they are -> pre-hook of layer L (cluster, merge) ->
-each later layer gets the count bias as an argument -> restored after the last layer, at `restore_location`, or after the
-token decoder. Hidden states that somebody reads are unmerged where they leave the stack of layers. Layers receive
+One forward goes: pre-hook of the encoder (a new ForwardState) -> layers up to L as they are -> pre-hook of layer L (cluster,
+merge) -> each later layer gets the count bias as an argument -> restored after the last layer, at `restore_location`, or after
+the token decoder. Hidden states that somebody reads are unmerged where they leave the stack of layers. Layers receive
 everything by argument, so that gradient checkpointing recomputes the same.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,319 +18,305 @@ import torch
 from torch import Tensor, nn
 
 from ..clustering import ClusterFunction
-from ..clusters import TokenClusters
 from ..config import AiluRusConfig
 from ..errors import AiluRusError, UnsupportedModelError
-from ..hooks import Hooks
-from ..status import LocationStatus, Record
+from ..per_thread import PerThread
+from ..status import LocationStatus
 from . import adapters
-from .backend import (
-    EAGER_NAME,
-    KEY_BIAS,
-    attention_configs,
-    bias_parameter,
-    parameters_of,
-    use_ailurus_attention,
-)
-from .discovery import FoundEncoder
-from .encoder_status import encoder_locations
-from .forward_state import ForwardState, Reduction, thread
+from .backend import EAGER_NAME, KEY_BIAS, use_attention
+from .base import JoinFunction, Reducer, refuse_stages, refuse_tracing
+from .discovery import find_encoders
+from .encoder_plan import EncoderPlan, LayerPlan, plan_encoder
+from .encoder_status import encoder_status
+from .forward_state import ForwardState, Reduction
+from .hidden_states import asks_for_states, unmerge_hidden_states
+from .recompute import Recompute, may_run_again
 from .weighted_probabilities import weighted_probabilities
 
 
-@dataclass
-class EncoderReducer:
-    """Hooks on one encoder (and its token decoder). `install` puts them there, `remove` takes all of them away."""
+class EncoderReducer(Reducer):
+    """Hooks on one encoder (and its token decoder).
 
-    found: FoundEncoder
-    config: AiluRusConfig
-    clustering: ClusterFunction
-    nesting: Callable[..., TokenClusters]
-    records: list[Record] = field(default_factory=list)
-    hooks: Hooks = field(default_factory=Hooks)
-    # One model may run in several threads at once, so each has a ForwardState of its own.
-    runs: dict[int, ForwardState] = field(default_factory=dict)
-    # What the reader around the encoder is about to read.
-    wanted: dict[int, frozenset[int] | None] = field(default_factory=dict)
+    Args:
+        plan: what will happen in every forward.
+        clustering, join: as in `Reducer.find`.
+    """
 
-    def __post_init__(self) -> None:
-        depth, locations = len(self.found.layers), self.config.locations
-        name = type(self.found.encoder).__name__
-        if locations[-1] >= depth:
-            raise AiluRusError(
-                f"cluster_location {locations[-1]} leaves none of the {depth} layers of {name} to run "
-                f"on fewer tokens: use 0 to {depth - 1}"
-            )
-        if self.config.restore_location is not None and self.config.restore_location > depth:
-            raise AiluRusError(
-                f"restore_location {self.config.restore_location} is past the {depth} layers of {name}: "
-                f"use {locations[-1] + 1} to {depth}"
-            )
-        self.records = [Record() for _ in locations]
-        self.restore_location = self.config.restore_location or depth
-        self.through_decoder = self.config.restores_after_decoder and self.found.decoder is not None
-        # Checked before the first hook is placed, so that an error leaves nothing half-applied.
-        self.reduced_layers = list(self.found.layers[locations[0] : self.restore_location])
-        self.bias_parameter = bias_parameter(self.found.layers[0])
-        self.parameters = parameters_of(self.found.layers[0])
-        self.encoder_parameters = parameters_of(self.found.encoder)
-        in_layers = {id(module) for layer in self.found.layers for module in layer.modules()}
-        self.shared_bias = [m for m in adapters.relative_bias_modules(self.found.encoder) if id(m) not in in_layers]
-        family = self.found.family
-        self.takes_masks = bool(self.shared_bias) or family.queries is not None or family.layout is not None
-        self.adapters = [self._adapters_of(layer) for layer in self.found.layers]
-        self.decoder_bias_parameter = "attention_mask"
-        self.decoder_parameters: list[str] = []
-        if self.found.decoder_layers:
-            self.decoder_bias_parameter = bias_parameter(self.found.decoder_layers[0])
-            self.decoder_parameters = parameters_of(self.found.decoder_layers[0])
+    per_forward = ("states", "again", "wanted", "around_decoder")
 
-    def _adapters_of(self, layer: nn.Module) -> list[adapters.Adapter]:
-        """What this layer is given beside tokens and a bias."""
-        found = []
-        if modules := self.shared_bias + adapters.relative_bias_modules(layer):
-            found.append(adapters.add_relative_bias(modules))
-        if "position_embeddings" in self.parameters:
-            found.append(adapters.rotate_at_centroids)
-        if self.found.family.queries is not None:
-            found.append(adapters.follow_query_mask)
-        if self.found.family.layout is not None:
-            found.append(adapters.mask_padding)
-        return found
+    def __init__(self, plan: EncoderPlan, clustering: ClusterFunction, join: JoinFunction) -> None:
+        super().__init__(plan.found.encoder, plan.config, clustering, len(plan.config.locations))
+        self.plan = plan
+        self.join = join
+        self.states: PerThread[ForwardState] = PerThread()
+        # What the reader around the encoder is about to read, (None,) for all.
+        self.wanted: PerThread[tuple[frozenset[int] | None]] = PerThread()
+        # Whether the module that will call the decoder after the encoder is running.
+        self.around_decoder: PerThread[bool] = PerThread()
+        # The states of forwards that are over, for layers that a checkpoint runs again; and that of the one running again.
+        self.recompute: Recompute[ForwardState] = Recompute()
+        self.again: PerThread[ForwardState] = PerThread()
 
-    @property
-    def module(self) -> nn.Module:
-        return self.found.encoder
+    @classmethod
+    def find(
+        cls, target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction, join: JoinFunction
+    ) -> Sequence[EncoderReducer]:
+        """One for each supported encoder; raises UnsupportedModelError, naming the class, where there is none."""
+        encoders = find_encoders(target)
+        refuse_stages(target, config)
+        return [cls(plan_encoder(found, config), clustering, join) for found in encoders]
 
-    def locations(self) -> list[LocationStatus]:
-        """What the last forward did at each location, for the status table."""
-        return encoder_locations(self)
+    def status(self) -> list[LocationStatus]:
+        return encoder_status(self.plan, self.records)
 
-    def install(self) -> None:
-        found, locations, last, hooks = self.found, self.config.locations, self.restore_location, self.hooks
+    def place_hooks(self) -> None:
+        plan, found, hooks = self.plan, self.plan.found, self.hooks
         if found.reader is not None:
             hooks.pre_forward(found.reader[0], self.note_reader)
+            hooks.post_forward(found.reader[0], self.forget_reader, always_call=True)
+        if plan.through_decoder:
+            assert found.around_decoder is not None
+            hooks.pre_forward(found.around_decoder, self.enter_around_decoder)
+            hooks.post_forward(found.around_decoder, self.forget, always_call=True)
         hooks.pre_forward(found.encoder, self.begin)
-        for index in range(locations[0], last):
-            hooks.pre_forward(found.layers[index], partial(self.enter_layer, index))
-            restores = index == last - 1 and not self.through_decoder
-            if restores or found.family.between is not None:
+        reduced = {layer.index: layer for layer in plan.layers}
+        for index, layer in enumerate(found.layers):
+            if index not in reduced:
+                hooks.pre_forward(layer, self.pass_layer)
+                continue
+            hooks.pre_forward(layer, partial(self.enter_layer, reduced[index]))
+            if reduced[index].may_restore:
                 # Prepended, so that hooks that were there before see all N tokens.
-                hooks.post_forward(found.layers[index], partial(self.leave_layer, index), prepend=True)
+                hooks.post_forward(layer, partial(self.leave_layer, index), prepend=True)
+                hooks.post_forward(layer, self.forget_again, always_call=True)
         for bias in adapters.relative_bias_modules(found.encoder):
             hooks.pre_forward(bias, adapters.shrink_relative_bias)
             hooks.post_forward(bias, adapters.drop_relative_bias, with_kwargs=True)
-        for weighted in weighted_probabilities(self.reduced_layers):
+        for weighted in weighted_probabilities(plan.reduced_layers):
             weighted.install(hooks)
         if found.stack is not found.encoder:
             hooks.post_forward(found.stack, self.finish_stack)
         hooks.post_forward(found.encoder, self.finish_encoder)
-        reduced_layers = list(self.reduced_layers)
-        if self.through_decoder:
+        hooks.post_forward(found.encoder, self.end, always_call=True)
+        for path in found.family.methods:
+            owner, _, name = path.rpartition(".")
+            hooks.replace_method(found.encoder.get_submodule(owner), name, self.run_method)
+        if plan.through_decoder:
             assert found.decoder is not None
             for layer in found.decoder_layers:
                 hooks.pre_forward(layer, self.enter_decoder_layer)
             hooks.post_forward(found.decoder, self.finish_decoder)
-            reduced_layers += found.decoder_layers
-        eager_as = EAGER_NAME if self.bias_parameter == KEY_BIAS else "eager"
-        hooks.on_removal(use_ailurus_attention(attention_configs(reduced_layers), eager_as))
-
-    def remove(self) -> None:
-        self.hooks.remove()
+        eager_as = EAGER_NAME if plan.bias == KEY_BIAS else "eager"
+        in_decoder = found.decoder_layers if plan.through_decoder else ()
+        use_attention(hooks, [*plan.reduced_layers, *in_decoder], eager_as)
 
     # Hooks, in the order in which a forward meets them.
 
     def note_reader(self, reader: nn.Module, args: tuple, kwargs: dict) -> None:
-        assert self.found.reader is not None
-        reads = self.found.reader[1].reads
-        self.wanted[thread()] = None if _asks_for_states(reader, kwargs) else frozenset(reads(reader))
+        assert self.plan.found.reader is not None
+        reads = self.plan.found.reader[1].reads
+        self.wanted.set((None if asks_for_states(reader, kwargs) else frozenset(reads(reader)),))
+
+    def forget_reader(self, reader: nn.Module, args: tuple, output: Any) -> None:
+        self.wanted.pop()
+
+    def enter_around_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.around_decoder.set(True)
 
     def begin(self, encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        family = self.found.family
-        pixel_values = args[0] if args else kwargs.get("pixel_values")
+        refuse_tracing(encoder)
+        family, names = self.plan.found.family, self.plan.encoder_parameters
+        arguments = {**dict(zip(names, args)), **kwargs}
+        pixel_values = arguments.get(names[0])
         if not isinstance(pixel_values, Tensor):
-            raise AiluRusError(f"{type(encoder).__name__} was called without pixel_values")
+            raise AiluRusError(f"{type(encoder).__name__} was called without {names[0]}")
         if kwargs.get("attention_mask") is not None:
             raise AiluRusError("a 2-D attention_mask cannot follow merged tokens: call the model without one")
-        arguments = {**dict(zip(self.encoder_parameters, args)), **kwargs}
         if family.layout is None:
-            sides, suffix = family.grid(encoder, pixel_values), self.found.suffix
+            sides, suffix = family.grid(encoder, pixel_values), self.plan.found.suffix
         else:
             sides, suffix = family.layout(encoder, arguments)
         # Plain numbers also where torch.compile would keep sizes symbolic.
         grid = tuple(operator.index(side) for side in sides)
+        if family.prepare is not None:
+            family.prepare(encoder, arguments)
         num_tokens = math.prod(grid)
-        if thread() in self.wanted:
-            # A reader asks for all states, to read some, so the encoder cannot tell what is wanted.
-            wanted = self.wanted.pop(thread())
-        else:
-            reads = None if _asks_for_states(encoder, kwargs) else family.reads
-            wanted = None if reads is None else frozenset(reads(encoder))
-        self.runs[thread()] = ForwardState(
+        state = ForwardState(
             grid,
             num_tokens,
-            self._targets(num_tokens),
+            self.plan.targets(num_tokens),
             suffix,
             frozenset() if family.between is None else frozenset(family.between(encoder)),
-            wanted,
+            self._wanted(encoder, kwargs),
             encoder.training,
+            self.plan.through_decoder and self.around_decoder.get() is not None,
         )
-        if family.prepare is None:
+        self.states.set(state)
+        return None if family.prepare is None else ((), arguments)
+
+    def _wanted(self, encoder: nn.Module, kwargs: dict) -> frozenset[int] | None:
+        # A reader asks for all states, to read some, so the encoder cannot tell what is wanted.
+        if (noted := self.wanted.pop()) is not None:
+            return noted[0]
+        reads = self.plan.found.family.reads
+        return None if reads is None or asks_for_states(encoder, kwargs) else frozenset(reads(encoder))
+
+    def run_method(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method that runs all layers, where it is called instead of the encoder."""
+        if self.states.get() is not None:
+            return original(*args, **kwargs)
+        encoder = self.plan.found.encoder
+        try:
+            self.begin(encoder, args, kwargs)
+            return self.finish_encoder(encoder, args, original(*args, **kwargs))
+        finally:
+            self.end(encoder, args, None)
+
+    def pass_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A layer that runs on all tokens."""
+        if self.plan.takes_masks or not torch.compiler.is_compiling():
             return None
-        family.prepare(encoder, arguments)
-        return (), arguments
+        # Compiled and exported, transformers writes out a mask that masks nothing.
+        arguments = {**dict(zip(self.plan.parameters, args)), **kwargs}
+        if arguments.get("attention_mask") is not None:
+            arguments["attention_mask"] = None
+        return (arguments.pop(self.plan.parameters[0]),), arguments
 
-    def _targets(self, num_tokens: int) -> list[int | None]:
-        """M at each place, None where a place leaves as many tokens as came to it."""
-        targets: list[int | None] = []
-        left = num_tokens
-        for place in range(len(self.config.locations)):
-            count = self.config.clusters_for(num_tokens, place)
-            targets.append(count if count < left else None)
-            left = min(count, left)
-        return targets
-
-    def enter_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        run = self.runs[thread()]
-        arguments = {**dict(zip(self.parameters, args)), **kwargs}
-        # The first of a layer's arguments in all versions, by place in some and by name in others.
-        hidden_states = arguments.pop(self.parameters[0])
-        if index in self.config.locations:
-            hidden_states = self._reduce(run, self.config.locations.index(index), hidden_states)
-        elif run.reduction is not None and index - 1 in run.between:
-            hidden_states = run.merge(hidden_states, run.reduction)
-        if run.reduction is None:
+    def enter_layer(self, planned: LayerPlan, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        plan = self.plan
+        arguments = {**dict(zip(plan.parameters, args)), **kwargs}
+        # The first of a layer's arguments in all versions, by position in some and by name in others.
+        given: Tensor = arguments.pop(plan.parameters[0])
+        state = self.states.get()
+        runs_again = state is None
+        if state is None:
+            state = self._state_again(planned, layer, given)
+        hidden_states = given
+        if planned.reduces is not None:
+            hidden_states = self._reduce(state, planned.reduces, hidden_states, runs_again)
+        elif state.between and state.reduction is not None and planned.index - 1 in state.between:
+            hidden_states = state.merge(hidden_states, state.reduction)
+        if not runs_again and may_run_again(given):
+            self.recompute.keep(given, state.kept())
+        if state.reduction is None:
             return args, kwargs
-        if arguments.get(self.bias_parameter) is not None and not self.takes_masks:
+        if arguments.get(plan.bias) is not None and not plan.takes_masks and not torch.compiler.is_compiling():
             raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
-        front = hidden_states.shape[1] - run.suffix - run.reduction.clusters.num_clusters
-        bias = run.reduction.clusters.log_counts(front, run.suffix)[:, None, None, :]
-        for adapter in self.adapters[index]:
-            bias = adapter(arguments, run, run.reduction, bias)
-        arguments[self.bias_parameter] = bias.to(hidden_states.dtype)
+        prefix = hidden_states.shape[1] - state.suffix - state.reduction.clusters.num_clusters
+        bias = state.reduction.clusters.log_counts(prefix, state.suffix)[:, None, None, :]
+        for adapter in planned.adapters:
+            bias = adapter(arguments, state, state.reduction, bias)
+        arguments[plan.bias] = bias.to(hidden_states.dtype)
         return (hidden_states,), arguments
 
-    def _reduce(self, run: ForwardState, place: int, hidden_states: Tensor) -> Tensor:
-        """Clusters, and gives back the sequence with representatives for patches."""
-        target, record, location = run.targets[place], self.records[place], self.config.locations[place]
-        before = run.reduction
-        left = run.num_tokens if before is None else before.clusters.num_clusters
-        # Behind a layer whose output the model reads on the grid there are all patches again.
-        is_merged = before is not None and location - 1 not in run.between
-        count = left if is_merged else run.num_tokens
-        self._check_length(run, hidden_states, count, location)
+    def _state_again(self, planned: LayerPlan, layer: nn.Module, given: Tensor) -> ForwardState:
+        """The state of a forward that is over, where a checkpoint runs a layer again."""
+        kept = self.recompute.find(given)
+        if kept is None:
+            raise AiluRusError(
+                f"layer {planned.index + 1} of {self.plan.name} ({type(layer).__name__}) was called outside of a forward of "
+                f"{self.plan.name}, so nothing says what its tokens are: call the whole model, or switch off with remove_ailurus"
+            )
+        state = kept.up_to(planned.index)
+        if planned.may_restore:
+            self.again.set(state)
+        return state
+
+    def _reduce(self, state: ForwardState, number: int, hidden_states: Tensor, runs_again: bool) -> Tensor:
+        """Clusters, and returns the sequence with representatives for patches."""
+        target, record, location = state.targets[number], self.records[number], self.config.locations[number]
+        known = None
+        if runs_again and state.reduction is not None and state.reduction.location == location:
+            known = state.reductions.pop()
+        before = state.reduction
+        left = state.num_tokens if before is None else before.clusters.num_clusters
+        # After a layer whose output the model reads on the grid there are all patches again.
+        is_merged = before is not None and location - 1 not in state.between
+        count = left if is_merged else state.num_tokens
+        self._check_length(state, hidden_states, count, location)
         if target is None:
-            record.unreduced(left)
-            return hidden_states if before is None or is_merged else run.merge(hidden_states, before)
-        front, patches, suffix = run.split(hidden_states, count)
+            if not runs_again:
+                record.unreduced(left)
+            return hidden_states if before is None or is_merged else state.merge(hidden_states, before)
+        prefix, patches, suffix = state.split(hidden_states, count)
         if before is None:
             tokens = patches
-            clusters = self.clustering(tokens, run.grid, target)
+            clusters = self.clustering(tokens, state.grid, target) if known is None else known.clusters
         else:
             tokens = before.unmerge(patches, self.config.restore) if is_merged else patches
             representatives = patches if is_merged else before.clusters.merge(patches)
-            clusters = self.nesting(before.clusters, representatives, tokens, run.grid, target)
+            clusters = (
+                self.join(before.clusters, representatives, tokens, state.grid, target)
+                if known is None
+                else known.clusters
+            )
         # Also where the output is copied: the hidden state at L itself was never reduced.
-        run.reductions.append(Reduction(location, run.grid, clusters, tokens, clusters.merge(tokens)))
-        record.reduced(left, clusters.num_clusters, clusters, run.grid)
-        return torch.cat([front, run.reductions[-1].merged, suffix], 1)
+        state.reductions.append(Reduction(location, state.grid, clusters, tokens, clusters.merge(tokens)))
+        if not runs_again:
+            record.reduced(left, clusters.num_clusters, clusters, state.grid)
+        return torch.cat([prefix, state.reductions[-1].merged, suffix], 1)
 
-    def _check_length(self, run: ForwardState, hidden_states: Tensor, patches: int, location: int) -> None:
+    def _check_length(self, state: ForwardState, hidden_states: Tensor, patches: int, location: int) -> None:
         """Whether the sequence is prefix + patches + suffix; queries that have joined count to the prefix."""
-        around, queries = self.found.prefix + run.suffix, self.found.family.queries
+        found = self.plan.found
+        around, queries = found.prefix + state.suffix, found.family.queries
         length = hidden_states.shape[1] - around
-        joined = 0 if queries is None else int(getattr(self.found.encoder.config, queries))
+        joined = 0 if queries is None else int(getattr(found.encoder.config, queries))
         if length not in (patches, patches + joined):
             raise AiluRusError(
-                f"grid {run.grid} has {run.num_tokens} places, for which {patches} tokens should come to location {location}, "
+                f"a grid of {state.grid} has {state.num_tokens} tokens, {patches} of which should come to location {location}, "
                 f"but there are {length}"
             )
 
     def leave_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
-        run = self.runs[thread()]
-        is_last = index == self.restore_location - 1 and not self.through_decoder
-        if run.reduction is None or not (is_last or index in run.between):
+        state = self.again.pop() or self.states.get()
+        if state is None or state.reduction is None:
+            return output
+        is_last = self.plan.is_last(index) and not state.through_decoder
+        if not is_last and index not in state.between:
             return output
         if isinstance(output, tuple):
-            return (run.unmerge(output[0], run.reduction, self.config.restore), *output[1:])
-        return run.unmerge(output, run.reduction, self.config.restore)
+            return (state.unmerge(output[0], state.reduction, self.config.restore), *output[1:])
+        return state.unmerge(output, state.reduction, self.config.restore)
+
+    def forget_again(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        self.again.pop()
 
     def finish_stack(self, stack: nn.Module, args: tuple, output: Any) -> Any:
-        return self._unmerge_hidden_states(self.runs[thread()], output)
+        state = self.states.get()
+        return output if state is None else unmerge_hidden_states(self.plan, state, output)
 
     def finish_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
-        run = self.runs[thread()]
-        if not run.reductions and any(target is not None for target in run.targets):
+        state = self.states.get()
+        assert state is not None
+        if not state.reductions and any(target is not None for target in state.targets):
             raise UnsupportedModelError(
                 f"{type(encoder).__name__} ran without calling its layers as modules, so their hooks saw no token and nothing "
                 "was reduced; this version of transformers runs them in a way that is not known here"
             )
-        output = self._unmerge_hidden_states(run, output)
-        if run.reduction is None or not self.through_decoder:
-            del self.runs[thread()]
+        output = unmerge_hidden_states(self.plan, state, output)
+        state.for_decoder = state.through_decoder and state.reduction is not None
         return output
 
+    def end(self, encoder: nn.Module, args: tuple, output: Any) -> None:
+        """The forward is over, or has raised."""
+        state = self.states.get()
+        if state is not None and not state.for_decoder:
+            self.states.pop()
+
     def enter_decoder_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        run = self.runs.get(thread())
-        if run is None or run.reduction is None:
+        state = self.states.get()
+        if state is None or state.reduction is None:
             return args, kwargs
-        arguments = {**dict(zip(self.decoder_parameters[1:], args[1:])), **kwargs}
-        if arguments.get(self.decoder_bias_parameter) is not None:
+        arguments = {**dict(zip(self.plan.decoder_parameters[1:], args[1:])), **kwargs}
+        if arguments.get(self.plan.decoder_bias) is not None:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")
-        bias = run.reduction.clusters.log_counts(0, self.found.decoder_suffix)[:, None, None, :]
-        arguments[self.decoder_bias_parameter] = bias.to(args[0].dtype)
+        bias = state.reduction.clusters.log_counts(0, self.plan.found.decoder_suffix)[:, None, None, :]
+        arguments[self.plan.decoder_bias] = bias.to(args[0].dtype)
         return (args[0],), arguments
 
     def finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        run = self.runs.pop(thread(), None)
-        return output if run is None or run.reduction is None else run.reduction.unmerge(output, self.config.restore)
-
-    # Hidden states: transformers collects what layers put out, which is M long; they are unmerged once, where they leave.
-
-    def _unmerge_hidden_states(self, run: ForwardState, output: Any) -> Any:
-        """The output with all hidden states that somebody reads N tokens long."""
-        if not run.reductions or run.states_unmerged:
+        state = self.states.pop()
+        if state is None or state.reduction is None:
             return output
-        if isinstance(output, tuple):
-            # return_dict=False: hidden states are the tuple of [B, L, C], attention maps that of [B, heads, L, L].
-            parts = [isinstance(part, tuple) and part[-1].ndim == 3 for part in output]
-            run.states_unmerged = any(parts)
-            return tuple(
-                self._unmerge_each(run, part) if is_states else part
-                for part, is_states in zip(output, parts, strict=True)
-            )
-        if getattr(output, "hidden_states", None) is not None:
-            output["hidden_states"] = self._unmerge_each(run, output["hidden_states"])
-            run.states_unmerged = True
-        return output
-
-    def _unmerge_each(self, run: ForwardState, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        unmerged = []
-        for location, state in enumerate(hidden_states):
-            is_read = run.wanted is None or location in run.wanted
-            if state is not None and is_read:
-                state = self._unmerge_at(run, location, state)
-            unmerged.append(state)
-        return tuple(unmerged)
-
-    def _unmerge_at(self, run: ForwardState, location: int, state: Tensor) -> Tensor:
-        """The hidden state at a location, from what was collected there."""
-        first = run.reductions[0]
-        if location == first.location == 0:
-            if state.shape[1] == self.found.prefix + run.num_tokens + run.suffix:
-                return state
-            # Collected as the first layer's input, which was merged already.
-            front, _, suffix = run.split(state, first.clusters.num_clusters)
-            return torch.cat([front, first.tokens, suffix], 1)
-        is_last = location == self.restore_location and not self.through_decoder
-        if is_last or location > self.restore_location or location - 1 in run.between:
-            return state
-        for reduction in reversed(run.reductions):
-            if reduction.location < location:
-                return run.unmerge(state, reduction, self.config.restore)
-        return state
-
-
-def _asks_for_states(module: nn.Module, kwargs: dict) -> bool:
-    asked = kwargs.get("output_hidden_states")
-    return bool(getattr(module.config, "output_hidden_states", False) if asked is None else asked)
+        return state.reduction.unmerge(output, self.config.restore)

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from ..status import LocationStatus
+from ..status import LocationStatus, Record
+from .encoder_plan import EncoderPlan
 from .flops import layers_flops
 
-if TYPE_CHECKING:
-    from .encoder import EncoderReducer
+
+def encoder_status(plan: EncoderPlan, records: Sequence[Record]) -> list[LocationStatus]:
+    """One row a location."""
+    return [_row(plan, records, number) for number in range(len(records))]
 
 
-def encoder_locations(reducer: EncoderReducer) -> list[LocationStatus]:
-    """One LocationStatus a location."""
-    return [_place(reducer, number) for number in range(len(reducer.records))]
-
-
-def _place(reducer: EncoderReducer, number: int) -> LocationStatus:
-    record, found, config = reducer.records[number], reducer.found, reducer.config
-    locations = config.locations
-    if reducer.through_decoder:
+def _row(plan: EncoderPlan, records: Sequence[Record], number: int) -> LocationStatus:
+    record, locations = records[number], plan.config.locations
+    if plan.through_decoder:
         restored = "after the decoder"
-    elif reducer.restore_location < len(found.layers):
-        restored = f"after layer {reducer.restore_location}"
+    elif plan.restore_location < plan.depth:
+        restored = f"after layer {plan.restore_location}"
     else:
         restored = "after the last layer"
     if number + 1 < len(locations):
         restored = f"reduced again at {locations[number + 1]}"
     full = reduced = None
-    if (first := reducer.records[0].last_tokens) is not None and record.last_clusters_count is not None:
-        full, reduced = (_flops(reducer, number, first, count) for count in (first, record.last_clusters_count))
-    where = type(found.encoder).__name__
-    return record.location_status(where, locations[number], f"{restored} ({config.restore})", full, reduced)
+    if (first := records[0].last_tokens) is not None and record.last_clusters_count is not None:
+        full, reduced = (_flops(plan, number, first, count) for count in (first, record.last_clusters_count))
+    return record.location_status(plan.name, locations[number], f"{restored} ({plan.config.restore})", full, reduced)
 
 
-def _flops(reducer: EncoderReducer, number: int, num_tokens: int, num_clusters: int) -> float:
+def _flops(plan: EncoderPlan, number: int, num_tokens: int, num_clusters: int) -> float | None:
     """FLOPs for one image from a location to the next; those of layers on all tokens count at the first."""
-    found, last = reducer.found, reducer.restore_location
+    found, last = plan.found, plan.restore_location
     around = found.prefix + found.suffix
-    bounds = [*reducer.config.locations, last]
-    total = layers_flops(found.layers[bounds[number] : bounds[number + 1]], num_clusters + around)
+    bounds = [*plan.config.locations, last]
+    parts = [layers_flops(found.layers[bounds[number] : bounds[number + 1]], num_clusters + around)]
     if number == 0:
-        total += layers_flops([*found.layers[: bounds[0]], *found.layers[last:]], num_tokens + around)
+        parts.append(layers_flops([*found.layers[: bounds[0]], *found.layers[last:]], num_tokens + around))
     if number == len(bounds) - 2:
-        in_decoder = num_clusters if reducer.through_decoder else num_tokens
-        total += layers_flops(found.decoder_layers, in_decoder + found.decoder_suffix)
-    return total
+        in_decoder = num_clusters if plan.through_decoder else num_tokens
+        parts.append(layers_flops(found.decoder_layers, in_decoder + found.decoder_suffix))
+    return None if None in parts else sum(part for part in parts if part is not None)

@@ -1,79 +1,23 @@
-"""The model families whose encoders can be reduced: one declaration each.
-
-A family names its encoder class and says what surrounds the patch tokens. The layers, how they take an attention bias,
-and what else they are given (relative position bias, rotary embeddings) are found by structure (backend.py, adapters.py).
-A decoder that runs on tokens, before any grid is made of them, is declared in DECODERS: it can run on representatives too.
-READERS are classes around an encoder that read some of its hidden states: only those are unmerged.
-"""
+"""The model families whose encoders can be reduced: one declaration each, and what they need to say it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from torch import Tensor
 
 from ..errors import AiluRusError
-
-
-def patch_grid(encoder: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches of images Tensor[B, 3, H, W]."""
-    patch = cast(PreTrainedConfig, encoder.config).patch_size
-    patch_height, patch_width = patch if isinstance(patch, Sequence) else (patch, patch)
-    return pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
-
-
-@dataclass(frozen=True)
-class Family:
-    """An encoder class that can be reduced.
-
-    name: what users call the family.
-    encoder: the class's qualified name. It has to match exactly: a subclass may do anything between its layers.
-    prefix: tokens before the patches (CLS, distillation), or what counts them; and the config's field that counts
-        registers, if there is one.
-    suffix, queries: the config's field that counts tokens behind the patches, or tokens that join in front at a late layer.
-    models: what users load that has this encoder inside, for the table.
-    grid: the patch grid of an input.
-    layout: where the arguments of a forward say it instead: the grid, and how many tokens of padding stand behind it.
-    reads: the hidden states that the class itself reads (a backbone's feature maps); None: it is no backbone.
-    between: the layers whose output the class reads on the grid before the next layer; None: there never are any.
-    prepare: called with the arguments of a forward, which it may change; raises AiluRusError on what cannot be reduced.
-    """
-
-    name: str
-    encoder: str
-    prefix: int | Callable[[Any], int] = 0
-    registers: str | None = None
-    suffix: str | None = None
-    queries: str | None = None
-    models: str = ""
-    grid: Callable[[nn.Module, Tensor], tuple[int, int]] = patch_grid
-    layout: Callable[[Any, dict[str, Any]], tuple[tuple[int, int], int]] | None = None
-    reads: Callable[[Any], Iterable[int]] | None = None
-    between: Callable[[Any], Iterable[int]] | None = None
-    prepare: Callable[[Any, dict[str, Any]], None] | None = None
-
-
-@dataclass(frozen=True)
-class TokenDecoder:
-    """A module from tokens Tensor[B, L, C] to scores Tensor[B, L, K], for any L.
-
-    decoder: the class's qualified name. suffix: the attribute that says how many tokens its layers have behind the patches.
-    """
-
-    decoder: str
-    suffix: str | None = None
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A class that has an encoder inside and reads those of its hidden states that `reads` says."""
-
-    reader: str
-    reads: Callable[[Any], Iterable[int]]
+from .registry import (
+    Family,
+    Reader,
+    TokenDecoder,
+    patch_grid,
+    register_family,
+    register_reader,
+    register_token_decoder,
+)
 
 
 def feature_maps(backbone: Any) -> list[int]:
@@ -88,7 +32,7 @@ def dpt_neck(model: Any) -> list[int]:
 
 
 def with_mid_positions(encoder: Any) -> Iterable[int]:
-    """YOLOS adds position embeddings to all tokens behind every layer but the last, if its config says so."""
+    """YOLOS adds position embeddings to all tokens after every layer but the last, if its config says so."""
     return range(encoder.config.num_hidden_layers - 1) if encoder.config.use_mid_position_embeddings else ()
 
 
@@ -163,7 +107,7 @@ def as_timm_runs_layers(encoder: Any, arguments: dict[str, Any]) -> None:
 
 _AT = "transformers.models."
 
-FAMILIES: tuple[Family, ...] = (
+_FAMILIES: tuple[Family, ...] = (
     Family("ViT", _AT + "vit.modeling_vit.ViTModel", prefix=1),
     Family("DeiT", _AT + "deit.modeling_deit.DeiTModel", prefix=2),
     Family("ViTMSN", _AT + "vit_msn.modeling_vit_msn.ViTMSNModel", prefix=1),
@@ -307,7 +251,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-FAMILIES += tuple(
+_FAMILIES += tuple(
     Family(
         name,
         f"{_AT}timm_wrapper.modeling_timm_wrapper.{encoder}",
@@ -315,6 +259,7 @@ FAMILIES += tuple(
         models="timm's VisionTransformer in transformers",
         grid=timm_grid,
         prepare=as_timm_runs_layers,
+        methods=("timm_model.forward_features",),
     )
     for name, encoder in (
         ("timm ViT", "TimmWrapperModel"),
@@ -322,12 +267,12 @@ FAMILIES += tuple(
     )
 )
 
-DECODERS = (
+_DECODERS = (
     TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.MaskTransformerDecoder", suffix="num_labels"),
     TokenDecoder("ailurus_hf.segmenter.modeling_segmenter.LinearDecoder"),
 )
 
-READERS = (
+_READERS = (
     Reader("ailurus_hf.detection.pyramid.ViTPyramid", lambda pyramid: pyramid.taps),
     Reader(_AT + "beit.modeling_beit.BeitBackbone", feature_maps),
     Reader(
@@ -345,3 +290,10 @@ READERS = (
     Reader(_AT + "dpt.modeling_dpt.DPTForDepthEstimation", dpt_neck),
     Reader(_AT + "dpt.modeling_dpt.DPTForSemanticSegmentation", dpt_neck),
 )
+
+for _family in _FAMILIES:
+    register_family(_family)
+for _decoder in _DECODERS:
+    register_token_decoder(_decoder)
+for _reader in _READERS:
+    register_reader(_reader)

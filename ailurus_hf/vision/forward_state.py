@@ -1,14 +1,13 @@
 """ForwardState: what one forward carries from hook to hook, and how N tokens become M and M become N again.
 
-A sequence is front + patches + suffix: class, distillation, register and query tokens in front, detection tokens behind.
-What stands in front may grow between layers, so patches are counted from the end.
+A sequence is prefix + patches + suffix: class, distillation, register and query tokens before the patches, detection tokens
+after them. Queries may join before the patches between layers, so patches are counted from the end.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,19 +17,13 @@ from ..clustering.smooth_unmerge import smoothing
 from ..clusters import TokenClusters
 
 
-def thread() -> int:
-    """The running thread: one model may run in several at once, and each has a ForwardState of its own."""
-    # The compiler cannot trace the question; compiled graphs keep a ForwardState of their own.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
 @dataclass(eq=False)
 class Reduction:
-    """One reduction: from a location on, the patches are M representatives.
+    """From a location on, the patches are M representatives.
 
     clusters: of the N patches, also where an earlier reduction had merged them: clusters nest.
     tokens, merged: the patches at the location before and after merging, Tensor[B, N, C] and [B, M, C].
-    derived: what adapters made of the clusters, to be used by all layers of the reduction.
+    derived: what adapters made of the clusters, for all layers up to the next location.
     """
 
     location: int
@@ -41,7 +34,7 @@ class Reduction:
     derived: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made by the first layer that asks."""
+        """What `make` returns; the first call makes it."""
         if key not in self.derived:
             self.derived[key] = make()
         return self.derived[key]
@@ -59,15 +52,21 @@ class Reduction:
             return weights.unmerge(representatives)
         return self.tokens + self.clusters.unmerge(representatives - self.merged)
 
+    def detached(self) -> Reduction:
+        """The same without a graph behind it, and without what was derived."""
+        return replace(self, tokens=self.tokens.detach(), merged=self.merged.detach(), derived={})
+
 
 @dataclass(eq=False)
 class ForwardState:
     """One forward of one encoder.
 
-    targets: M of each place, in order; None where the image has no more tokens than that.
+    targets: M of each location, in order; None where the image has no more tokens than that.
     between: layers whose output the model itself reads on the grid before the next layer.
     wanted: the hidden states that somebody reads, by number; None: all.
     training: whether the encoder trains, and may move positions about.
+    through_decoder: whether all tokens are back after the token decoder only.
+    for_decoder: whether the encoder is done, and its decoder runs on representatives.
     """
 
     grid: tuple[int, ...]
@@ -77,28 +76,42 @@ class ForwardState:
     between: frozenset[int] = frozenset()
     wanted: frozenset[int] | None = None
     training: bool = False
+    through_decoder: bool = False
     reductions: list[Reduction] = field(default_factory=list)
     states_unmerged: bool = False
+    for_decoder: bool = False
+    _kept: ForwardState | None = None
 
     @property
     def reduction(self) -> Reduction | None:
         return self.reductions[-1] if self.reductions else None
 
     def split(self, hidden_states: Tensor, num_patches: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Front, patches and suffix of a sequence."""
-        front = hidden_states.shape[1] - num_patches - self.suffix
+        """Prefix, patches and suffix of a sequence."""
+        prefix = hidden_states.shape[1] - num_patches - self.suffix
         return (
-            hidden_states[:, :front],
-            hidden_states[:, front : front + num_patches],
-            hidden_states[:, front + num_patches :],
+            hidden_states[:, :prefix],
+            hidden_states[:, prefix : prefix + num_patches],
+            hidden_states[:, prefix + num_patches :],
         )
 
     def unmerge(self, hidden_states: Tensor, reduction: Reduction, restore: str | None) -> Tensor:
         """A sequence with all N patches from one with a reduction's M."""
-        front, representatives, suffix = self.split(hidden_states, reduction.clusters.num_clusters)
-        return torch.cat([front, reduction.unmerge(representatives, restore), suffix], 1)
+        prefix, representatives, suffix = self.split(hidden_states, reduction.clusters.num_clusters)
+        return torch.cat([prefix, reduction.unmerge(representatives, restore), suffix], 1)
 
     def merge(self, hidden_states: Tensor, reduction: Reduction) -> Tensor:
         """A sequence with a reduction's M patches from one with all N."""
-        front, patches, suffix = self.split(hidden_states, self.num_tokens)
-        return torch.cat([front, reduction.clusters.merge(patches), suffix], 1)
+        prefix, patches, suffix = self.split(hidden_states, self.num_tokens)
+        return torch.cat([prefix, reduction.clusters.merge(patches), suffix], 1)
+
+    def kept(self) -> ForwardState:
+        """The same without a graph behind it, for layers that run again when this forward is over."""
+        if self._kept is None or len(self._kept.reductions) != len(self.reductions):
+            self._kept = replace(self, reductions=[each.detached() for each in self.reductions], _kept=None)
+        return self._kept
+
+    def up_to(self, location: int) -> ForwardState:
+        """The state in which the layer after a location ran."""
+        reductions = [reduction for reduction in self.reductions if reduction.location <= location]
+        return replace(self, reductions=reductions)

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..hooks import Hooks
-from .backend import KEY_BIAS, OWN_ATTENTION, qualified_name
-from .forward_state import thread
+from ..per_thread import PerThread
+from .backend import KEY_BIAS, OWN_ATTENTION
+from .registry import qualified_name
 
 
 class WeightedProbabilities:
@@ -21,29 +22,31 @@ class WeightedProbabilities:
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
         self.dropout = attention.get_submodule(OWN_ATTENTION[qualified_name(attention)])
-        # One model may run in several threads at once.
-        self.bias: dict[int, Tensor] = {}
+        self.bias: PerThread[Tensor] = PerThread()
 
     def install(self, hooks: Hooks) -> None:
         hooks.pre_forward(self.attention, self.note)
         hooks.pre_forward(self.dropout, self.weigh)
+        hooks.post_forward(self.attention, self.forget, always_call=True)
 
     def note(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = dict(kwargs)
-        self.bias.pop(thread(), None)
         if (bias := kwargs.pop(KEY_BIAS, None)) is not None:
-            self.bias[thread()] = bias
+            self.bias.set(bias)
         return args, kwargs
 
     def weigh(self, dropout: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        bias = self.bias.pop(thread(), None)
+        bias = self.bias.pop()
         if bias is None:
             return args, kwargs
         weighted = args[0] * bias.exp()
         return (weighted / weighted.sum(-1, keepdim=True), *args[1:]), kwargs
 
+    def forget(self, attention: nn.Module, args: tuple, output: Any) -> None:
+        self.bias.pop()
 
-def weighted_probabilities(layers: Iterable[Any]) -> list[WeightedProbabilities]:
+
+def weighted_probabilities(layers: Iterable[nn.Module]) -> list[WeightedProbabilities]:
     """One for each attention module in `layers` that needs it."""
     modules = (module for layer in layers for module in layer.modules())
     return [WeightedProbabilities(module) for module in modules if qualified_name(module) in OWN_ATTENTION]

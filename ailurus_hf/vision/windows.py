@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from ..clustering import ClusterFunction
 from ..config import AiluRusConfig
 from ..errors import AiluRusError
-from ..hooks import Hooks
-from ..status import LocationStatus, Record
-from .backend import qualified_name, weights_in_place
+from ..per_thread import PerThread
+from ..status import LocationStatus
+from .backend import weights_in_place
+from .base import JoinFunction, Reducer, refuse_stages, refuse_tracing
 from .flops import layer_flops
-from .forward_state import Reduction, thread
+from .forward_state import Reduction
+from .registry import qualified_name
 
 # The layers: the name of their attention, and whether their tokens are Tensor[B, C, H, W] (else [B, H, W, C]).
 LAYERS = {
@@ -35,42 +37,75 @@ LAYERS = {
 }
 
 
-@dataclass
-class GlobalLayerReducer:
-    """Hooks on one global layer, its `number` in the encoder counted from 1."""
+@dataclass(eq=False)
+class LayerState:
+    """What one forward of a global layer keeps. attended: whether its attention ran on representatives."""
 
-    module: Any
-    number: int
-    config: AiluRusConfig
-    clustering: ClusterFunction
-    records: list[Record] = field(default_factory=lambda: [Record()])
-    hooks: Hooks = field(default_factory=Hooks)
-    # One model may run in several threads at once.
-    runs: dict[int, Reduction | None] = field(default_factory=dict)
+    reduction: Reduction
+    attended: bool = False
 
-    def __post_init__(self) -> None:
-        name, self.channels_first = LAYERS[qualified_name(self.module)]
-        self.attention = getattr(self.module, name)
-        if getattr(self.module, "use_residual_block", False):
-            raise AiluRusError(f"layer {self.number} ends in convolutions on the grid: it cannot be reduced")
 
-    def install(self) -> None:
+class GlobalLayerReducer(Reducer):
+    """Hooks on one global layer.
+
+    Args:
+        layer: the layer.
+        number: 1 for the first layer of the encoder.
+        config, clustering: as in `Reducer.find`.
+
+    Raises:
+        AiluRusError: the layer cannot be reduced.
+    """
+
+    per_forward = ("states",)
+
+    def __init__(self, layer: Any, number: int, config: AiluRusConfig, clustering: ClusterFunction) -> None:
+        super().__init__(layer, config, clustering)
+        self.number = number
+        name, self.channels_first = LAYERS[qualified_name(layer)]
+        self.attention = getattr(layer, name)
+        self.states: PerThread[LayerState] = PerThread()
+        if getattr(layer, "use_residual_block", False):
+            raise AiluRusError(f"layer {number} ends in convolutions on the grid: it cannot be reduced")
+
+    @classmethod
+    def find(
+        cls, target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction, join: JoinFunction
+    ) -> Sequence[GlobalLayerReducer]:
+        """One for each global layer after the `cluster_location`-th layer of VitDet or SAM; none where there is none."""
+        lists = [
+            module
+            for module in target.modules()
+            if isinstance(module, nn.ModuleList) and len(module) and qualified_name(module[0]) in LAYERS
+        ]
+        if lists:
+            refuse_stages(target, config)
+        if lists and (config.restore != "residual" or len(config.locations) > 1):
+            raise AiluRusError(
+                "windowed layers have all tokens, so one cluster_location and restore='residual' are needed, got "
+                f"{config.cluster_location} and {config.restore!r}"
+            )
+        found = []
+        for layers in lists:
+            numbers = [n for n, layer in enumerate(layers, start=1) if layer.window_size == 0]
+            last = config.restore_location or len(layers)
+            chosen = [n for n in numbers if config.locations[0] < n <= last]
+            if not chosen:
+                raise AiluRusError(
+                    f"layers {numbers} of {len(layers)} have global attention, none of which is after cluster_location "
+                    f"{config.locations[0]} and at most restore_location {config.restore_location}"
+                )
+            found += [cls(layers[n - 1], n, config, clustering) for n in chosen]
+        return found
+
+    def place_hooks(self) -> None:
         self.hooks.pre_forward(self.module, self.enter)
         self.hooks.post_forward(self.module, self.leave, prepend=True)
-        # accelerate puts one of its own there, which brings weights to where they are needed.
-        self.own_forward = vars(self.attention).get("forward")
-        self.attention.forward = partial(self.attend, self.attention)
-        self.hooks.on_removal(self.give_forward_back)
-
-    def give_forward_back(self) -> None:
-        del self.attention.forward
-        if self.own_forward is not None:
-            self.attention.forward = self.own_forward
-
-    def remove(self) -> None:
-        self.hooks.remove()
+        self.hooks.post_forward(self.module, self.forget, always_call=True)
+        self.hooks.replace_method(self.attention, "forward", self.attend)
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        refuse_tracing(layer)
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             # It would call the layer again without hooks, and these layers hand nothing on to their attention.
             raise AiluRusError(f"gradient checkpointing of {type(layer).__name__} loses the clusters: switch it off")
@@ -80,7 +115,6 @@ class GlobalLayerReducer:
         grid = tuple(operator.index(side) for side in hidden.shape[1:3])
         num_tokens = math.prod(grid)
         target = self.config.clusters_for(num_tokens)
-        self.runs[thread()] = None
         if target >= num_tokens:
             self.records[0].unreduced(num_tokens)
             return args, kwargs
@@ -88,26 +122,26 @@ class GlobalLayerReducer:
         clusters = self.clustering(tokens, grid, target)
         self.records[0].reduced(num_tokens, clusters.num_clusters, clusters, grid)
         reduction = Reduction(self.number - 1, grid, clusters, tokens, clusters.merge(tokens))
-        self.runs[thread()] = reduction
+        self.states.set(LayerState(reduction))
         # A column of representatives, which the layer takes for a grid.
         merged = reduction.merged[:, :, None]
         return (merged.permute(0, 3, 1, 2) if self.channels_first else merged, *args[1:]), kwargs
 
-    def attend(self, attention: Any, *args: Any, **kwargs: Any) -> Any:
+    def attend(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Attention of representatives Tensor[B, M, 1, C], which count for their tokens; else the model's own."""
-        reduction = self.runs.get(thread())
-        if reduction is None:
-            own = self.own_forward or partial(type(attention).forward, attention)
-            return own(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
+        state = self.states.get()
+        if state is None:
+            return original(*args, **kwargs)
+        state.attended = True
+        hidden, attention = args[0] if args else kwargs["hidden_states"], self.attention
         if kwargs.get("output_attentions"):
             raise AiluRusError("attention maps of global layers are not kept: call the model without output_attentions")
         heads = getattr(attention, "num_heads", None) or attention.num_attention_heads
         query, key, value = attention.qkv(hidden[:, :, 0]).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = reduction.clusters.log_counts()[:, None, None].to(query.dtype)
+        bias = state.reduction.clusters.log_counts()[:, None, None].to(query.dtype)
         if hasattr(attention, "rel_pos_h"):
             with weights_in_place(attention):
-                bias = bias + relative_scores(attention, query, reduction)
+                bias = bias + relative_scores(attention, query, state.reduction)
         dropout = getattr(attention, "dropout", 0.0) if attention.training else 0.0
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=attention.scale
@@ -115,23 +149,26 @@ class GlobalLayerReducer:
         return attention.proj(out.transpose(1, 2).flatten(2))[:, :, None], None
 
     def leave(self, layer: nn.Module, args: tuple, output: Any) -> Any:
-        reduction = self.runs.pop(thread(), None)
-        if reduction is None:
+        state = self.states.pop()
+        if state is None:
             return output
+        if not state.attended:
+            raise AiluRusError(
+                f"somebody has replaced the forward of {type(self.attention).__name__} since: call apply_ailurus again"
+            )
         hidden = output[0] if isinstance(output, tuple) else output
         representatives = hidden[..., 0].transpose(1, 2) if self.channels_first else hidden[:, :, 0]
-        tokens = reduction.unmerge(representatives, "residual").unflatten(1, reduction.grid)
+        tokens = state.reduction.unmerge(representatives, "residual").unflatten(1, state.reduction.grid)
         tokens = tokens.permute(0, 3, 1, 2) if self.channels_first else tokens
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
-    def locations(self) -> list[LocationStatus]:
-        """What the last forward did, for the status table; FLOPs are the layer's own."""
+    def status(self) -> list[LocationStatus]:
         record = self.records[0]
         tokens, count = record.last_tokens, record.last_clusters_count
         full = None if tokens is None else layer_flops(self.module, tokens)
         reduced = None if count is None else layer_flops(self.module, count)
         where = f"{type(self.module).__name__} {self.number}"
-        return [record.location_status(where, self.number - 1, "behind the layer (residual)", full, reduced)]
+        return [record.location_status(where, self.number - 1, "after the layer (residual)", full, reduced)]
 
 
 def relative_scores(attention: Any, query: Tensor, reduction: Reduction) -> Tensor:
@@ -142,32 +179,8 @@ def relative_scores(attention: Any, query: Tensor, reduction: Reduction) -> Tens
         # Tensor[side, side, D] for every pair of rows, of which one row and one column hold all differences.
         pairs = resized(side, side, table)
         by_difference = torch.cat([pairs[0].flip(0), pairs[1:, 0]])
-        place = centroids[..., axis]
-        index = (place[:, :, None] - place[:, None]).round().long() + side - 1
+        along = centroids[..., axis]
+        index = (along[:, :, None] - along[:, None]).round().long() + side - 1
         scores = query @ by_difference.transpose(0, 1).to(query.dtype)
         total = total + scores.gather(3, index[:, None].expand(-1, query.shape[1], -1, -1))
     return total
-
-
-def global_layer_reducers(
-    target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction
-) -> list[GlobalLayerReducer]:
-    """A reducer for each global layer behind the `cluster_location`-th layer of VitDet or SAM; none where there is none."""
-    lists = [m for m in target.modules() if isinstance(m, nn.ModuleList) and len(m) and qualified_name(m[0]) in LAYERS]
-    if lists and (config.restore != "residual" or len(config.locations) > 1):
-        raise AiluRusError(
-            "windowed layers have all tokens, so one cluster_location and restore='residual' are needed, got "
-            f"{config.cluster_location} and {config.restore!r}"
-        )
-    found = []
-    for layers in lists:
-        numbers = [n for n, layer in enumerate(layers, start=1) if layer.window_size == 0]
-        last = config.restore_location or len(layers)
-        chosen = [n for n in numbers if config.locations[0] < n <= last]
-        if not chosen:
-            raise AiluRusError(
-                f"layers {numbers} of {len(layers)} have global attention, none of which is behind cluster_location "
-                f"{config.locations[0]} and not behind restore_location {config.restore_location}"
-            )
-        found += [GlobalLayerReducer(layers[n - 1], n, config, clustering) for n in chosen]
-    return found

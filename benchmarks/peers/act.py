@@ -7,7 +7,6 @@ each query takes its prototype's result.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ailurus_hf import TokenClusters
 from ailurus_hf.errors import AiluRusError
-from ailurus_hf.vision.backend import attention_configs
+from ailurus_hf.vision.backend import use_attention
 from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach
@@ -105,9 +104,7 @@ class ACT(Peer):
 
     def install(self) -> None:
         super().install()
-        for config in attention_configs(self.layers):
-            self.hooks.on_removal(partial(setattr, config, "_attn_implementation", config._attn_implementation))
-            config._attn_implementation = NAME
+        use_attention(self.hooks, self.layers, name=NAME)
 
     def remove(self) -> None:
         for module in getattr(self, "modules", []):

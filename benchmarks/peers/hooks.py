@@ -18,7 +18,7 @@ from ailurus_hf.errors import AiluRusError, UnsupportedModelError
 from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.adapters import relative_bias_modules
 from ailurus_hf.vision.apply import ATTRIBUTE
-from ailurus_hf.vision.backend import attention_configs, parameters_of, use_ailurus_attention
+from ailurus_hf.vision.backend import parameters_of, use_attention
 from ailurus_hf.vision.discovery import FoundEncoder, find_encoders
 
 RESTORE_PLACES = ("backbone", "decoder")
@@ -131,7 +131,7 @@ class Peer:
                 self.hooks.pre_forward(layer, self._add_decoder_bias)
             self.hooks.post_forward(self.found.decoder, self._finish_decoder)
             layers += self.found.decoder_layers
-        self.hooks.on_removal(use_ailurus_attention(attention_configs(layers)))
+        use_attention(self.hooks, layers)
 
     def remove(self) -> None:
         self.hooks.remove()

@@ -12,7 +12,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePosi
 from ailurus_hf import AiluRusError, TokenClusters, apply_ailurus
 from ailurus_hf.clustering import get_clustering
 from ailurus_hf.vision.adapters import relative_bias_of_clusters, rotary_at_centroids
-from ailurus_hf.vision.forward_state import ForwardState, Reduction
+from ailurus_hf.vision.forward_state import Reduction
 
 GRIDS = [(5, 7), (8, 12), (16, 6), (3, 9), (1, 2)]
 
@@ -77,8 +77,7 @@ def test_where_all_tokens_are_kept_the_relative_bias_is_the_models(grid):
     torch.nn.init.normal_(module.relative_position_bias_table)
     with torch.no_grad():
         want = module(grid, interpolate_pos_encoding=True, dim_size=math.prod(grid) + 1)
-        run = ForwardState(grid, math.prod(grid), [None], 0)
-        got = relative_bias_of_clusters(module, run, reduction_of(every_token(grid), grid))
+        got = relative_bias_of_clusters(module, reduction_of(every_token(grid), grid))
     torch.testing.assert_close(got, want.view_as(got[:1]).expand_as(got), rtol=1e-5, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
-import transformers as hf
+from windowed import MODELS, images, make, predict
 
 from ailurus_hf import (
     AiluRusConfig,
@@ -17,35 +17,11 @@ from ailurus_hf import (
     remove_ailurus,
 )
 from ailurus_hf.vision.apply import reducers_of
-from ailurus_hf.vision.forward_state import Reduction, thread
+from ailurus_hf.vision.forward_state import Reduction
+from ailurus_hf.vision.windows import LayerState
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 4}
-SAM = {**SIZES, "mlp_dim": 64, "output_channels": 8, "window_size": 4, "global_attn_indexes": [1, 3]}
-VITDET = {**SIZES, "window_size": 4, "window_block_indices": [0, 2], "use_relative_position_embeddings": True}
-VITDET |= {"pretrain_image_size": 32, "mlp_ratio": 2}
-MODELS = {
-    "VitDet": lambda **f: hf.VitDetModel(hf.VitDetConfig(**{**VITDET, **f})),
-    "SAM": lambda **f: hf.SamVisionModel(hf.SamVisionConfig(**{**SAM, **f})),
-    "SAM-HQ": lambda **f: hf.SamHQVisionModel(hf.SamHQVisionConfig(**{**SAM, **f})),
-}
 REDUCED = {"cluster_location": 1, "keep_ratio": 0.25}
 each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def make(name, **fields):
-    torch.manual_seed(0)
-    model = MODELS[name](**fields).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-            if parameter_name.endswith("qkv.weight"):
-                parameter[:64].mul_(2)
-    return model
-
-
-def images(batch=2, seed=0):
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def blocky(batch=2):
@@ -54,11 +30,6 @@ def blocky(batch=2):
     patches[:, :, 0, 1] = patches[:, :, 0, 0]
     tiled = patches.repeat_interleave(2, 2).repeat_interleave(2, 3)
     return tiled.permute(0, 1, 2, 4, 3, 5).reshape(batch, 3, 32, 32)
-
-
-def predict(model, x):
-    with torch.no_grad():
-        return model(x).last_hidden_state
 
 
 @each_model
@@ -132,7 +103,7 @@ def test_attention_of_single_tokens_is_the_models_own(name):
     clusters = TokenClusters.from_assignment(torch.arange(64).expand(2, -1), 64)
     with torch.no_grad():
         want = type(reducer.attention).forward(reducer.attention, hidden)[0]
-        reducer.runs[thread()] = Reduction(1, (8, 8), clusters, hidden.flatten(1, 2), hidden.flatten(1, 2))
+        reducer.states.set(LayerState(Reduction(1, (8, 8), clusters, hidden.flatten(1, 2), hidden.flatten(1, 2))))
         got = reducer.attention(hidden.view(2, 64, 1, 32))[0]
     torch.testing.assert_close(got.view(2, 8, 8, 32), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
