@@ -109,5 +109,7 @@ def _unsupported(target: nn.Module) -> str:
 
 
 def _supported() -> str:
-    names = [*(family.name for family in FAMILIES.values()), "SegFormer", "VitDet", "SAM", "SAM-HQ"]
+    # Those that came from outside are named last, whenever they came.
+    families = sorted(FAMILIES.values(), key=lambda family: not family.key.startswith("transformers."))
+    names = [*(family.name for family in families), "SegFormer", "VitDet", "SAM", "SAM-HQ"]
     return f"Supported encoders: {', '.join(names)}"
