@@ -1,1 +1,1 @@
-"""Measurements: how fast, how close to what the FLOPs allow, and at what quality. `python -m benchmarks.NAME --help`."""
+"""Measurements: how fast, how close to what the FLOPs allow, and at what quality (README.md has a map)."""

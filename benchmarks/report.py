@@ -75,18 +75,18 @@ def quality_table() -> str:
     result = load("cpu/segmenter_quality-fp32")
     plain, *rows = result["rows"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    places = sorted({(row["location"], -row["num_clusters"]) for row in rows})
+    settings = sorted({(row["location"], -row["num_clusters"]) for row in rows})
     lines = []
-    for location, negative in places:
+    for location, negative in settings:
         cells = {r["method"]: r for r in rows if (r["location"], -r["num_clusters"]) == (location, negative)}
         best = max(cells.values(), key=lambda row: row["miou"])
-        line = {"place": f"{location}, {-negative}"}
+        line = {"setting": f"{location}, {-negative}"}
         for method in methods:
             text = f"{cells[method]['miou']:.1f}"
             line[method] = f"{f'**{text}**' if cells[method] is best else text} ({cells[method]['speed_up']:.2f}×)"
         lines.append(line)
     head = f"Unreduced: {plain['miou']:.1f} mIoU, {plain['ms']:.0f} ms an image, {result['images']} images.\n\n"
-    table = markdown(lines, {"place": "L, M", **{method: method for method in methods}})
+    table = markdown(lines, {"setting": "L, M", **{method: method for method in methods}})
     return head + table + "\n" + source(result, "cpu/segmenter_quality-fp32")
 
 
@@ -167,7 +167,7 @@ def index() -> str:
 
 
 def pictures_table(task: str) -> Callable[[], str]:
-    """What each method does to the pictures of the trained text-to-image model, and ours against each setting of tomesd."""
+    """How each method changes the pictures of the trained model, and ours beside each setting of tomesd."""
 
     def table() -> str:
         name = f"cpu/diffusion_quality_{task}-fp32"
@@ -176,7 +176,10 @@ def pictures_table(task: str) -> Callable[[], str]:
         speeds = diffusion_quality.speeds_of(load("cpu/diffusion_speed_methods_sd15-bf16"))
         against = markdown(diffusion_quality.against_tomesd(rows, speeds), diffusion_quality.AGAINST)
         head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps.\n\n"
-        line = "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of this model and by the time of a step of SD 1.5 at 512² in half precision:\n\n"
+        line = (
+            "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of "
+            "this model and by the time of a step of SD 1.5 at 512² in half precision:\n\n"
+        )
         return head + measured_columns(rows, diffusion_quality.COLUMNS) + line + against + "\n" + source(result, name)
 
     return table

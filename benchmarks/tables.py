@@ -5,11 +5,11 @@
     python -m benchmarks.tables --only "Tab. 7" "Fig. 7"     # by name
     python -m benchmarks.tables --minutes 60                 # leaves out what takes longer
 
-Data: the folder AILURUS_DATA, with camvid/, ade20k/, cityscapes/, pascal_context/, cifar10/ and imagenet/ in it as far as
-they are there. Weights beside the shipped Segmenter: the folder AILURUS_WEIGHTS, with the names of the list; `ailurus-hf
-convert-segmenter` makes them from the official checkpoints, examples/train_classifier.py makes classifier-cifar10. Results
-go to benchmarks/results as JSON, and plots to the folder figures/ beside them. Minutes are estimates for two CPU cores (for
-what needs a GPU, none is given).
+Data: the folder AILURUS_DATA, with camvid/, ade20k/, cityscapes/, pascal_context/, cifar10/ and imagenet/ in it as far
+as they are there. Weights beside the shipped Segmenter: the folder AILURUS_WEIGHTS, with the names of the list;
+`ailurus-hf convert-segmenter` makes them from the official checkpoints, examples/train_classifier.py makes
+classifier-cifar10. Results go to benchmarks/results as JSON, and plots to the folder figures/ beside them. Minutes are
+estimates for two CPU cores (for what needs a GPU, none is given).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LIST = Path(__file__).with_name("paper_tables.toml")
 class Entry:
     """One command of the list, with {data}, {weights} and {gpu} still in it.
 
-    names: the tables and figures that it makes. run: a module, or a script's path. minutes: about, on two cores; None: not
-    said. needs: files and folders, or "gpu".
+    names: the tables and figures that it makes. run: a module, or a script's path. minutes: about, on two cores; None:
+    not said. needs: files and folders, or "gpu".
     """
 
     names: tuple[str, ...]

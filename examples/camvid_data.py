@@ -1,8 +1,8 @@
 """CamVid for training: images held in memory, random windows of a random canvas, and the score on whole images.
 
 A sample is a window of whole patches cut from a canvas as large as an enlarged image. The canvas is a random scale,
-mirror image and shift of the photograph, so a window's place on the canvas means what it means at test time (sky is up,
-road is down) and position embeddings are trained at the very places where they will be used.
+mirror image and shift of the photograph, so a window's position on the canvas means what it means at test time (sky is
+up, road is down) and position embeddings are trained at the very positions where they will be used.
 Used by pretrain_masked.py, train_segmenter.py and finetune_segmentation.py.
 """
 
@@ -126,9 +126,10 @@ def training_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Windows of `grid` patches: normalized Tensor[B, 3, h, w], LongTensor[B, h, w], (top, left) LongTensor[B, 2].
 
-    Photographs are enlarged as the data says, and then by a factor between the two `scales`. With probability `paste` the objects of some rare classes are copied over from the same place of another image.
+    Photographs are enlarged as the data says, and then by a factor between the two `scales`. With probability `paste`
+    the objects of some rare classes are copied over from the same position in another image.
     """
-    pixels, classes, places = [], [], []
+    pixels, classes, corners = [], [], []
     for index in indices:
         top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(data.grid, grid))
         image, label = random_window(data, index, top, left, grid, scales, rng)
@@ -140,16 +141,16 @@ def training_batch(
             label = torch.where(mask, other_label, label)
         pixels.append(image)
         classes.append(label)
-        places.append((top, left))
-    return normalize(torch.stack(pixels)), torch.stack(classes), torch.tensor(places)
+        corners.append((top, left))
+    return normalize(torch.stack(pixels)), torch.stack(classes), torch.tensor(corners)
 
 
 def window_positions(
-    position_embeddings: Tensor, places: Tensor, grid: tuple[int, int], whole: tuple[int, int]
+    position_embeddings: Tensor, corners: Tensor, grid: tuple[int, int], whole: tuple[int, int]
 ) -> Tensor:
     """Rows of the whole grid's embeddings [1, 1 + N, C] under each window: Tensor[B, 1 + h*w, C], class token first."""
-    rows = (places[:, :1] + torch.arange(grid[0]))[:, :, None]
-    columns = (places[:, 1:] + torch.arange(grid[1]))[:, None, :]
+    rows = (corners[:, :1] + torch.arange(grid[0]))[:, :, None]
+    columns = (corners[:, 1:] + torch.arange(grid[1]))[:, None, :]
     index = (1 + rows * whole[1] + columns).flatten(1)
     index = torch.cat((index.new_zeros(len(index), 1), index), dim=1)
     return position_embeddings[0][index]

@@ -48,11 +48,11 @@ def enlarge(images: Tensor, zoom: Tensor | float = 1.0, shift: Tensor | float = 
     Tensor[B, 2], of rows and columns.
     """
     side = images.shape[-1]
-    place = (torch.arange(SIZE) + 0.5) / SIZE - 0.5
+    middle = (torch.arange(SIZE) + 0.5) / SIZE - 0.5
     weights = []
     for axis in range(2):
         zoom_here, shift_here = (x[:, axis, None] if isinstance(x, Tensor) else x for x in (zoom, shift))
-        source = ((place * zoom_here + shift_here + 0.5) * side).abs()
+        source = ((middle * zoom_here + shift_here + 0.5) * side).abs()
         source = (side - (side - source).abs() - 0.5).clamp(0, side - 1)
         weights.append((1 - (source[..., None] - torch.arange(side)).abs()).clamp_min(0))
     rows, columns = (w[:, None] if w.ndim == 3 else w for w in weights)

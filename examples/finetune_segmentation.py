@@ -1,17 +1,17 @@
 """Fine-tune a Segmenter with AiluRus on: the later layers train on a quarter of the tokens (section 4.3 of the paper).
 
     python examples/finetune_segmentation.py --data CAMVID --model examples/assets/segmenter-camvid --output run
-    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1        # plain, to compare
-    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --clustering ward --restore smooth
+    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1     # plain, to compare
+    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --clustering ward
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --loop accelerate --resume
-    torchrun --nproc-per-node 2 examples/finetune_segmentation.py …                                    # or accelerate launch
+    torchrun --nproc-per-node 2 examples/finetune_segmentation.py …     # or accelerate launch
 
-Any of transformers' segmentation models would do in place of the Segmenter: AiluRus is one call before training starts.
+Any of transformers' segmentation models would do instead of the Segmenter: AiluRus is one call before training starts.
 --loop trainer is transformers' Trainer, --loop accelerate a training loop of one's own; mixed precision, gradient
-accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at random.
-run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches them on
-again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on val with
-the reduction on and off.
+accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at
+random. run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches
+them on again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on
+val with the reduction on and off.
 """
 
 import argparse
@@ -41,7 +41,7 @@ log = logging.getLogger("finetune")
 
 
 class Photographs(Dataset):
-    """Whole photographs, mirrored and scaled at random: {"pixel_values": Tensor[3, H, W], "labels": LongTensor[H, W]}."""
+    """Whole photographs, mirrored and scaled: {"pixel_values": Tensor[3, H, W], "labels": LongTensor[H, W]}."""
 
     def __init__(self, data: CamVid, scales: tuple[float, float] = (0.9, 1.5)):
         self.data, self.scales = data, scales
@@ -94,8 +94,8 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
         seed=args.seed,
     )
     if args.resume:
-        # Trainer itself does not know that save_pretrained gives a ViT's weights other names (transformers 5.23): it would
-        # warn of missing keys and go on with the weights of the start.
+        # Trainer itself does not know that save_pretrained gives a ViT's weights other names (transformers 5.23): it
+        # would warn of missing keys and go on with the weights of the start.
         saved = type(model).from_pretrained(get_last_checkpoint(args.output), dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
     trainer = Trainer(model=model, args=settings, train_dataset=data, callbacks=[clock])

@@ -73,7 +73,7 @@ def start_embeddings(embeddings: nn.Module, pixels: Tensor, grid: tuple[int, int
 
 @torch.no_grad()
 def start_attention(layers: Iterable[nn.Module]) -> None:
-    """Query and key alike, value and output opposite to the identity (Trockman and Kolter 2023, "Mimetic initialization").
+    """Query and key alike, value and output opposite to the identity (Trockman and Kolter 2023).
 
     It spares a ViT without pretraining the learning of the obvious.
     """
@@ -95,12 +95,12 @@ def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Sines and cosines of row and column, Tensor[h * w, width]."""
     frequency = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = [place.flatten()[:, None] * frequency for place in (rows, columns)]
+    angles = [side.flatten()[:, None] * frequency for side in (rows, columns)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
 class MaskedPretraining(nn.Module):
-    """The encoder on the visible patches, two narrow layers on all places, and the loss on the hidden patches."""
+    """The encoder on the visible patches, two narrow layers on all cells, and the loss on the hidden patches."""
 
     def __init__(self, segmenter: SegmenterForSemanticSegmentation, whole: tuple[int, int], width: int = 128):
         super().__init__()
@@ -116,11 +116,11 @@ class MaskedPretraining(nn.Module):
         positions = torch.cat((torch.zeros(1, width), sine_positions(whole, width)))
         self.register_buffer("positions", positions[None])
 
-    def forward(self, images: Tensor, places: Tensor, grid: tuple[int, int], keep: float) -> Tensor:
+    def forward(self, images: Tensor, corners: Tensor, grid: tuple[int, int], keep: float) -> Tensor:
         """Mean squared error of the hidden patches' normalized pixels; images Tensor[B, 3, h, w]."""
         tokens = self.encoder.embeddings.patch_embeddings(images)
         batch, count, _ = tokens.shape
-        positions = window_positions(self.encoder.embeddings.position_embeddings, places, grid, self.whole)
+        positions = window_positions(self.encoder.embeddings.position_embeddings, corners, grid, self.whole)
         order = torch.rand(batch, count).argsort(1)
         visible = order[:, : int(count * keep)]
         pick = visible[..., None].expand(-1, -1, tokens.shape[-1])
@@ -133,7 +133,7 @@ class MaskedPretraining(nn.Module):
 
         everywhere = self.hidden_token.to(hidden.dtype).expand(batch, count, -1)
         everywhere = everywhere.scatter(1, visible[..., None].expand(-1, -1, hidden.shape[-1]), hidden)
-        everywhere = everywhere + window_positions(self.positions, places, grid, self.whole)[:, 1:]
+        everywhere = everywhere + window_positions(self.positions, corners, grid, self.whole)[:, 1:]
         for layer in self.layers:
             everywhere = layer(everywhere)
         masked = order[:, int(count * keep) :]
@@ -175,9 +175,9 @@ def main() -> None:
         # Warm up, hold, and fall to nothing over the last third: right whatever the number of steps turns out to be.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 100, 3 * (1 - progress))
         indices = rng.integers(len(data), size=args.batch_size).tolist()
-        images, _, places = training_batch(data, indices, tuple(args.grid), (0.7, 1.8), 0.0, rng)
+        images, _, corners = training_batch(data, indices, tuple(args.grid), (0.7, 1.8), 0.0, rng)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = masked(images, places, tuple(args.grid), keep=0.25)
+            loss = masked(images, corners, tuple(args.grid), keep=0.25)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(masked.parameters(), 1.0)
         optimizer.step()

@@ -82,7 +82,7 @@ agreement = (plain == reduced).mean()
 rows = [
     ["milliseconds", f"{off_ms:.1f}", f"{on_ms:.1f}"],
     ["speed-up", "", f"{off_ms / on_ms:.2f}x"],
-    ["tokens behind layer " + str(args.cluster_location), str(clusters.num_tokens), str(clusters.num_clusters)],
+    ["tokens after layer " + str(args.cluster_location), str(clusters.num_tokens), str(clusters.num_clusters)],
     ["pixels that agree", "", f"{agreement:.2%}"],
 ]
 titles = ["AiluRus off", "AiluRus on"]  # without times: those are this machine's, and the picture is anyone's

@@ -105,13 +105,14 @@ made for tests and measurements of token reduction: its self-attention runs on 3
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("shapes")
-pipe("large red circle left and small blue ring right on pink stripes", num_inference_steps=20, guidance_scale={GUIDANCE})
+prompt = "large red circle left and small blue ring right on pink stripes"
+pipe(prompt, num_inference_steps=20, guidance_scale={GUIDANCE})
 ```
 
 ## How good it is
 
-{result["pictures"]} scenes that it was not trained on, 20 DDIM steps, guidance {GUIDANCE}, float32, read by the rules of
-examples/shape_scenes.py (color at its place, shape and size of each thing, color of the ground):
+{result["pictures"]} scenes that it was not trained on, 20 DDIM steps, guidance {GUIDANCE}, float32, read by the
+rules of examples/shape_scenes.py (color at its position, shape and size of each thing, color of the ground):
 
 | | facts shown | captions shown whole | edges (F1 within 2 pixels) |
 | --- | --- | --- | --- |

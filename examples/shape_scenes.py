@@ -29,10 +29,10 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PATTERNS = ("paper", "gradient", "stripes", "checks", "dots")
 # Radius in pixels, least and most.
 SIZES = {"small": (14, 17), "large": (25, 28)}
-PLACES = {"left": (32, 64), "right": (96, 64), "top": (64, 32), "bottom": (64, 96), "middle": (64, 64)}
+POSITIONS = {"left": (32, 64), "right": (96, 64), "top": (64, 32), "bottom": (64, 96), "middle": (64, 64)}
 PAIRS = (("left", "right"), ("top", "bottom"))
 WANDER, PERIOD = 4, 16
-WORDS = (*COLORS, *GROUNDS, *SHAPES, *PATTERNS, *SIZES, *PLACES, "and", "on")
+WORDS = (*COLORS, *GROUNDS, *SHAPES, *PATTERNS, *SIZES, *POSITIONS, "and", "on")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Thing:
     shape: str
     color: str
     size: str
-    place: str
+    position: str
     x: float
     y: float
     radius: float
@@ -59,22 +59,22 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        things = " and ".join(f"{t.size} {t.color} {t.shape} {t.place}" for t in self.things)
+        things = " and ".join(f"{t.size} {t.color} {t.shape} {t.position}" for t in self.things)
         return f"{things} on {self.ground} {self.pattern}"
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene of one or two things of different colors."""
     if rng.random() < 0.5:
-        places = [str(rng.choice(list(PLACES)))]
+        positions = [str(rng.choice(list(POSITIONS)))]
     else:
-        places = list(PAIRS[rng.integers(len(PAIRS))])
-    colors = rng.choice(list(COLORS), len(places), replace=False)
+        positions = list(PAIRS[rng.integers(len(PAIRS))])
+    colors = rng.choice(list(COLORS), len(positions), replace=False)
     things = []
-    for place, color in zip(places, colors, strict=True):
+    for position, color in zip(positions, colors, strict=True):
         size = str(rng.choice(list(SIZES)))
-        x, y = (center + rng.uniform(-WANDER, WANDER) for center in PLACES[place])
-        things.append(Thing(str(rng.choice(SHAPES)), str(color), size, place, x, y, rng.uniform(*SIZES[size])))
+        x, y = (center + rng.uniform(-WANDER, WANDER) for center in POSITIONS[position])
+        things.append(Thing(str(rng.choice(SHAPES)), str(color), size, position, x, y, rng.uniform(*SIZES[size])))
     phase = (rng.uniform(0, PERIOD), rng.uniform(0, PERIOD))
     return Scene(tuple(things), str(rng.choice(list(GROUNDS))), str(rng.choice(PATTERNS)), phase)
 
@@ -99,8 +99,8 @@ def distance_to(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
 
 def pixels(side: int) -> tuple[Tensor, Tensor]:
     """x and y of the middle of every pixel of a picture of SIDE, drawn `side` pixels wide: Tensor[side, side] each."""
-    place = (torch.arange(side) + 0.5) * (SIDE / side)
-    return place[None, :].expand(side, side), place[:, None].expand(side, side)
+    middle = (torch.arange(side) + 0.5) * (SIDE / side)
+    return middle[None, :].expand(side, side), middle[:, None].expand(side, side)
 
 
 def draw(scene: Scene, side: int = SIDE) -> tuple[Tensor, Tensor]:
@@ -162,16 +162,16 @@ def things_in(picture: Tensor) -> Tensor:
 def read(picture: Tensor, scene: Scene) -> dict[str, bool]:
     """Which facts of the scene's caption Tensor[3, H, W], from 0 to 1, shows.
 
-    Color: the one with most pixels, of those that things have, around the place that the caption names. Shape: the one
-    that overlaps most with these pixels when drawn with their area around their center; size: by its radius. Without
-    enough pixels of the right color no fact of a thing is true. Ground: the commonest of the grounds' colors.
+    Color: the one with most pixels, of those that things have, around the position that the caption names. Shape: the
+    one that overlaps most with these pixels when drawn with their area around their center; size: by its radius.
+    Without enough pixels of the right color no fact of a thing is true. Ground: the commonest of the grounds' colors.
     """
     names = color_names(picture)
     counts = torch.bincount(names.flatten(), minlength=len(COLORS) + len(GROUNDS))
     facts = {"ground": list(GROUNDS)[counts[len(COLORS) :].argmax()] == scene.ground}
     x, y = pixels(picture.shape[-1])
     for number, thing in enumerate(scene.things):
-        center, reach = PLACES[thing.place], SIZES["large"][1] + WANDER
+        center, reach = POSITIONS[thing.position], SIZES["large"][1] + WANDER
         near = torch.maximum((x - center[0]).abs(), (y - center[1]).abs()) <= reach
         counts = torch.bincount(names[near], minlength=len(COLORS))[: len(COLORS)]
         mask = (names == list(COLORS).index(thing.color)) & near

@@ -12,8 +12,8 @@ On a CPU, one single-threaded process a core waits less than one process with ma
 
 run/best is the averaged model of the best accuracy on the validation split so far (load it with
 AutoModelForImageClassification), run/state what --resume reads, run/metrics.json every evaluation. A 32 x 32 picture
-enlarged to 224 x 224 says the same many times over, so the layers see a random third of the patches for most of the time,
-then more and more of them, at last all; the learning rate is held and falls to nothing at the end of the budget.
+enlarged to 224 x 224 says the same many times over, so the layers see a random third of the patches for most of the
+time, then more and more of them, at last all; the learning rate is held and falls to nothing at the end of the budget.
 """
 
 import argparse

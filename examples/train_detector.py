@@ -2,10 +2,10 @@
 
     python examples/train_detector.py --data COCO --encoder microsoft/beit-base-patch16-224 --output run
     python examples/train_detector.py --data COCO --output run --resume --epochs 24      # go on, or on for longer
-    python examples/train_detector.py --data COCO --output run --evaluate 3,1296 3,1764  # AP and time by location, clusters
+    python examples/train_detector.py --data COCO --output run --evaluate 3,1296  # AP and time at L 3, M 1296
 
-COCO holds a folder of images for each split and annotations/instances_SPLIT.json. The defaults are the 1x schedule of the
-paper (section 4.2): 12 epochs, AdamW with a smaller step for earlier layers, 800-pixel inputs. Several devices:
+COCO holds a folder of images for each split and annotations/instances_SPLIT.json. The defaults are the 1x schedule of
+the paper (section 4.2): 12 epochs, AdamW with a smaller step for earlier layers, 800-pixel inputs. Several devices:
 `accelerate launch examples/train_detector.py ...`. Every epoch writes run/state, which --resume and --evaluate read.
 """
 

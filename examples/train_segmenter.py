@@ -7,7 +7,7 @@
 
 On a CPU, one single-threaded process a core waits less than one process with many threads:
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_segmenter.py ...
+    torchrun --nproc-per-node 2 examples/train_segmenter.py ...
 
 run/best is the averaged model of the best val mIoU so far (load it with AutoModelForSemanticSegmentation), run/state
 what --resume reads, run/metrics.json every evaluation. Windows of photographs for most of the time, whole photographs
@@ -64,11 +64,11 @@ class TrainedModel(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
         add_stochastic_depth(self, [*segmenter.encoder.layers, *segmenter.decoder.layers], drop_path)
 
-    def forward(self, images: Tensor, labels: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Loss of windows Tensor[B, 3, h, w] that begin at patch `places` of their canvas."""
+    def forward(self, images: Tensor, labels: Tensor, corners: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Loss of windows Tensor[B, 3, h, w] that begin at patch `corners` of their canvas."""
         embeddings, seen = self.segmenter.encoder.embeddings, []
         embeddings.interpolate_pos_encoding = lambda *_: window_positions(
-            embeddings.position_embeddings, places, grid, self.whole
+            embeddings.position_embeddings, corners, grid, self.whole
         )
         keep_tokens = self.segmenter.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         # Every other pixel: the logits are smooth, and the loss at full resolution would cost a quarter of a step.
@@ -165,8 +165,8 @@ def main() -> None:
         batch_size = max(args.min_batch_size, round(as_many_tokens))
         indices = rng.integers(len(data), size=batch_size).tolist()
         scales = (0.9, 1.5) if whole else (0.7, 1.8)
-        images, labels, places = training_batch(data, indices, grid, scales, args.paste, rng)
-        return model(images, labels, places, grid), batch_size
+        images, labels, corners = training_batch(data, indices, grid, scales, args.paste, rng)
+        return model(images, labels, corners, grid), batch_size
 
     train(
         accelerator, model, average, segmenter, len(data), loss_of, lambda: evaluate(average, val, accelerator), "miou",
@@ -238,8 +238,9 @@ of the evaluations made during training was kept, on these same images.
 ## How it was made
 
     python examples/pretrain_masked.py --data CAMVID --output pretrained --minutes 14
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_segmenter.py --data CAMVID --init pretrained --output run
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_segmenter.py --data CAMVID --init run/best --output run2 \\
+    export OMP_NUM_THREADS=1
+    torchrun --nproc-per-node 2 examples/train_segmenter.py --data CAMVID --init pretrained --output run
+    torchrun --nproc-per-node 2 examples/train_segmenter.py --data CAMVID --init run/best --output run2 \\
         --enlarge 2 --grid 24 32 --batch-size 4 --min-batch-size 1 --lr 1e-3 --decay-share 0.5 --max-minutes 62
     python examples/train_segmenter.py --data CAMVID --output run2 --enlarge 2 --average-with run/best \\
         --export examples/assets/segmenter-camvid

@@ -1,6 +1,6 @@
 """Train a small Stable Diffusion on captioned shapes, from nothing: autoencoder, UNet with text encoder, ControlNet.
 
-    python examples/train_text_to_image.py --output run                    # all three, one after another; run again: go on
+    python examples/train_text_to_image.py --output run      # all three, one after another; run again to go on
     python examples/train_text_to_image.py --output run --unet-minutes 120 # for longer
     python examples/train_text_to_image.py --output run --export shapes    # half-precision folder for diffusers
 
@@ -55,7 +55,7 @@ def control_picture(masks: Tensor) -> Tensor:
 
 
 class Autoencoding(nn.Module):
-    """First stage: the autoencoder, on small windows of pictures, and at the end on whole ones: norms see all of them."""
+    """First stage: the autoencoder, on small windows of pictures, at the end on whole ones, which norms need."""
 
     def __init__(self, vae: AutoencoderKL, batch_size: int):
         super().__init__()
@@ -64,8 +64,8 @@ class Autoencoding(nn.Module):
     def loss(self, rng: np.random.Generator, done: float) -> Tensor:
         window, number = (SIDE // 4, self.batch_size) if done < 0.6 else (SIDE, max(self.batch_size // 8, 1))
         _, pictures, _ = scene_batch(rng, number)
-        places = rng.integers(0, SIDE - window + 1, (number, 2)).tolist()
-        cut = [p[:, y : y + window, x : x + window] for p, (y, x) in zip(pictures, places, strict=True)]
+        corners = rng.integers(0, SIDE - window + 1, (number, 2)).tolist()
+        cut = [p[:, y : y + window, x : x + window] for p, (y, x) in zip(pictures, corners, strict=True)]
         windows = torch.stack(cut)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         posterior = self.vae.encode(windows).latent_dist
@@ -131,8 +131,8 @@ class Denoising(nn.Module):
         noise = torch.randn(latents.shape, generator=generator)
         # One from each stretch of the schedule: losses of different batches can be compared.
         count = self.scheduler.config.num_train_timesteps
-        places = (torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)) / len(latents)
-        timesteps = (places * count).long()
+        shares = (torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)) / len(latents)
+        timesteps = (shares * count).long()
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         alpha = self.scheduler.alphas_cumprod[timesteps]
@@ -157,7 +157,7 @@ class Controlling(Denoising):
 
 
 def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> None:
-    """Trains until the stage's minutes are over, on from its state if there is one; leaves the averaged weights in it."""
+    """Trains until the stage's minutes are over, from its state if there is one; ends with the averaged weights."""
     path = Path(args.output) / f"{name}.pt"
     trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
     average = {n: p.detach().clone() for n, p in trained.items()}

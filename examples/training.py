@@ -77,7 +77,7 @@ def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.O
 
 
 class Clock:
-    """Time of training steps. A process that was paused has not trained: a step counts for no more than a few typical ones."""
+    """Time of training steps. A step counts for no more than a few typical ones, as it may have been paused."""
 
     def __init__(self):
         self.typical: float | None = None

@@ -4,8 +4,8 @@
     python examples/train_segmenter.py --data CAMVID --init wide --output run-wide
 
 Training starts where the narrow model ended (Chen et al. 2016, "Net2Net: Accelerating Learning via Knowledge Transfer",
-arXiv 1511.05641). Every channel and every head is there twice, and what reads them takes half of each; a little noise on
-the matrices lets the copies part.
+arXiv 1511.05641). Every channel and every head is there twice, and what reads them takes half of each; a little noise
+on the matrices lets the copies part.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Configs of 0.1 load, in files of their own and inside a saved model; JSON, presets, and how strict values are read."""
+"""Configs of 0.1 load, from their own files and from a saved model; JSON, presets, strict values."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Hooks are undone on the object they are on, copies included; the compiler sees them; each thread has its own value."""
+"""Hooks are undone on the object that has them, copies included; the compiler sees them; values are per thread."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The directions of imports, read from the sources: which part may know which, and who knows transformers and diffusers."""
+"""The directions of imports, read from the sources: which part knows which, and who knows the libraries."""
 
 import ast
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def test_an_installed_wheel_imports_with_its_pipelines_and_command(wheel: Path, 
 def test_an_editable_install_imports_the_pipelines_of_the_checkout(tmp_path: Path) -> None:
     built = build("wheel:editable", tmp_path / "wheel")
     zipfile.ZipFile(built).extractall(tmp_path / "site")
-    # In front of an editable install that the environment itself may hold.
+    # Before an editable install that the environment itself may hold.
     code = f"""
 import site, sys
 known = list(sys.path)

@@ -1,7 +1,7 @@
 """Which tokens each way of clustering joins on one picture, and what is left of the picture: figure 2.
 
     python -m benchmarks.clustering.cluster_pictures                                # the shipped Segmenter and street
-    python -m benchmarks.clustering.cluster_pictures --model FOLDER --image photo.jpg --keep 0.25 --clusterings density_peaks ward
+    python -m benchmarks.clustering.cluster_pictures --image photo.jpg --keep 0.25 --clusterings density_peaks ward
 
 A column for each clustering; docs/clusters.jpg is the first of these.
 """

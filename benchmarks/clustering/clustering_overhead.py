@@ -1,6 +1,6 @@
 """What clustering, merging and unmerging cost beside the layers that they save, for images of 256² to 2048² pixels.
 
-    python -m benchmarks.clustering.clustering_overhead                         # ViT-B/16's layers, behind layer 2, a quarter kept
+    python -m benchmarks.clustering.clustering_overhead      # ViT-B/16's layers, after layer 2, a quarter kept
     python -m benchmarks.clustering.clustering_overhead --sides 256 512 --keep 0.5
 
 One layer on all tokens and one on the kept tokens are timed, and counted as often as the model runs them: "overhead" is

@@ -1,13 +1,13 @@
-"""Why one way of choosing clusters keeps more than another: what its clusters are like, and what the model then makes of them.
+"""Why one clustering keeps more than another: properties of its clusters, and what the model makes of them.
 
-    python -m benchmarks.clustering.clusterings --data CAMVID                               # the shipped Segmenter, CamVid val
-    python -m benchmarks.clustering.clusterings --data CAMVID --size 800                    # as many tokens as a detector has
-    python -m benchmarks.clustering.clusterings --dataset cifar10 --data CIFAR10 --model CLASSIFIER --locations 1 --keep 0.5 0.25
+    python -m benchmarks.clustering.clusterings --data CAMVID               # the shipped Segmenter, CamVid val
+    python -m benchmarks.clustering.clusterings --data CAMVID --size 800    # as many tokens as a detector has
+    python -m benchmarks.clustering.clusterings --dataset cifar10 --data CIFAR10 --model CLASSIFIER --locations 1
 
 For each method: time of one clustering; of the tokens at L, the share of their variance that is left inside clusters
-("unexplained"), clusters of one token, the largest distance on the grid between a place and the nearest center ("gap"),
+("unexplained"), clusters of one token, the largest distance on the grid between a token and the nearest center ("gap"),
 and the mean cosine between a token and its cluster's mean; the mean cosine of the last layer's tokens to the plain
-model's; and mIoU or accuracy. Methods: any of benchmarks/methods/registry.py, those of benchmarks/methods/variants.py included.
+model's; and mIoU or accuracy. Methods: any of benchmarks/methods, its variants.py included.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ COLUMNS = {
 
 
 def chosen_methods(restore: str, location: int, keep: float, depth: int, batch_size: int) -> list[str]:
-    """Names for the registry: every way to choose; two reductions; last layers on all tokens; M by content, image by image."""
+    """Names for the registry: every clustering; two reductions; last layers on all tokens; M by content."""
     names = [PAPER if (way, restore) == ("density peaks", "copy") else f"{way}, {restore}" for way in WAYS]
     between = (location + depth) // 2
     by_content = [f"local k-means, {restore}:min_keep_ratio={keep / 2},keep_ratio={min(1.5 * keep, 0.99)}"]

@@ -1,17 +1,18 @@
-"""What token reduction does to the pictures of a trained text-to-image model: AiluRus, tomesd and ToDo, with their cost.
+"""How token reduction changes the pictures of a trained text-to-image model: AiluRus, tomesd and ToDo, with their cost.
 
     python examples/train_text_to_image.py --output run
     python examples/train_text_to_image.py --output run --export shapes
-    python -m benchmarks.diffusion.diffusion_quality shapes                   # results, tables, and pictures side by side
-    python -m benchmarks.diffusion.diffusion_quality shapes --prompts 4 --methods "tomesd 0.5, max_downsample 1" "keys 0.25"
+    python -m benchmarks.diffusion.diffusion_quality shapes      # results, tables, and pictures side by side
+    python -m benchmarks.diffusion.diffusion_quality shapes --prompts 4 --methods plain "keys 0.25"
 
-Each method's pictures are compared with those of the unreduced model from the same seeds (the mean of each picture's PSNR,
-the PSNR of all their pixels, which the one picture decides that changes most, and SSIM), and read by the rules of examples/shape_scenes.py: the share of the captions' facts that they show and, with the
-ControlNet of the folder, how well their edges are the wanted ones. LPIPS is left out: its networks are downloads.
+Each method's pictures are compared with those of the unreduced model from the same seeds (the mean of each picture's
+PSNR, the PSNR of all their pixels, which the one picture decides that changes most, and SSIM), and read by the rules of
+examples/shape_scenes.py: the share of the captions' facts that they show and, with the ControlNet of the folder, how
+well their edges are the wanted ones. LPIPS is left out: its networks are downloads.
 
 The methods' names are explained in diffusion_methods.py. FLOPs (matrix products and convolutions, as
-torch counts them) and time are of whole generations without the autoencoder's decoder, of one picture with guidance. The
-model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
+torch counts them) and time are of whole generations without the autoencoder's decoder, of one picture with guidance.
+The model's levels of 32 x 32 and 16 x 16 tokens are reduced, its 8 x 8 are not, by any method.
 """
 
 from __future__ import annotations
@@ -265,7 +266,8 @@ def main() -> None:
         sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)
         log.info("wrote %s", path)
         print(
-            f"\n{name}\n\n{measured_columns(measured, COLUMNS)}\n\n{markdown(against_tomesd(measured, speeds), AGAINST)}"
+            f"\n{name}\n\n{measured_columns(measured, COLUMNS)}\n\n"
+            f"{markdown(against_tomesd(measured, speeds), AGAINST)}"
         )
         save(f"diffusion_quality_{name}", measured, {**environment(torch.device("cpu"), "fp32"), **about})
 

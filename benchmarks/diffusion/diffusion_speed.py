@@ -1,13 +1,13 @@
 """One step of full-size Stable Diffusion UNets: tomesd, ToDo and AiluRus over SDPA, in turn on the same weights.
 
-    python -m benchmarks.diffusion.diffusion_speed                                   # SD 1.5 at 512, 768 and 1024, fp32, CPU
+    python -m benchmarks.diffusion.diffusion_speed        # SD 1.5 at 512, 768 and 1024, fp32, CPU
     python -m benchmarks.diffusion.diffusion_speed --model sdxl --size 1024 --dtype bf16
     python -m benchmarks.diffusion.diffusion_speed --device cuda --dtype bf16 --batch 2
     python -m benchmarks.diffusion.diffusion_speed --device cuda --dtype bf16 --steps 50             # whole generations
     python -m benchmarks.diffusion.diffusion_speed --device cuda --dtype bf16 --steps 50 --compile
 
-A whole generation is of one prompt under guidance, without text encoder and autoencoder. Compiled, every method has a UNet of
-its own on the same weights, because a graph holds what was on when it was made.
+A whole generation is of one prompt under guidance, without text encoder and autoencoder. Compiled, every method has a
+UNet of its own on the same weights, because a graph holds what was on when it was made.
 
 Random weights: speed does not depend on them. Fidelity here is the cosine to the plain UNet's output on noise, a lower
 bound; quality is measured on a trained model. Every contender is undone before the next one's turn.
@@ -107,14 +107,14 @@ def moved(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def step_of(unet: UNet2DConditionModel, arguments: dict[str, Any]) -> Tensor:
-    """One step, called as pipelines do: tomesd reads the first argument by its place."""
+    """One step, called as pipelines do: tomesd reads the first argument by position."""
     named = {name: value for name, value in arguments.items() if name not in ("sample", "timestep")}
     result: Tensor = unet(arguments["sample"], arguments["timestep"], **named).sample
     return result
 
 
 def pipeline_of(model: str, unet: Any) -> Any:
-    """Stable Diffusion's own pipeline around a UNet, for embeddings in the place of prompts and latents as output."""
+    """Stable Diffusion's own pipeline around a UNet, that takes embeddings instead of prompts and returns latents."""
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "feature_extractor"))
     if model == "sdxl":
@@ -157,7 +157,7 @@ def full_flops(model: str, size: int, batch: int) -> int:
 
 
 def clustering_steps(unet: UNet2DConditionModel) -> Callable[[], None]:
-    """What AiluRus does in a step beside the network: one clustering a resolution or stack, a merge and an unmerge a stack."""
+    """What AiluRus adds to a step: one clustering per resolution or stack, a merge and an unmerge per stack."""
     reducer = reducers_of(unet)[0][1]
     cluster, batch, work = get_clustering(reducer.config.clustering), 1, []
     for stack in reducer.stacks:
@@ -215,7 +215,8 @@ def measure(
     """
     given = inputs_for(unet, model, size, batch)
     target = pipeline_of(model, unet) if steps else unet
-    # In single steps, timestep and all are the same in each turn: clusters are made in each, more often than in any use.
+    # In single steps, timestep and all are the same in each turn: clusters are made in each, more often than in any
+    # use.
     more = {} if steps else {"refresh_every": 1}
     rows = methods_in_turn(
         unet,

@@ -5,8 +5,8 @@
     python -m benchmarks.diffusion.joint_speed --model flux --layers 57 --device cuda --dtype bf16
 
 Random weights. Layers of a network cost alike, so a few tell the speed-up of all but for the clustering, which is done
-once: its share is overstated. Of a few, all are reduced; of whole networks, those from `cluster_location` on. "layers" says
-how many there were.
+once: its share is overstated. Of a few, all are reduced; of whole networks, those from `cluster_location` on. "layers"
+says how many there were.
 """
 
 from __future__ import annotations

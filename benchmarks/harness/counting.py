@@ -1,4 +1,4 @@
-"""FLOPs, launches and peak memory of one call: counted by torch, measured by the system, or estimated from shapes alone."""
+"""FLOPs, launches and peak memory of one call: counted by torch, measured by the system, or estimated from shapes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def launches(run: Callable[[], Any]) -> Counter[str]:
 
 
 class StorageWatch(TorchDispatchMode):
-    """Bytes of the tensors that are made inside and still alive (`now`), and the most that there were at once (`most`)."""
+    """Bytes of the tensors made inside that are alive (`now`), and the most that were alive at once (`most`)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,13 +2,13 @@
 
     python -m benchmarks.harness.plots tradeoff benchmarks/results/cpu/segmenter_quality-fp32.json
     python -m benchmarks.harness.plots sizes benchmarks/results/cpu/similarity-fp32.json
-    python -m benchmarks.harness.plots pareto benchmarks/results/cpu/curves-fp32.json benchmarks/results/cpu/small-fp32.json
+    python -m benchmarks.harness.plots pareto benchmarks/results/cpu/size480-fp32.json
 
-clusters (Fig. 3): quality over M at one L. locations (Fig. 4): quality over L at one keep ratio. speed (Fig. 5): images a
-second over M at one L. tradeoff (Fig. 6): the best quality that each method has at every speed. sizes (Fig. 7): how many
-clusters have so many tokens, and which share of them that is. pareto: quality over images a second of all settings in all
-files, and the front of those that no other one surpasses in both. Those over M and L read segmenter_quality's and classification_quality's files; sizes reads
-similarity's. Pictures go to the folder figures/ beside the file.
+clusters (Fig. 3): quality over M at one L. locations (Fig. 4): quality over L at one keep ratio. speed (Fig. 5): images
+a second over M at one L. tradeoff (Fig. 6): the best quality that each method has at every speed. sizes (Fig. 7): how
+many clusters have so many tokens, and which share of them that is. pareto: quality over images a second of all settings
+in all files, and the front of those that no other one surpasses in both. Those over M and L read segmenter_quality's
+and classification_quality's files; sizes reads similarity's. Pictures go to the folder figures/ beside the file.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def tradeoff(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
 
 
 def sizes(axes: Axes, rows: list[Row], location: int, keep: float) -> None:
-    """Share of the clusters of so many tokens, for each number of clusters (Fig. 7a); dotted, their number in an image (7b)."""
+    """Share of the clusters with so many tokens, for each M (Fig. 7a); dotted, their number in an image (7b)."""
     numbers = axes.twinx()
     for row in rows:
         if row["sizes"] and row["location"] == location:

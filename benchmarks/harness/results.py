@@ -1,4 +1,4 @@
-"""Result files: where they lie, what they say of the machine and the command that made them, and their rows as a table."""
+"""Result files: where they are, what they record (machine, versions, command), and their rows as a table."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The registry of methods for diffusion: by name, what reduces the networks of a pipeline, or one network alone.
 
-"Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart: each
-stack clusters its own tokens, every second step where nothing else is said. "k-means": over the whole image, every fourth
-step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
+"Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart:
+each stack clusters its own tokens, every second step where nothing else is said. "k-means": over the whole image, every
+fourth step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
 cross-attention and MLP too.
 """
 
@@ -38,7 +38,7 @@ TODO = {"ToDo 2": 2, "ToDo 4": 4}
 KEYS = {"scope": "attention", "reduce": "kv"}
 STACKS = {"cluster_per": "stack", "refresh_every": 2}
 MIXED = {"levels": {1: {"scope": "attention", "reduce": "kv"}}, **STACKS}
-# Keys far apart on the grid may share a cluster: their own place says little to an attention that looks everywhere.
+# Keys far apart on the grid may share a cluster: self-attention looks everywhere, so their position matters little.
 ANYWHERE = {"clustering": "kmeans", "cluster_per": "stack", "refresh_every": 4}
 EVERY: dict[str, dict[str, Any]] = {
     "": {},

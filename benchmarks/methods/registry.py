@@ -1,9 +1,9 @@
-"""The registry of methods: by name, how to reduce a model behind layer L to a share of its tokens.
+"""The registry of methods: by name, how to reduce a model after layer L to a share of its tokens.
 
 Ours and the controls take L and the keep ratio as they are, and so do the peers that reduce once (Expedite, CTM). The
-peers that reduce little by little (ToMe, EViT, ALGM), or attention alone (ACT), have one knob instead: it is turned until
-the FLOPs on a few inputs are at most those of the paper's form at that L and keep ratio. "NAME:key=value,…" sets a
-method's own settings; where that says the knob, nothing is turned. Tables show the speed that came out.
+peers that reduce little by little (ToMe, EViT, ALGM), or attention alone (ACT), have one knob instead: it is turned
+until the FLOPs on a few inputs are at most those of the paper's form at that L and keep ratio. "NAME:key=value,…" sets
+a method's own settings; where that says the knob, nothing is turned. Tables show the speed that came out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Setting:
-    """Behind layer `location`, `keep` of the tokens; all tokens again behind `restore_location` (ours only)."""
+    """After layer `location` `keep` of the tokens, after `restore_location` all tokens again (ours only)."""
 
     location: int
     keep: float
@@ -87,7 +87,7 @@ class PeerReduction:
     settings: dict[str, Any]
 
     def num_clusters(self) -> int | None:
-        """Tokens behind the last layer."""
+        """Tokens after the last layer."""
         return self.applied.peers[0].token_counts[-1]
 
     def flops(self, full: int, run: Run) -> float:
@@ -99,7 +99,7 @@ class PeerReduction:
 
 @dataclass(frozen=True)
 class Ours:
-    """A config's clustering, or another in its place, and how it unmerges. of_model: makes one from the model and L."""
+    """A config's clustering, or another instead, and how it unmerges. of_model: makes one from the model and L."""
 
     clustering: str
     restore: str
@@ -226,7 +226,7 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     "EViT, fused": Matched(
         evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}, {"restore": "fused", "restore_at": "decoder"}
     ),
-    # One threshold for both places, as the paper's models have it.
+    # One threshold for both locations, as the paper's models have it.
     "ALGM": Matched(algm, lambda turn, num_tokens: {"thresholds": (1 - turn**2, 1 - turn**2)}, adaptive=True),
     "ACT": Matched(act, lambda turn, num_tokens: {"interval": 10 ** (4 * turn - 1)}, adaptive=True),
 }

@@ -54,10 +54,10 @@ def peaks_then_kmeans(tokens: Tensor, grid: tuple[int, ...], num_clusters: int, 
     clusters = spatial_density_peaks(tokens, grid, num_clusters)
     index = grid_neighbors(grid, AROUND, tokens.device).index
     own = torch.arange(tokens.shape[1], device=tokens.device)[:, None]
-    places = torch.cat([own, index], 1)
+    positions = torch.cat([own, index], 1)
     rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None, None]
     for _ in range(num_rounds):
-        candidates = clusters.assignment[:, places]
+        candidates = clusters.assignment[:, positions]
         means = clusters.merge(tokens)[rows, candidates]
         nearest = (means - tokens[:, :, None]).square().sum(-1).argmin(-1, keepdim=True)
         # Centers need not stay in their own clusters, so there are none.
@@ -84,30 +84,32 @@ def by_distance(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tok
     reach = (NEIGHBORS / math.pi) ** 0.5
 
     def weighted(sigma: Tensor, rank: Tensor, index: Tensor) -> Tensor:
-        places = _coordinates(grid, tokens.device)
-        apart = torch.linalg.vector_norm(places[:, None] - places[index], dim=-1)
+        positions = _coordinates(grid, tokens.device)
+        apart = torch.linalg.vector_norm(positions[:, None] - positions[index], dim=-1)
         return sigma * ((1 - ALPHA) * apart / reach + ALPHA)
 
     return _density_peaks(tokens.float(), grid, num_clusters, weighted)
 
 
 @torch.no_grad()
-def places_as_features(tokens: Tensor, grid: tuple[int, ...], num_clusters: int, weight: float = 1.0) -> TokenClusters:
+def positions_as_features(
+    tokens: Tensor, grid: tuple[int, ...], num_clusters: int, weight: float = 1.0
+) -> TokenClusters:
     """Density peaks of all pairs on features to which row and column are appended; no other spatial term.
 
     weight: how far apart two tokens at λ's distance are, in standard deviations of the tokens.
     """
     tokens = tokens.float()
     spread = (tokens - tokens.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()[:, None, None]
-    places = _coordinates(grid, tokens.device) * weight * spread / (NEIGHBORS / math.pi) ** 0.5
-    both = torch.cat([tokens, places], -1) * (1 + len(grid) / tokens.shape[2]) ** 0.5  # σ is divided by √C
+    positions = _coordinates(grid, tokens.device) * weight * spread / (NEIGHBORS / math.pi) ** 0.5
+    both = torch.cat([tokens, positions], -1) * (1 + len(grid) / tokens.shape[2]) ** 0.5  # σ is divided by √C
     return spatial_density_peaks(both, grid, num_clusters, num_spatial_neighbors=0)
 
 
 def exact_ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
     """Ward's clustering on the grid graph: of adjacent clusters, those two are joined whose union adds least variance.
 
-    The greedy optimum for the variance inside clusters, one pair at a time on the CPU: a reference for `ward`, and far slower.
+    Greedy, one pair at a time, by the variance inside clusters, on the CPU: a reference for `ward`, and far slower.
     """
     assignments = [_ward(image, grid, num_clusters) for image in tokens.float().cpu()]
     return TokenClusters.from_assignment(torch.stack(assignments).to(tokens.device), num_clusters)
@@ -155,7 +157,7 @@ def _ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tensor:
 
 
 def keys_at(model: nn.Module, location: int, clustering: ClusterFunction) -> ClusterFunction:
-    """The clustering on the attention keys that the layer behind `location` makes of the tokens, and not on the tokens."""
+    """The clustering on the attention keys that the layer after `location` computes, instead of the tokens."""
     layer = find_encoders(model)[0].layers[location]
 
     @torch.no_grad()
@@ -177,7 +179,7 @@ def _by_rank(sigma: Tensor, rank: Tensor, index: Tensor) -> Tensor:
 def _density_peaks(
     tokens: Tensor, grid: tuple[int, ...], num_clusters: int, weighted: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> TokenClusters:
-    """Density peaks (k = 1) by another weight than Eq. 2's: from σ, ranks and the neighbors' places."""
+    """Density peaks (k = 1) by another weight than Eq. 2's: from σ, ranks and the neighbors' indices."""
     neighbors = grid_neighbors(grid, NEIGHBORS, tokens.device)
     sigma = neighbor_distances(tokens, neighbors) / math.sqrt(tokens.shape[2])
     distances = weighted(sigma, neighbors.rank, neighbors.index)
@@ -190,7 +192,7 @@ CLUSTERINGS: dict[str, ClusterFunction] = {
     "peaks, then k-means": peaks_then_kmeans,
     "edges weighted": edges_weighted,
     "by distance": by_distance,
-    "places as features": places_as_features,
+    "places as features": positions_as_features,
     "exact Ward": exact_ward,
 }
 OF_MODEL: dict[str, Callable[[nn.Module, int], ClusterFunction]] = {

@@ -1,8 +1,8 @@
 """ACT (Zheng et al. 2021, arXiv:2011.09315): queries of equal hash share one attention row; keys and MLP stay whole.
 
-Per head, a query's hash is that of `rounds` random projections, h = floor((a · q + b) / interval), joined as the digits of
-a number of base 4 (section 3.2). Queries of one hash become their mean, the prototype; prototypes attend to all keys;
-each query takes its prototype's result.
+Per head, a query's hash is that of `rounds` random projections, h = floor((a · q + b) / interval), joined as the digits
+of a number of base 4 (section 3.2). Queries of one hash become their mean, the prototype; prototypes attend to all
+keys; each query takes its prototype's result.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def hashes(query: Tensor, rounds: int, interval: float) -> Tensor:
 
 
 def groups(codes: Tensor) -> TokenClusters:
-    """Equal codes as one cluster each, numbered in the order of the codes: LongTensor[B, N]. Rows with fewer get empty ones."""
+    """One cluster for each code, numbered in order: LongTensor[B, N]. Rows with fewer codes get empty clusters."""
     ordered, order = codes.sort(dim=1)
     starts = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered.diff(dim=1) != 0).long()], 1)
     number = starts.cumsum(1)
@@ -47,7 +47,7 @@ def groups(codes: Tensor) -> TokenClusters:
 def clustered_attention(
     query: Tensor, key: Tensor, value: Tensor, rounds: int, interval: float, scale: float | None = None
 ) -> tuple[Tensor, float]:
-    """Attention of prototypes, given back to their queries: Tensor[B, heads, N, D], and the mean share of rows computed."""
+    """Attention of prototypes, copied to their queries: Tensor[B, heads, N, D], and the mean share of rows computed."""
     batch, heads, count, width = query.shape
     clusters = groups(hashes(query, rounds, interval).flatten(0, 1))
     prototypes = clusters.merge(query.flatten(0, 1)).view(batch, heads, -1, width)
@@ -92,7 +92,7 @@ class ACT(Peer):
         # Of the last forward: rows of attention computed in each layer, as a share.
         self.shares: list[float] = []
 
-    def place(self) -> None:
+    def add_hooks(self) -> None:
         self.modules = [
             m
             for layer in self.layers

@@ -1,9 +1,10 @@
 """ALGM (Norouzi et al. 2024, arXiv:2406.09936): merge alike neighbors in the first layer, alike tokens anywhere later.
 
 Both between attention and MLP. CLAP: a 2 x 2 window whose mean pair cosine exceeds a threshold becomes its mean. GBM:
-ToMe's bipartite matching in a middle layer (the 5th of 12), all edges above a threshold. The threshold is the mean plus one
-standard deviation of the cosines of token pairs. The paper takes it once over the training set (`calibrate`); left out,
-each image's own pairs are taken. Images merge to different lengths, so in a batch the shorter are padded with keys of no weight.
+ToMe's bipartite matching in a middle layer (the 5th of 12), all edges above a threshold. The threshold is the mean plus
+one standard deviation of the cosines of token pairs. The paper takes it once over the training set (`calibrate`); left
+out, each image's own pairs are taken. Images merge to different lengths, so in a batch the shorter are padded with keys
+of no weight.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ def window_cosines(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def merge_windows(chosen: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The cluster of each place where chosen windows are one cluster each: BoolTensor[B, H // 2, W // 2] to [B, N]."""
-    places = torch.arange(grid[0] * grid[1], device=chosen.device).view(grid)
-    leader = places.clone().expand(chosen.shape[0], -1, -1).clone()
+    """The cluster of each cell, chosen windows being one cluster each: BoolTensor[B, H // 2, W // 2] to [B, N]."""
+    cells = torch.arange(grid[0] * grid[1], device=chosen.device).view(grid)
+    leader = cells.clone().expand(chosen.shape[0], -1, -1).clone()
     height, width = (side // WINDOW * WINDOW for side in grid)
-    corner = places[:height:WINDOW, :width:WINDOW]
+    corner = cells[:height:WINDOW, :width:WINDOW]
     inside = leader[:, :height, :width]
     spread = corner.repeat_interleave(WINDOW, 0).repeat_interleave(WINDOW, 1)
     merged = chosen.repeat_interleave(WINDOW, 1).repeat_interleave(WINDOW, 2)
@@ -101,7 +102,7 @@ class ALGM(Peer):
         if not 0 <= self.local < self.middle < depth:
             raise AiluRusError(f"local and middle must rise from 0 to {depth - 1}, got {self.local} and {self.middle}")
 
-    def place(self) -> None:
+    def add_hooks(self) -> None:
         self.merge_inside(self.local, self.merge)
         self.merge_inside(self.middle, self.merge)
 
@@ -122,7 +123,7 @@ class ALGM(Peer):
             assignment = match_above(tokens, present, threshold)
         if (assignment == torch.arange(tokens.shape[1], device=tokens.device)).all():
             return sequence
-        # Padding stands behind the tokens and stays there. What even the longest image has of it goes; it weighs nothing.
+        # Padding follows the tokens and has no weight. What even the longest image has of it is cut off.
         count = int((assignment + 1).mul(present.long()).max())
         assignment = assignment.clamp(max=count - 1)
         weights = sizes[..., None].to(tokens.dtype)

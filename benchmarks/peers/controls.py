@@ -20,7 +20,7 @@ def grid_pooling(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> To
 
 @torch.no_grad()
 def random_centers(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> TokenClusters:
-    """M places drawn at random, the same for every image."""
+    """M tokens drawn at random, the same for every image."""
     drawn = torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(0))[:num_clusters].sort().values
     return to_nearest_center(tokens, grid, drawn.to(tokens.device).expand(tokens.shape[0], -1))
 

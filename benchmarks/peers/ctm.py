@@ -45,7 +45,7 @@ def dpc_knn(tokens: Tensor, num_clusters: int, num_neighbors: int = 5) -> TokenC
 
 
 class CTM(Peer):
-    """location: behind this layer. num_clusters or keep: M, or M as a share of N."""
+    """location: after this layer. num_clusters or keep: M, or M as a share of N."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class CTM(Peer):
         self.location, self.num_neighbors = location, num_neighbors
         self.budget = AiluRusConfig(cluster_location=location, num_clusters=num_clusters, keep_ratio=keep)
 
-    def place(self) -> None:
+    def add_hooks(self) -> None:
         self.merge_before(self.location, self.merge)
 
     def merge(self, tokens: Tensor) -> Tensor:

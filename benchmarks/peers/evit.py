@@ -1,8 +1,8 @@
 """EViT (Liang et al. 2022, arXiv:2202.07800): at a few layers, keep the tokens that CLS attends to and fuse the rest.
 
 Between attention and MLP the ceil(keep · L) tokens of the largest CLS attention (mean over heads) stay, and the others
-become one token, their sum weighted by that attention (section 3.2). The paper's layers are the 4th, 7th and 10th of 12.
-A dense head needs all places: a dropped one keeps the value it had when dropped (restore="last"), or takes that of the
+become one token, their sum weighted by that attention (section 3.2). The paper's are layers 4, 7 and 10.
+A dense head needs all tokens: a dropped one keeps the value it had when dropped (restore="last"), or takes that of the
 fused token (restore="fused").
 """
 
@@ -29,7 +29,7 @@ def cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
 
 class EViT(Peer):
-    """keep: share of the tokens that stay at each of `locations` (0 is the first layer; default: those of the paper)."""
+    """keep: share of the tokens that stay at each of `locations` (0: the first layer; default: the paper's)."""
 
     def __init__(
         self,
@@ -48,20 +48,21 @@ class EViT(Peer):
         if restore not in ("last", "fused"):
             raise AiluRusError(f"restore must be 'last' or 'fused', got {restore!r}")
         if restore == "last" and self.through_decoder:
-            raise AiluRusError("a decoder on fewer tokens has no last values to give back: use restore='fused'")
+            raise AiluRusError("a decoder on fewer tokens has no last values to restore: use restore='fused'")
         if self.prefix == 0:
             raise UnsupportedModelError(f"{type(found.encoder).__name__} has no CLS token to tell what matters")
 
-    def place(self) -> None:
+    def add_hooks(self) -> None:
         self.queries, self.keys = {}, {}
         for index in sorted(set(self.locations)):
             self.queries[index], self.keys[index] = self.watch(index, "q_proj"), self.watch(index, "k_proj")
             self.merge_inside(index, self.merge)
 
     def begin(self) -> None:
-        # For "fused", where each place's value is; for "last", where each token belongs (N: nowhere) and older values.
+        # For "fused", which token holds each cell's value; for "last", the cell of each token (N: none) and older
+        # values.
         self.source: Tensor | None = None
-        self.places: Tensor | None = None
+        self.cells: Tensor | None = None
         self.values: Tensor | None = None
 
     def merge(self, sequence: Tensor, index: int) -> Tensor:
@@ -92,19 +93,19 @@ class EViT(Peer):
 
     def _store(self, kept: Tensor, dropped: Tensor, rest: Tensor) -> None:
         batch, channels = rest.shape[0], rest.shape[2]
-        if self.places is None or self.values is None:
-            self.places = torch.arange(self.num_tokens, device=rest.device).expand(batch, -1)
+        if self.cells is None or self.values is None:
+            self.cells = torch.arange(self.num_tokens, device=rest.device).expand(batch, -1)
             # One row more, for fused tokens.
             self.values = rest.new_zeros(batch, self.num_tokens + 1, channels)
-        self.values = _put(self.values, self.places.gather(1, dropped), rest)
+        self.values = _put(self.values, self.cells.gather(1, dropped), rest)
         nowhere = torch.full((batch, 1), self.num_tokens, device=rest.device)
-        self.places = torch.cat([self.places.gather(1, kept), nowhere], 1)
-        values, places = self.values, self.places
-        self.unmerge = lambda tokens: _put(values, places, tokens)[:, :-1]
+        self.cells = torch.cat([self.cells.gather(1, kept), nowhere], 1)
+        values, cells = self.values, self.cells
+        self.unmerge = lambda tokens: _put(values, cells, tokens)[:, :-1]
 
 
-def _put(values: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-    return values.scatter(1, places[..., None].expand(-1, -1, tokens.shape[-1]), tokens)
+def _put(values: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
+    return values.scatter(1, cells[..., None].expand(-1, -1, tokens.shape[-1]), tokens)
 
 
 def apply(model: nn.Module, **settings: Any) -> Applied:

@@ -1,9 +1,10 @@
-"""Expedite (Liang et al. 2022, arXiv:2210.01035): soft k-means super-pixels behind layer L, all tokens back at the end.
+"""Expedite (Liang et al. 2022, arXiv:2210.01035): soft k-means super-pixels after layer L, unmerged at the end.
 
-Token clustering layer: centers start as an adaptive average pool of the grid; a token may belong to the cells around its
-own; `iterations` times, memberships are the softmax of -tau d² over those cells and centers the weighted means. Token
-reconstruction layer: a place takes the sum of its `num_neighbors` nearest centers, weighted exp(-tau d²) by the distances
-between tokens and centers at the clustering layer, weights of unit L2 norm. A decoder on tokens runs on the centers.
+Token clustering layer: centers start as an adaptive average pool of the grid; a token may belong to the cells around
+its own; `iterations` times, memberships are the softmax of -tau d² over those cells and centers the weighted means.
+Token reconstruction layer: a token takes the sum of its `num_neighbors` nearest centers, weighted exp(-tau d²) by the
+distances between tokens and centers at the clustering layer, weights of unit L2 norm. A decoder on tokens runs on the
+centers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .hooks import Applied, Peer, Unmerge, attach
 
 
 def cells_near(grid: tuple[int, int], cells: tuple[int, int], reach: int, device: torch.device) -> Tensor:
-    """BoolTensor[N, M]: which cells lie at most `reach` rows and columns from a place's own."""
+    """BoolTensor[N, M]: which cells lie at most `reach` rows and columns from a token's own."""
     masks = []
     for side, count in zip(grid, cells, strict=True):
         own = torch.arange(side, device=device) * count // side
@@ -68,7 +69,7 @@ def reconstruction(tokens: Tensor, centers: Tensor, tau: float, num_neighbors: i
 
 
 class Expedite(Peer):
-    """location: behind this layer. cells: (h, w) centers. reach: half the window of cells. The rest as in the paper."""
+    """location: after this layer. cells: (h, w) centers. reach: half the window of cells. The rest as in the paper."""
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class Expedite(Peer):
         self.location, self.cells = location, (cells[0], cells[1])
         self.tau, self.iterations, self.reach, self.num_neighbors = tau, iterations, reach, num_neighbors
 
-    def place(self) -> None:
+    def add_hooks(self) -> None:
         self.merge_before(self.location, self.merge)
 
     def merge(self, tokens: Tensor) -> Tensor:

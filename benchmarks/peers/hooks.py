@@ -1,4 +1,4 @@
-"""What the peers share: hooks on one encoder that shorten its token sequence and fill all N places again at the end.
+"""What the peers share: hooks on one encoder that shorten its token sequence and unmerge it to N tokens at the end.
 
 A peer says where tokens are merged: before a layer (`merge_before`) or between a layer's attention and its MLP
 (`merge_inside`). It sets `bias` (added to the logits of the present keys) and `unmerge` (from the present patch tokens
@@ -26,7 +26,7 @@ Unmerge = Callable[[Tensor], Tensor]
 
 
 class Peer:
-    """One method on one encoder. `restore_at`: fill the N places after the backbone, or after a decoder on tokens."""
+    """One method on one encoder. `restore_at`: unmerge after the backbone, or after a decoder on tokens."""
 
     def __init__(self, found: FoundEncoder, restore_at: str = "backbone") -> None:
         if restore_at not in RESTORE_PLACES:
@@ -38,7 +38,7 @@ class Peer:
         # Of the last forward: patch tokens after each layer, the first entry before all of them.
         self.token_counts: list[int] = []
 
-    def place(self) -> None:
+    def add_hooks(self) -> None:
         """The method's own hooks."""
         raise NotImplementedError
 
@@ -63,8 +63,8 @@ class Peer:
     def merge_inside(self, index: int, merge: Callable[[Tensor, int], Tensor]) -> None:
         """The whole sequence Tensor[B, L, C] through `merge(sequence, index)` between attention and MLP of a layer.
 
-        The layer adds its MLP's output to what it had before the merge. So the MLP's output is held back, a zero goes in
-        its place, and the sum of the right two becomes the layer's output.
+        The layer adds its MLP's output to what it had before the merge. So the MLP's output is held back, a zero goes
+        in its place, and the sum of the right two becomes the layer's output.
         """
         held: dict[str, Tensor] = {}
 
@@ -118,8 +118,8 @@ class Peer:
             restores = location == len(self.layers) and not self.through_decoder
             hook = self._restore if restores else self._remember(location)
             self.hooks.post_forward(layer, hook, prepend=True)
-        # Its hooks behind layers are prepended too, and so run before those above.
-        self.place()
+        # Its hooks after layers are prepended too, and so run before those above.
+        self.add_hooks()
         # After the method's own: a merge before a layer changes the length that the bias has to have.
         for layer in self.layers:
             self.hooks.pre_forward(layer, self._add_bias)
@@ -230,7 +230,7 @@ def attach(model: nn.Module, method: type[Peer], **settings: Any) -> Applied:
 
 
 def copy_back(source: Tensor) -> Unmerge:
-    """The unmerging that gives each of N places the value of the token it is in now: LongTensor[B, N]."""
+    """The unmerging that gives each of N cells the value of the token it belongs to now: LongTensor[B, N]."""
     return lambda tokens: rows(tokens, source)
 
 

@@ -1,9 +1,9 @@
 """ToMe (Bolya et al. 2023, arXiv:2210.09461): every layer merges its r most alike pairs of tokens.
 
 Tokens are split in two by turns; each of the first set draws one edge, to the most alike of the second set, by the
-cosine of their keys averaged over heads; the r strongest edges are merged (section 3). Tokens keep the number of patches
-they hold: means are weighted by it and attention is proportional to it (Eq. 1). Prefix tokens are never merged. For dense
-heads each place takes the value of the token that holds it.
+cosine of their keys averaged over heads; the r strongest edges are merged (section 3). Tokens keep the number of
+patches they hold: means are weighted by it and attention is proportional to it (Eq. 1). Prefix tokens are never merged.
+For dense heads each cell takes the value of the token that holds it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from .hooks import Applied, Peer, attach, copy_back, rows
 
 
 class Matching(NamedTuple):
-    """kept, merged: LongTensor[B, .] tokens of the first set that stay and that go; into: where the latter go, as places
-    in the second set. to: LongTensor[B, L], each token's place in the new sequence (kept ones, then the second set)."""
+    """kept, merged: LongTensor[B, .] tokens of the first set that stay and that go; into: where the latter go, as
+    indices into the second set. to: LongTensor[B, L], each token's index in the new sequence (kept ones, then the
+    second set)."""
 
     kept: Tensor
     merged: Tensor
@@ -76,7 +77,7 @@ class ToMe(Peer):
         if len(self.r) != depth or min(self.r) < 0:
             raise AiluRusError(f"r must be one number from 0 on, or {depth} of them, got {r}")
 
-    def place(self) -> None:
+    def add_hooks(self) -> None:
         self.keys = {}
         for index, r in enumerate(self.r):
             if r:

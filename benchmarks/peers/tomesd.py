@@ -1,4 +1,4 @@
-"""tomesd (Bolya and Hoffman 2023, arXiv 2303.17604), the real package, on networks and off them again without a trace."""
+"""tomesd (Bolya and Hoffman 2023, arXiv 2303.17604), the authors' package, on networks and off without a trace."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """VidToMe (Li et al. 2024, arXiv 2312.10656): self-attention over frames whose alike tokens are merged across time.
 
-Frames are taken in chunks of four. In a chunk one frame, chosen at random, is the target; of the tokens of the others, the
-`local_ratio` most alike to one of the target's are replaced by it (section 3.2, local merging). What is left is matched
-with a global set, that of the chunk before, in the same way (`global_ratio`, global merging), and both attend as one
-sequence. Each token takes the output of the token that stands for it. As in the authors' code, only at full and half size.
+Frames are taken in chunks of four. In a chunk one frame, chosen at random, is the target; of the tokens of the others,
+the `local_ratio` most alike to one of the target's are replaced by it (section 3.2, local merging). What is left is
+matched with a global set, that of the chunk before, in the same way (`global_ratio`, global merging), and both attend
+as one sequence. Each token takes the output of the token that stands for it. As in the authors' code, only at full and
+half size.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor
 
 
 def replaced(source: Tensor, target: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Which tokens of Tensor[B, S, C] are left, LongTensor[B, K], and where each of the S is in [left, target], [B, S]."""
+    """Which tokens of Tensor[B, S, C] are left, LongTensor[B, K], and the index of each in [left, target], [B, S]."""
     alike = F.normalize(source.float(), dim=-1) @ F.normalize(target.float(), dim=-1).transpose(1, 2)
     best, match = alike.max(-1)
     order = best.argsort(dim=1, descending=True)
     gone = int(ratio * source.shape[1])
     left = order[:, gone:]
-    places = torch.arange(left.shape[1], device=source.device).expand_as(left)
-    return left, (match + left.shape[1]).scatter(1, left, places)
+    kept = torch.arange(left.shape[1], device=source.device).expand_as(left)
+    return left, (match + left.shape[1]).scatter(1, left, kept)
 
 
 def rows(tokens: Tensor, index: Tensor) -> Tensor:
@@ -62,10 +63,10 @@ class VidToMeProcessor:
             target = int(torch.randint(count, (1,), generator=generator))
             order = [target, *(number for number in range(count) if number != target)]
             aimed, others = frames[:, target], frames[:, order[1:]].flatten(1, 2)
-            left, place = replaced(others, aimed, local)
+            left, index = replaced(others, aimed, local)
             merged = torch.cat([rows(others, left), aimed], 1)
             answer, known = self._with_global(attn, merged, known, globally)
-            of_others = rows(answer, place).unflatten(1, (-1, tokens)) if count > 1 else answer[:, :0].unsqueeze(2)
+            of_others = rows(answer, index).unflatten(1, (-1, tokens)) if count > 1 else answer[:, :0].unsqueeze(2)
             joined = [answer[:, -tokens:, None].transpose(1, 2), *of_others.split(1, 1)]
             out.append(torch.cat([joined[order.index(number)] for number in range(count)], 1))
         return torch.cat(out, 1).flatten(0, 1)
@@ -74,6 +75,6 @@ class VidToMeProcessor:
         """Attention's output for a chunk's tokens, and the global set for the next chunk."""
         if known is None:
             return self.plain(attn, merged), merged
-        left, place = replaced(merged, known, ratio)
+        left, index = replaced(merged, known, ratio)
         sequence = torch.cat([rows(merged, left), known], 1)
-        return rows(self.plain(attn, sequence), place), rows(sequence, place)
+        return rows(self.plain(attn, sequence), index), rows(sequence, index)

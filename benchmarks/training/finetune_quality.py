@@ -2,10 +2,10 @@
 
     python -m benchmarks.training.finetune_quality runs/finetune-plain runs/finetune-0.25 runs/finetune-0.36
 
-mIoU at the end of training, means over runs that differ only in their seeds, and the time of the fastest of them. "lost" is
-against the plain runs of the same seeds, which see the same batches. "mIoU, plain" is that of the same weights with the
-reduction taken off again. Runs follow one another and do not take turns: the time of a training step, in turns, is what
-benchmarks.training.finetune_speed has.
+mIoU at the end of training, means over runs that differ only in their seeds, and the time of the fastest of them.
+"lost" is against the plain runs of the same seeds, which see the same batches. "mIoU, plain" is that of the same
+weights with the reduction taken off again. Runs follow one another and do not take turns: the time of a training step,
+in turns, is what benchmarks.training.finetune_speed has.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OF_A_RUN = ("data", "output", "resume", "seed")
 
 
 def gathered(folders: list[Path]) -> list[dict[str, Any]]:
-    """A row for each way of training, means over its runs, that without reduction first; the others are compared with it.
+    """A row for each way of training, means over its runs, plain first; the others are compared with it.
 
     spread: the best mIoU of a row's runs less the worst, None of one run.
     """

@@ -1,12 +1,13 @@
 """Time of a training step with the reduction on: the training columns of tables 5 and 6.
 
-    python -m benchmarks.training.finetune_speed                                  # Segmenter ViT-B/16 at 512 x 512, fp32
+    python -m benchmarks.training.finetune_speed      # Segmenter ViT-B/16 at 512 x 512, fp32
     python -m benchmarks.training.finetune_speed --models ViT-L --precision bf16 --batch-size 2
-    python -m benchmarks.training.finetune_speed --models CamVid --keep 0.25 --methods 'density peaks, copy (the paper)' 'Ward, smooth'
+    python -m benchmarks.training.finetune_speed --models CamVid --keep 0.25 --methods 'Ward, smooth'
 
 One step: forward, loss, backward and AdamW's update of the whole model. Random weights: speed does not depend on them;
-examples/finetune_segmentation.py trains to a final mIoU. FLOPs are three times those of a forward, as counted by torch: a
-product has two in the backward; for ours without what clustering costs. All contenders are one model, on which each is switched on for its turn.
+examples/finetune_segmentation.py trains to a final mIoU. FLOPs are three times those of a forward, as counted by torch:
+a product has two in the backward; for ours without what clustering costs. All contenders are one model, on which each
+is switched on for its turn.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 from ..harness import environment, interleaved, log, markdown, model_flops, save
 from ..methods import METHODS, PAPER, Setting, apply_method
 
-# Image size and classes of the paper's tables, and the model's sizes; CamVid: those of the Segmenter that is shipped. The
-# decoder has two layers of the encoder's width.
+# Image size and classes of the paper's tables, and the model's sizes; CamVid: those of the Segmenter that is shipped.
+# The decoder has two layers of the encoder's width.
 GEOMETRIES = {
     "ViT-L": ((640, 640), 150, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
     "ViT-B": ((512, 512), 150, {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),

@@ -1,9 +1,9 @@
 """What the training scripts in examples/ made here: each run's model, settings, time, and score as it went.
 
-    python -m benchmarks.training.trained_models "Segmenter Ti-like=run" "Segmenter S-like=run-wide" "classifier=run-cifar"
+    python -m benchmarks.training.trained_models "Segmenter Ti-like=run" "classifier=run-cifar"
 
-Each is a name and the --output folder of examples/train_segmenter.py, train_classifier.py or finetune_segmentation.py, with
-metrics.json and the best or last model in it. Scores are the runs' own, on the validation split.
+Each is a name and the --output folder of examples/train_segmenter.py, train_classifier.py or finetune_segmentation.py,
+with metrics.json and the best or last model in it. Scores are the runs' own, on the validation split.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """ControlVideo at full Stable Diffusion 1.5 size: plain, tomesd, VidToMe-style merging and AiluRus, over SDPA.
 
-    python -m benchmarks.video.controlvideo_speed --flops --dtype bf16              # FLOPs and memory by shapes: 15 frames at 512²
+    python -m benchmarks.video.controlvideo_speed --flops --dtype bf16  # FLOPs, memory by shapes: 15 frames, 512²
     python -m benchmarks.video.controlvideo_speed --frames 8 --size 256             # one denoising step, fp32, CPU
     python -m benchmarks.video.controlvideo_speed --whole --device cuda --dtype bf16 --frames 15 --size 512
 
-A step is UNet and ControlNet on all frames under guidance, as the pipeline calls them. --whole times a video of 50 steps
-with its decoding. Random weights: speed does not depend on them. Fidelity here is the cosine to the plain prediction on
-noise, a lower bound; quality is measured on trained models. Every contender is undone before the next one's turn.
+A step is UNet and ControlNet on all frames under guidance, as the pipeline calls them. --whole times a video of 50
+steps with its decoding. Random weights: speed does not depend on them. Fidelity here is the cosine to the plain
+prediction on noise, a lower bound; quality is measured on trained models. Every contender is undone before the next
+one's turn.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def with_tomesd(**settings: Any) -> Switch:
 
 
 def vidtome(pipe: ControlVideoPipeline, frames: int, latent_tokens: int) -> Callable[[], Any]:
-    """In place of the UNet's cross-frame attention; the ControlNet stays as it is."""
+    """Instead of the UNet's cross-frame attention; the ControlNet stays as it is."""
     processor = VidToMeProcessor(frames, latent_tokens)
     plain = pipe._over_frames
 
@@ -181,7 +182,7 @@ def counted_flops(
     controlnet: dict[str, Any] = CONTROLNET,
     dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, Any]]:
-    """FLOPs of a step by torch's counter, with all that a method does, and an estimate of its memory beside the weights.
+    """FLOPs of a step by torch's counter, with all that a method does, and its estimated memory beside the weights.
 
     On shapes alone: nothing is computed.
     """

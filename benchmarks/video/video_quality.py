@@ -1,15 +1,15 @@
-"""What token reduction does to the videos of a trained model: AiluRus per frame and over space and time, tomesd, VidToMe.
+"""How token reduction changes the videos of a trained model: AiluRus by frame or over space and time, tomesd, VidToMe.
 
     python examples/train_text_to_image.py --output run
     python examples/train_text_to_image.py --output run --export shapes
-    python -m benchmarks.video.video_quality shapes                                # shapes that move over a still ground
+    python -m benchmarks.video.video_quality shapes        # shapes that move over a still ground
     python -m benchmarks.video.video_quality shapes --videos walk.mp4 duck.mp4     # and along the edges of real clips
 
 ControlVideoPipeline draws each clip from its edges and a prompt, plain and reduced, from the same noise. Each video is
-compared with the plain one (PSNR, SSIM). Its frames, warped along the motion of the clip that it follows, are compared with
-one another (warping error: a steady video's is low; plain has its own). Its edges are compared with the wanted ones (F1), and
-shapes are read by the rules of examples/shape_scenes.py. Of a real clip the model knows nothing: what it draws is no
-likeness, but plain and reduced still differ by the reduction alone.
+compared with the plain one (PSNR, SSIM). Its frames, warped along the motion of the clip that it follows, are compared
+with one another (warping error: a steady video's is low; plain has its own). Its edges are compared with the wanted
+ones (F1), and shapes are read by the rules of examples/shape_scenes.py. Of a real clip the model knows nothing: what it
+draws is no likeness, but plain and reduced still differ by the reduction alone.
 
 FLOPs (matrix products and convolutions, as torch counts them) and time are of one denoising step of UNet and ControlNet
 under guidance. The model's levels of 32 x 32 and 16 x 16 tokens a frame are reduced, its 8 x 8 are not, by any method.
@@ -45,7 +45,7 @@ Video = list[Image.Image]
 # Two levels of the model have at least as many tokens a frame.
 MIN_TOKENS = 256
 GUIDANCE = 3.0
-# How far from its place a thing begins and ends, in pixels.
+# How far from its position a thing begins and ends, in pixels.
 SWAY = 10
 # Of real clips: one that the model can draw, whatever the edges are.
 PROMPT = "large yellow circle middle on teal paper"
@@ -103,7 +103,7 @@ COLUMNS = {
 class Clip:
     """What is drawn anew. kind: under what its scores are averaged. conditions: Tensor[F, 3, H, W] in [0, 1].
 
-    adherence: how well the edges of a video are the wanted ones. facts: which of its caption's a video shows, of shapes.
+    adherence: how well the edges of a video are the wanted ones. facts: which of its caption's a video of shapes shows.
     """
 
     kind: str
@@ -115,10 +115,10 @@ class Clip:
 
 
 def moving_shapes(rng: np.random.Generator, count: int) -> Clip:
-    """A scene whose things go past their places, two of them in opposite directions, over a still ground."""
+    """A scene whose things move past their positions, two of them in opposite directions, over a still ground."""
     scene = random_scene(rng)
-    # Away from the side that a place is named after there is room in both directions.
-    across = np.array([0, 1] if scene.things[0].place in ("left", "right") else [1, 0])
+    # Away from the side that a position is named after there is room in both directions.
+    across = np.array([0, 1] if scene.things[0].position in ("left", "right") else [1, 0])
     way = across * rng.choice((-1, 1))
     moves = [
         [(sign * at * way).round().astype(int) for sign in (1, -1)[: len(scene.things)]]
@@ -132,7 +132,7 @@ def moving_shapes(rng: np.random.Generator, count: int) -> Clip:
         frames=[picture_of(pixels) for pixels, _ in drawn],
         conditions=torch.stack(masks)[:, None].repeat(1, 3, 1, 1).float(),
         adherence=lambda video: float(np.mean([edge_adherence(pixels_of(f), m) for f, m in zip(video, masks)])),
-        # They stay near enough to their places to be read there.
+        # They stay near enough to their positions to be read there.
         facts=lambda video: [shown for frame in video for shown in read(pixels_of(frame), scene).values()],
     )
 

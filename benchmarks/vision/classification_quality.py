@@ -1,13 +1,13 @@
 """Accuracy and speed of every way to reduce a classifier, on images it was not trained on: table 8.
 
     python -m benchmarks.vision.classification_quality --model FOLDER --data CIFAR10
-    python -m benchmarks.vision.classification_quality --dataset imagenet --data IMAGENET --model facebook/deit-base-patch16-224 \\
+    python -m benchmarks.vision.classification_quality --dataset imagenet --data IMAGENET --model DEIT \\
         --keep 0.617 0.735 --locations 0 2 4 --methods Expedite 'density peaks, copy (the paper)'
 
 examples/train_classifier.py makes the model for the first. Accuracy is over the whole split; agreement is the share of
 images with the plain model's class; speed and images a second are those of the whole model on one batch. A head that
-reads the class token alone makes copy and residual the same. Methods: benchmarks/methods/registry.py; without settings of their
-own, the peers' FLOPs are matched to ours at the same L and keep ratio.
+reads the class token alone makes copy and residual the same. Methods: benchmarks/methods/registry.py; without settings
+of their own, the peers' FLOPs are matched to ours at the same L and keep ratio.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
     python -m benchmarks.vision.detection_speed --models "ViT-L (CAE)" --rows 7,1600
     python -m benchmarks.vision.detection_speed --part pyramid                      # with the transposed convolutions
 
-A photograph of COCO is 640 x 480 pixels for the most part, so 1067 x 800 as the detector sees it, padded to whole patches:
-1072 x 800, a grid of 50 x 67. CAE's encoder has relative position bias, of heads · N² numbers in each layer; a plain ViT has
-none. The encoder is read at four layers in both. Random weights: speed does not depend on them. "Cosine" is the mean over
-the four maps that are read, on random images, a lower bound that real images and weights do not reach. YOLOS is a detector
-on the same kind of encoder that reads its last layer alone.
+A photograph of COCO is 640 x 480 pixels for the most part, so 1067 x 800 as the detector sees it, padded to whole
+patches: 1072 x 800, a grid of 50 x 67. CAE's encoder has relative position bias, of heads · N² numbers in each layer; a
+plain ViT has none. The encoder is read at four layers in both. Random weights: speed does not depend on them. "Cosine"
+is the mean over the four maps that are read, on random images, a lower bound that real images and weights do not reach.
+YOLOS is a detector on the same kind of encoder that reads its last layer alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ MODELS = {
     "ViT-B": vit(BASE),
     "YOLOS-B": yolos(BASE),
 }
-# Locations and clusters of Tab. 3 (ViT-L) and Tab. 4 (ViT-B); Tab. A-2 and A-1 of the first version are of this experiment.
+# Locations and clusters of Tab. 3 (ViT-L) and Tab. 4 (ViT-B); Tab. A-2 and A-1 of the first version are of this
+# experiment.
 TABLE_3 = [(7, 1600), (9, 1764), (11, 1764), (15, 1600)]
 TABLE_4 = [(3, 1296), (3, 1764), (6, 1444), (7, 1444)]
 ROWS = {name: TABLE_3 if "ViT-L" in name else TABLE_4 for name in MODELS}

@@ -3,8 +3,8 @@
     python -m benchmarks.vision.families_speed                                   # all of GEOMETRIES, batch 1, fp32
     python -m benchmarks.vision.families_speed --models "SegFormer-B5 1024" --stages 1 2 3 4
 
-Random weights: speed does not depend on them. Fidelity is the cosine to the plain model's prediction on random images, a
-lower bound that real images and weights do not reach.
+Random weights: speed does not depend on them. Fidelity is the cosine to the plain model's prediction on random images,
+a lower bound that real images and weights do not reach.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def segformer(depths: list[int], hidden_sizes: list[int]) -> Callable[[int], nn.
 
 @dataclass(frozen=True)
 class Geometry:
-    """make: the model for square images of `size` pixels. fields: of AiluRusConfig. prediction: a tensor of its output."""
+    """make: the model for square images of `size` pixels. fields: of AiluRusConfig. prediction: from its output."""
 
     make: Callable[[int], nn.Module]
     size: int

@@ -36,9 +36,9 @@ def reduced_copy(model: nn.Module, method: str, setting: Setting, inputs: list[T
 class Task:
     """What a model is for, and on what it is measured.
 
-    samples: single images as the encoder sees them, to count FLOPs and to match them. timed: what `forward` is timed on,
-    in turn. batches: every batch of the data set as the model takes it, with its true labels; read once. labels: the
-    model's, Tensor[B, ...]. counts: of one batch; the sum over all is what `score` makes a number of,
+    samples: single images as the encoder sees them, to count FLOPs and to match them. timed: what `forward` is timed
+    on, in turn. batches: every batch of the data set as the model takes it, with its true labels; read once. labels:
+    the model's, Tensor[B, ...]. counts: of one batch; the sum over all is what `score` makes a number of,
     which the rows hold as `score_name`.
     """
 
@@ -132,8 +132,8 @@ def chosen_contenders(args: argparse.Namespace) -> dict[str, Contender]:
     """Every combination of the options."""
     contenders: dict[str, Contender] = {}
     for location, keep, method in itertools.product(args.locations, args.keep, args.methods):
-        places = [None] + (args.restore_locations if EVERY[parsed(method)[0]].takes_restore_location else [])
-        for restore_location in places:
+        locations = [None] + (args.restore_locations if EVERY[parsed(method)[0]].takes_restore_location else [])
+        for restore_location in locations:
             key = f"{method}, L={location}, keep={keep}, R={restore_location}"
             contenders[key] = (method, location, keep, restore_location)
     return contenders

@@ -2,12 +2,12 @@
 
     python -m benchmarks.vision.segmenter_quality --data CAMVID                      # the shipped model, CamVid val
     python -m benchmarks.vision.segmenter_quality --data CAMVID --model FOLDER --keep 0.5 0.25 --locations 2 3
-    python -m benchmarks.vision.segmenter_quality --dataset ade20k --data ADE --model CONVERTED --methods ToMe:r=40 Expedite
+    python -m benchmarks.vision.segmenter_quality --dataset ade20k --data ADE --model CONVERTED --methods ToMe:r=40
 
 mIoU over whole images at native resolution, whatever size the model's image processor makes of them; agreement is the
-share of pixels with the plain model's label; speed is that of the whole model on one image. Methods, controls and peers:
-benchmarks/methods/registry.py; "NAME:key=value" sets a peer's own settings, and without them its FLOPs are matched to ours at the
-same L and keep ratio.
+share of pixels with the plain model's label; speed is that of the whole model on one image. Methods, controls and
+peers: benchmarks/methods/registry.py; "NAME:key=value" sets a peer's own settings, and without them its FLOPs are
+matched to ours at the same L and keep ratio.
 """
 
 from __future__ import annotations

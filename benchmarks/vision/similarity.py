@@ -1,12 +1,12 @@
 """How near each method's features stay to the whole model's, layer by layer, and why: tables 9 to 13 and figure 7.
 
     python -m benchmarks.vision.similarity --images FOLDER                            # the shipped Segmenter
-    python -m benchmarks.vision.similarity --images FOLDER --model MODEL --methods Expedite --locations 2 4 6 --keep 0.25
+    python -m benchmarks.vision.similarity --images FOLDER --model MODEL --locations 2 4 6 --keep 0.25
 
-Any model folder or Hub name of a supported family, and any folder of images: labels are not needed. Similarity is the mean
-cosine over patch tokens, reduced against plain. "At L" reconstructs at once what was clustered, before any layer ran on
-it; the methods that reduce little by little have no such place. Pairs: of the plain model's token pairs by their
-cosine at L, the share whose cosine is in the same interval at the output. Milliseconds by part wait for every part.
+Any model folder or Hub name of a supported family, and any folder of images: labels are not needed. Similarity is the
+mean cosine over patch tokens, reduced against plain. "At L" reconstructs at once what was clustered, before any layer
+ran on it; the methods that reduce little by little have no such location. Pairs: of the plain model's token pairs by
+their cosine at L, the share whose cosine is in the same interval at the output. Milliseconds by part wait for each.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def hidden_states(loaded: LoadedModel, inputs: dict[str, Tensor]) -> list[Tensor
 
 
 def similarity_at_location(reduction: Reduction, tokens: Tensor) -> float | None:
-    """Mean cosine of the tokens at L, Tensor[B, N, C], and what the reduction makes of them at once; None: it has no L."""
+    """Mean cosine of the tokens at L, Tensor[B, N, C], and the same tokens unmerged at once; None: it has no L."""
     if isinstance(reduction, OurReduction):
         clusters = ailurus_status(reduction.model).last_clusters
         if clusters is None:

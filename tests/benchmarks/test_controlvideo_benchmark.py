@@ -1,4 +1,4 @@
-"""The speed benchmark of ControlVideo runs, undoes every contender, and its numbers fit together; VidToMe is what its paper says."""
+"""ControlVideo's speed benchmark runs and undoes every contender, its numbers agree; VidToMe follows its paper."""
 
 import pytest
 import torch
@@ -86,15 +86,15 @@ def test_a_whole_video():
 def test_vidtome_replaces_the_most_alike_by_the_one_they_are_like():
     torch.manual_seed(0)
     source, target = torch.randn(2, 10, 4), torch.randn(2, 6, 4)
-    left, place = replaced(source, target, 0.7)
-    assert left.shape == (2, 3) and place.shape == (2, 10)
+    left, index = replaced(source, target, 0.7)
+    assert left.shape == (2, 3) and index.shape == (2, 10)
     for image in range(2):
         alike = torch.cosine_similarity(source[image, :, None], target[image], dim=-1)
         best, match = alike.max(-1)
         assert sorted(left[image].tolist()) == sorted(best.argsort()[:3].tolist())
         for token in range(10):
             in_left = (left[image] == token).nonzero()
-            assert place[image, token] == (in_left.item() if len(in_left) else 3 + match[token])
+            assert index[image, token] == (in_left.item() if len(in_left) else 3 + match[token])
 
 
 @torch.no_grad()

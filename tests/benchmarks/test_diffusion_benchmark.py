@@ -1,4 +1,4 @@
-"""The speed benchmark of diffusion runs, undoes every contender, and its numbers fit together; ToDo is what its paper says."""
+"""The speed benchmark of diffusion runs and undoes every contender, its numbers agree; ToDo follows its paper."""
 
 import subprocess
 import sys

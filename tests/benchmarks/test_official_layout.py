@@ -1,4 +1,4 @@
-"""The paper's own tables: official checkpoints and data sets, as files of their layout, through the commands of `make tables`."""
+"""The paper's own tables: the commands of `make tables` on small checkpoints and data sets in the official layout."""
 
 import json
 from dataclasses import replace

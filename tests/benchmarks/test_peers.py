@@ -1,4 +1,4 @@
-"""The peers: each one's steps against cases worked by hand, its published FLOPs, and what all of them have to hold to."""
+"""The peers: each one's steps against cases worked by hand, its published FLOPs, and what all of them must do."""
 
 import copy
 import math
@@ -200,7 +200,7 @@ def test_act_hashes_are_the_digits_of_its_projections():
 class Pairs(Peer):
     """Each two neighboring tokens become their mean, in the second layer."""
 
-    def place(self):
+    def add_hooks(self):
         self.merge_inside(1, self.merge)
 
     def merge(self, sequence, index):
@@ -268,8 +268,8 @@ def test_nothing_to_merge_changes_nothing(method, name):
 def test_merging_equal_tokens_changes_nothing(module, settings, name):
     model, x = without_positions(make_model(name)), blocky_images_for(name)
     plain = predict(model, name, x)
-    for place in ("backbone", "decoder"):
-        with module.apply(model, **settings, restore_at=place) as applied:
+    for restore_at in ("backbone", "decoder"):
+        with module.apply(model, **settings, restore_at=restore_at) as applied:
             torch.testing.assert_close(predict(model, name, x), plain, atol=2e-3, rtol=1e-3)
             assert applied.peers[0].token_counts[-1] <= 76
 
@@ -310,8 +310,8 @@ def test_what_cannot_be_is_refused():
     assert not model._forward_pre_hooks
 
 
-# Multiply-adds in billions, as the papers count them: ToMe's table 4 and figure 3 (DeiT-S), EViT's table 1 (DeiT-S), and
-# AiluRus' table 8 for Expedite (DeiT-B). Published with one decimal.
+# Multiply-adds in billions, as the papers count them: ToMe's table 4 and figure 3 (DeiT-S), EViT's table 1 (DeiT-S),
+# and AiluRus' table 8 for Expedite (DeiT-B). Published with one decimal.
 PUBLISHED = {
     "DeiT-S": [
         (None, {}, 4.6),

@@ -63,8 +63,8 @@ def test_rounds_of_kmeans_leave_less_variance():
 
 def test_ward_joins_the_adjacent_pair_that_costs_least():
     x, grid = tokens(1, (3, 3)), (3, 3)
-    places = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    near = (places[:, None] - places).abs().sum(-1) == 1
+    cells = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    near = (cells[:, None] - cells).abs().sum(-1) == 1
     labels = torch.arange(9)
     for left in range(8, 2, -1):
         pairs = [
@@ -91,10 +91,10 @@ def test_edges_get_more_centers():
 def test_a_spatial_form_of_no_weight_is_none():
     x = tokens(1)
     none = spatial_density_peaks(x, GRID, 12, num_spatial_neighbors=0)
-    assert torch.equal(variants.places_as_features(x, GRID, 12, weight=0.0).assignment, none.assignment)
-    near = variants.places_as_features(x, GRID, 12, weight=100.0)
-    places = torch.cartesian_prod(*(torch.arange(side) for side in GRID)).float()[None]
-    assert (places - near.unmerge(near.merge(places))).norm(dim=-1).max() < 3
+    assert torch.equal(variants.positions_as_features(x, GRID, 12, weight=0.0).assignment, none.assignment)
+    near = variants.positions_as_features(x, GRID, 12, weight=100.0)
+    cells = torch.cartesian_prod(*(torch.arange(side) for side in GRID)).float()[None]
+    assert (cells - near.unmerge(near.merge(cells))).norm(dim=-1).max() < 3
 
 
 def test_keys_of_the_layer_behind_the_location():

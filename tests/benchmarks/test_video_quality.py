@@ -1,4 +1,4 @@
-"""The benchmark of videos: its clips are what their captions say and keep still where nothing moves, and its rows fit together."""
+"""The benchmark of videos: clips show what their captions say and stay still where nothing moves; its rows agree."""
 
 import json
 import sys

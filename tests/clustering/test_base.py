@@ -1,4 +1,4 @@
-"""A clustering from outside the package: one class in one file, then a name like any other; and what refuses a bad one."""
+"""A clustering from outside the package: one class in one file, then a name like any other; bad ones are refused."""
 
 import copy
 import json

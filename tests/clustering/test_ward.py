@@ -1,4 +1,4 @@
-"""Ward's clustering against plain loops and the exact one, on any grid, alone and in a batch, in one graph, step by step."""
+"""Ward's clustering against plain loops and exact Ward, on any grid, in batches, in one graph, in several steps."""
 
 import importlib
 import itertools

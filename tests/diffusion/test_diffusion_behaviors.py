@@ -60,7 +60,7 @@ def test_equals_the_plain_network_on_duplicated_tokens(name, way):
             network.rope.freqs_cos.fill_(1)
             network.rope.freqs_sin.zero_()
         else:
-            # At the size it was made for, places are in a buffer.
+            # At the size it was made for, positions are in a buffer.
             network.pos_embed.pos_embed.zero_()
         doubled = duplicated(latents((4, 3, 2, 2) if name == "Wan" else (4, 4, 4)), 4)
         reduced = predict(network, name, doubled)

@@ -96,7 +96,7 @@ def test_representatives_are_rotated_by_the_centroids_of_their_own_image():
 
 @pytest.mark.parametrize("reduce", ["qkv", "kv"])
 def test_attention_merges_what_was_rotated(reduce):
-    # Duplicates at one place are rotated alike; at places of their own they are no duplicates any more.
+    # Duplicates at one position are rotated alike; at positions of their own they are no duplicates any more.
     network = make_network("Flux")
     tokens, ids = packed(duplicated(latents((4, 4, 6)), 4))
     together = ids.clone()

@@ -1,4 +1,4 @@
-"""Whole generations of SD3 and Flux: the same image from the same seed, reuse over steps, guidance, attention backends."""
+"""Whole generations of SD3 and Flux: same seed, same image; reuse over steps, guidance, attention backends."""
 
 import pytest
 import torch

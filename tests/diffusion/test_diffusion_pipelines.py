@@ -30,7 +30,7 @@ def test_on_off_and_the_same_image_from_the_same_seed(make):
     reduced = generate(pipe, **inputs)
     assert reduced.isfinite().all() and (reduced - plain).abs().max() > 1e-3
     generate(pipe, **{**inputs, "seed": 1})
-    # What the other image left behind is not used.
+    # What the other image left is not used.
     assert torch.equal(generate(pipe, **inputs), reduced)
     assert torch.equal(generate(pipe, **inputs), reduced)
     remove_ailurus(pipe)
@@ -206,7 +206,8 @@ def test_what_cannot_be_reduced_is_refused_with_the_reason():
         )
     only_cross = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=2, only_cross_attention=True,
-        layers_per_block=1, cross_attention_dim=8, mid_block_type=None, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        layers_per_block=1, cross_attention_dim=8, mid_block_type=None,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="cross-attention alone"):

@@ -20,16 +20,16 @@ def twos_along(axis_of_each_video):
     def clustering(features, grid, num_clusters):
         assignments = []
         for axis in axis_of_each_video:
-            places = torch.cartesian_prod(*(torch.arange(side) for side in grid))
-            places[:, axis] //= 2
-            assignments.append(places.unique(dim=0, return_inverse=True)[1])
+            cells = torch.cartesian_prod(*(torch.arange(side) for side in grid))
+            cells[:, axis] //= 2
+            assignments.append(cells.unique(dim=0, return_inverse=True)[1])
         return TokenClusters.from_assignment(torch.stack(assignments), num_clusters)
 
     return clustering
 
 
 @pytest.mark.parametrize("axes", [(0, 1), (2, 0)])
-def test_representatives_of_a_video_are_rotated_at_their_mean_place(axes):
+def test_representatives_of_a_video_are_rotated_at_their_mean_position(axes):
     network = make_network("Wan")
     video = latents((4, 4, 8, 12))
     for number, axis in enumerate(axes):
@@ -41,11 +41,11 @@ def test_representatives_of_a_video_are_rotated_at_their_mean_place(axes):
     reduced = predict(network, "Wan", video)
     plain = predict(remove_ailurus(network), "Wan", video)
     for number, axis in enumerate(axes):
-        places = torch.cartesian_prod(*(torch.arange(float(side)) for side in (4, 4, 6)))
-        places[:, axis] = places[:, axis] // 2 * 2 + 0.5
+        cells = torch.cartesian_prod(*(torch.arange(float(side)) for side in (4, 4, 6)))
+        cells[:, axis] = cells[:, axis] // 2 * 2 + 0.5
         widths = (network.rope.t_dim, network.rope.h_dim, network.rope.w_dim)
         parts = [
-            get_1d_rotary_pos_embed(width, places[:, i], use_real=True, freqs_dtype=torch.float64)
+            get_1d_rotary_pos_embed(width, cells[:, i], use_real=True, freqs_dtype=torch.float64)
             for i, width in enumerate(widths)
         ]
         rotary = tuple(torch.cat(part, 1)[None, :, None] for part in zip(*parts, strict=True))

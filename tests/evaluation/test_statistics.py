@@ -79,7 +79,7 @@ def test_reach_is_to_the_own_center_and_gap_to_any():
     clusters = TokenClusters.from_assignment(torch.tensor([[0, 0, 0, 0, 1]]), 2, torch.tensor([[0, 4]]))
     found = assignment_statistics(clusters, torch.randn(1, 5, 3), (1, 5))
     assert (found.reach, found.gap) == (3, 2)
-    # Without centers: mean places 1.5 and 4; an empty cluster is near to nothing.
+    # Without centers: mean positions 1.5 and 4; an empty cluster is near to nothing.
     free = TokenClusters.from_assignment(torch.tensor([[0, 0, 0, 0, 1]]), 3)
     found = assignment_statistics(free, torch.randn(1, 5, 3), (1, 5))
     assert (found.reach, found.gap, found.sizes) == (1.5, 1.5, {0: 1, 1: 1, 4: 1})

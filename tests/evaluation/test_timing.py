@@ -1,4 +1,4 @@
-"""Turns, warm-up, contexts and medians of the timing loop; tables; hooks that leave nothing behind."""
+"""Turns, warm-up, contexts and medians of the timing loop; tables; hooks that leave no trace."""
 
 import time
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""examples/train_classifier.py on a made-up CIFAR-10 of a few pictures, and the classification benchmark on its model."""
+"""examples/train_classifier.py on a made-up CIFAR-10 of a few pictures, and the benchmark on its model."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Training with AiluRus on: two processes as one, accumulated batches as one, interrupted as not, and the example's run."""
+"""Training with AiluRus on: two processes as one, accumulated batches as one, resumed runs, the example's run."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""examples/minimal_ailurus.py: it clusters and computes what the package does, on its own, and runs where nothing else is."""
+"""examples/minimal_ailurus.py: it clusters and computes what the package does, with torch alone."""
 
 import ast
 import math

@@ -85,9 +85,9 @@ def test_a_second_stage_sees_the_images_enlarged(camvid, tmp_path):
 @pytest.mark.parametrize("enlarge, grid", [(1, (12, 16)), (1, (23, 30)), (2, (12, 16)), (2, (45, 60))])
 def test_pixels_and_labels_of_a_window_move_together(camvid, scale, enlarge, grid):
     data, rng = CamVid(camvid, "train", enlarge), np.random.default_rng(0)
-    images, labels, places = training_batch(data, [0, 1, 2, 3], grid, (scale, scale), 0.0, rng)
+    images, labels, corners = training_batch(data, [0, 1, 2, 3], grid, (scale, scale), 0.0, rng)
     assert images.shape == (4, 3, grid[0] * 16, grid[1] * 16) and labels.shape == images[:, 0].shape
-    assert (places >= 0).all() and (places + torch.tensor(grid) <= torch.tensor(data.grid)).all()
+    assert (corners >= 0).all() and (corners + torch.tensor(grid) <= torch.tensor(data.grid)).all()
     for image, label in zip(images, labels, strict=True):
         # Brightness grows with the class id whatever the color jitter: its order must survive.
         seen = [i for i in range(11) if (label == i).sum() > 400]

@@ -64,8 +64,8 @@ def test_each_fact_is_read_on_its_own():
         # What is not there has no shape and size either.
         false = with_thing(scene, color=next(c for c in COLORS if c not in used))
         assert {n for n, true in read(picture, false).items() if not true} == {"color 0", "shape 0", "size 0"}
-    one = next(s for s in scenes(40) if s.things[0].place == "left" and len(s.things) == 1)
-    assert not read(draw(one)[0], with_thing(one, place="right"))["color 0"]
+    one = next(s for s in scenes(40) if s.things[0].position == "left" and len(s.things) == 1)
+    assert not read(draw(one)[0], with_thing(one, position="right"))["color 0"]
 
 
 def test_edges_are_where_they_are_wanted():

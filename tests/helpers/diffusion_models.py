@@ -77,7 +77,7 @@ def motion_unet():
 
 @dataclass(frozen=True)
 class Network:
-    """make: a new network. conditions: the keyword arguments of its forward, for a batch. shape: of its input, but the batch.
+    """make: a new network. conditions: the keyword arguments of its forward, for a batch. shape: of one input.
 
     maps: whether it is a UNet, whose stacks go from a map to a map.
     """
@@ -125,7 +125,7 @@ def joint_conditions(batch):
 
 
 def packed(latents):
-    """Latents as Flux takes them: Tensor[B, C, H, W] to [B, HW/4, 4C] and the place of each token."""
+    """Latents as Flux takes them: Tensor[B, C, H, W] to [B, HW/4, 4C] and the position of each token."""
     height, width = (side // 2 for side in latents.shape[-2:])
     tokens = latents.unflatten(2, (height, 2)).unflatten(4, (width, 2)).permute(0, 2, 4, 1, 3, 5)
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))

@@ -301,7 +301,7 @@ def blocky_images_for(name, batch=2, seed=0):
 
 
 def without_positions(model):
-    """The model with nothing in it that tells equal patches apart by their place."""
+    """The model with nothing in it that tells equal patches apart by their position."""
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(
@@ -334,15 +334,15 @@ def run(model, pixel_values, **kwargs):
     if "noise" in parameters:
         # Without, the model draws an order of the patches.
         patch = original.config.patch_size
-        places = pixel_values.shape[-2] // patch * (pixel_values.shape[-1] // patch)
-        kwargs["noise"] = torch.arange(places).expand(len(pixel_values), -1)
+        cells = pixel_values.shape[-2] // patch * (pixel_values.shape[-1] // patch)
+        kwargs["noise"] = torch.arange(cells).expand(len(pixel_values), -1)
     if "spatial_shapes" in parameters:
         pixel_values = patchified(pixel_values, original.config.patch_size, kwargs)
     return model(pixel_values=pixel_values, **kwargs)
 
 
 def patchified(pixel_values, patch, kwargs, padding=3):
-    """Patches as SigLIP 2 takes them, with padding behind; puts the mask and the grids into kwargs."""
+    """Patches as SigLIP 2 takes them, with padding after them; puts the mask and the grids into kwargs."""
     patches = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
     grid, patches = patches.shape[1:3], patches.flatten(3).flatten(1, 2)
     mask = torch.ones(patches.shape[:2], dtype=torch.long)

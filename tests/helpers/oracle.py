@@ -26,19 +26,19 @@ GRIDS = [
 class Oracle:
     """One image, features [N, C] as numpy. `assignment` numbers clusters in ascending order of their center.
 
-    `fragile`: some comparison was decided by less than `margin`, so float32 may decide it otherwise. A tie is certain only
-    between values made of the same numbers: 10 * sqrt(8) = 20 * sqrt(2), but not in every precision.
+    `fragile`: some comparison was decided by less than `margin`, so float32 may decide it otherwise. A tie is certain
+    only between values made of the same numbers: 10 * sqrt(8) = 20 * sqrt(2), but not in every precision.
     """
 
     def __init__(self, features, grid, num_clusters, lam=50, alpha=0.9, k=1, margin=1e-6):
         features = np.asarray(features, dtype=np.float64)
-        places = list(product(*(range(side) for side in grid)))
-        count = len(places)
+        cells = list(product(*(range(side) for side in grid)))
+        count = len(cells)
         lam = min(lam, count - 1)
         self.margin, self.fragile = margin, False
 
         def grid_distance(i, j):
-            return sum((a - b) ** 2 for a, b in zip(places[i], places[j], strict=True))
+            return sum((a - b) ** 2 for a, b in zip(cells[i], cells[j], strict=True))
 
         def sigma(i, j):
             return math.sqrt(((features[i] - features[j]) ** 2).sum()) / math.sqrt(features.shape[1])

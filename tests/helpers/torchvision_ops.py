@@ -1,8 +1,8 @@
 """Makes torchvision importable for the tests of detection, also where its compiled operators do not load.
 
-They do not where torchvision was built for another torch than the one that is there (PyPI's is built for CUDA), and then
-the bare import fails. Mask R-CNN needs two of them: roi_align has a Python form in torchvision, which it takes by itself
-where operators are missing, and non-maximum suppression is written out here.
+They do not where torchvision was built for another torch than the one that is there (PyPI's is built for CUDA), and
+then the bare import fails. Mask R-CNN needs two of them: roi_align has a Python form in torchvision, which it takes by
+itself where operators are missing, and non-maximum suppression is written out here.
 
 `make` keeps torchvision in a folder of its own, beside the environment: in it, transformers would import it too.
 """
@@ -22,7 +22,7 @@ FOLDER = Path(sys.prefix) / "torchvision"
 @contextmanager
 def in_reach() -> Iterator[bool]:
     """Also looks into the folder that `make` fills; whether `import torchvision` works inside."""
-    beside = FOLDER.exists()  # behind all else: a torchvision of the environment comes first
+    beside = FOLDER.exists()  # after all else: a torchvision of the environment comes first
     if beside:
         sys.path.append(str(FOLDER))
     try:

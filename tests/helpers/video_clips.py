@@ -23,9 +23,10 @@ def moving_square(count: int = 12, size: tuple[int, int] = (48, 32), step: int =
 
 
 def save_pipeline(folder: Path, levels: int = 2) -> None:
-    """A ControlVideo pipeline of tiny networks with random weights in folder/model, its ControlNet in folder/controlnet too.
+    """A tiny ControlVideo pipeline with random weights in folder/model, its ControlNet in folder/controlnet.
 
-    levels: of the VAE, whose latents are 2 ** (levels - 1) times smaller than pictures; 4 for those of Stable Diffusion.
+    levels: of the VAE, whose latents are 2 ** (levels - 1) times smaller than pictures; 4 for those of Stable
+    Diffusion.
     """
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

@@ -87,7 +87,7 @@ def test_every_option_does_something():
 
 
 def test_whose_keys_a_frame_takes():
-    """A change in the last frame reaches the first one in full attention only; with norms apart nothing else carries it."""
+    """A change in the last frame reaches the first only through full attention, where norms are not shared."""
     pipe, other = make_pipeline(), noise()
     other[-1] += 1
     reached = {}
@@ -270,7 +270,7 @@ def test_key_frames_and_the_clips_between_them():
     assert numbers(6, "full", 3) == [((0, 2, 4, 5), [0, 1, 2, 3]), ((0, 2, 1), [2]), ((2, 4, 3), [2])]
     for count in range(1, 30):
         for length in (3, 4, 7):
-            kept = [part.frames.numbers[place] for part in parts_of(count, "full", length) for place in part.kept]
+            kept = [part.frames.numbers[index] for part in parts_of(count, "full", length) for index in part.kept]
             assert sorted(kept) == list(range(count))
             assert all(
                 set(row) == {0, 1} for part in parts_of(count, "full", length)[1:] for row in part.frames.sources

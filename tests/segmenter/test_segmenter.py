@@ -30,7 +30,7 @@ def tiny_config(model_type="vit", decoder="mask_transformer", image_size=(32, 48
 def tiny_model(*args, **kwargs):
     torch.manual_seed(0)
     model = SegmenterForSemanticSegmentation(tiny_config(*args, **kwargs)).eval()
-    # Spread wide enough that a wrong place or a wrong class token changes the result visibly.
+    # Spread wide enough that a wrong position or a wrong class token changes the result visibly.
     torch.nn.init.normal_(model.encoder.embeddings.position_embeddings)
     return model
 

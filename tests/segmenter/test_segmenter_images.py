@@ -112,7 +112,7 @@ def test_post_processing_cuts_padding_and_undoes_resizing():
 
 
 class Model(torch.nn.Module):
-    """Logits that depend on a pixel, on its place in the window and on the whole window."""
+    """Logits that depend on a pixel, on its position in the window and on the whole window."""
 
     def forward(self, x):
         rows, columns = torch.linspace(0, 1, x.shape[2])[:, None], torch.linspace(0, 1, x.shape[3])

@@ -1,4 +1,4 @@
-"""Frames half way: motion is followed, what is hidden is taken from the side that sees it, and any callable plugs in."""
+"""Frames half way: motion is followed, hidden parts come from the frame that shows them, any callable plugs in."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -139,11 +139,11 @@ def save_rife(path: Path, weight_of: Callable[[str, torch.Tensor], torch.Tensor]
 
 def test_rife_is_what_its_own_code_computes(tmp_path: Path) -> None:
     """Values of IFNet_HDv3.py in ControlVideo's repository, for the same weights and frames."""
-    names = sorted(RIFE().state_dict())  # the teacher's come behind, block_tea
+    names = sorted(RIFE().state_dict())  # the teacher's come last, block_tea
 
     def weight_of(name: str, weight: torch.Tensor) -> torch.Tensor:
-        places = 12.9898 * torch.arange(weight.numel(), dtype=torch.float64) + 7 * names.index(name)
-        return (0.1 * places.sin()).float().view_as(weight)
+        phases = 12.9898 * torch.arange(weight.numel(), dtype=torch.float64) + 7 * names.index(name)
+        return (0.1 * phases.sin()).float().view_as(weight)
 
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij")
     before, after = (

@@ -1,4 +1,4 @@
-"""What layers are given beside tokens follows the clusters: rotary embeddings, relative position bias, nested clusters."""
+"""Layer inputs beside tokens follow the clusters: rotary embeddings, relative position bias, nested clusters."""
 
 import math
 

@@ -101,10 +101,10 @@ def test_weights_that_a_device_map_keeps_on_disk(name, tmp_path):
     # The last layer on disk, all else in memory.
     last = next(n for n, m in model.named_modules() if m is layers_of(find_encoders(model)[0].encoder)[1][-1])
     names = [n for n, _ in [*model.named_parameters(), *model.named_buffers()] if not n.startswith(f"{last}.")]
-    places = {**dict.fromkeys(names, "cpu"), last: "disk"}
+    device_map = {**dict.fromkeys(names, "cpu"), last: "disk"}
     auto = ailurus_hf.AiluRusModel if "Segmenter" not in name else ailurus_hf.AiluRusModelForSemanticSegmentation
     loaded = auto.from_pretrained(
-        tmp_path, ailurus_config=SETTINGS, device_map=places, offload_folder=tmp_path / "offload"
+        tmp_path, ailurus_config=SETTINGS, device_map=device_map, offload_folder=tmp_path / "offload"
     ).eval()
     assert {str(p.device) for p in loaded.parameters()} == {"cpu", "meta"}
     assert torch.equal(predict(loaded, name, images()), expected)

@@ -25,12 +25,12 @@ CONFIGS = {
     "smooth": AiluRusConfig(cluster_location=1, keep_ratio=0.25, restore="smooth"),
     "density peaks": AiluRusConfig(cluster_location=1, keep_ratio=0.25, clustering="density_peaks"),
 }
-CONFIGS["two places"] = AiluRusConfig(
+CONFIGS["two locations"] = AiluRusConfig(
     cluster_location=(1, 2), keep_ratio=(0.5, 0.25), clustering="density_peaks", restore="residual"
 )
-CONFIGS["two places, pairs"] = AiluRusConfig(cluster_location=(1, 2), keep_ratio=(0.5, 0.25), clustering="pairs")
+CONFIGS["two locations, pairs"] = AiluRusConfig(cluster_location=(1, 2), keep_ratio=(0.5, 0.25), clustering="pairs")
 # What hooks do is the same in all models, so a few are tested with all settings, and the others with some.
-SOME = ("paper", "two places")
+SOME = ("paper", "two locations")
 WAYS = [(name, way) for name, case in CASES.items() for way in (CONFIGS if case.every_way else SOME)]
 on_every_model = pytest.mark.parametrize("name", CASES)
 
@@ -107,7 +107,7 @@ def test_on_twice_replaces(name):
 
 @on_every_model_in_its_ways
 def test_hidden_states_are_all_tokens_long(name, config):
-    # transformers places its hooks at the first request: here before, in the other test after ours.
+    # transformers adds its hooks at the first request: here before, in the other test after ours.
     for requested_before in (False, True):
         model, x = make_model(name), images_for(name)
         with torch.no_grad():
@@ -259,7 +259,7 @@ def test_compiles_to_one_graph(name):
     case = CASES[name]
     model = apply_ailurus(make_model(name), cluster_location=1, keep_ratio=0.25)
     torch.compiler.reset()
-    # transformers places its own hooks for hidden states in a model's first forward, under a lock that does not compile.
+    # transformers adds its own hooks for hidden states in a model's first forward, under a lock that does not compile.
     predict(model, name, images(1, case.grid, 0, case.patch))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for grid in (case.grid, (6, 6), (10, 4)) if case.every_way and case.any_size else (case.grid,):

@@ -1,4 +1,4 @@
-"""SegFormer: each reduced stage runs queries and Mix-FFN's linear layers on representatives, and all else on the grid."""
+"""SegFormer: reduced stages run queries and Mix-FFN's linear layers on representatives, all else on the grid."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_nothing_changes_where_all_tokens_are_kept(kind):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_on_changes_off_restores_and_on_twice_is_on_once(kind, settings):
     model = make(kind)
-    before = predict(model, images(), kind)  # transformers places hooks of its own in the first forward
+    before = predict(model, images(), kind)  # transformers adds hooks of its own in the first forward
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     reduced = predict(apply_ailurus(model, **settings), images(), kind)
     assert not torch.allclose(reduced, before)
