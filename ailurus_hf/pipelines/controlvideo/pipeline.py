@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
@@ -30,6 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ailurus_hf.diffusion.frames import Frames
 from ailurus_hf.diffusion.networks import find_networks
 from ailurus_hf.errors import AiluRusError
+from ailurus_hf.pipelines.controlvideo.control_frames import as_frames
 from ailurus_hf.pipelines.controlvideo.cross_frame import CrossFrameAttention
 from ailurus_hf.pipelines.controlvideo.key_frames import parts_of
 from ailurus_hf.pipelines.controlvideo.shared_norm import SharedGroupNorm
@@ -137,7 +137,8 @@ class ControlVideoPipeline(
     ) -> Any:
         """Makes one video with as many frames as there are control frames.
 
-        control_frames: a list of PIL images, or Tensor[F, 3, H, W] in [0, 1]; for several ControlNets a list of those.
+        control_frames: PIL images (a list, a `Clip`, any iterable, or one), or Tensor[F, 3, H, W] in [0, 1]; for several
+            ControlNets a list of those.
         height, width: in pixels, multiples of the VAE's factor (8); default: those of the control frames, rounded down.
         latents: start noise, Tensor[1 or F, C, h, w]; default: from `generator`, the same for all frames.
         output_type: "pil", "np", "pt" or "latent".
@@ -319,8 +320,13 @@ class ControlVideoPipeline(
         """One Tensor[F, 3, H, W] in [0, 1] for each ControlNet."""
         networks = len(self.controlnet.nets) if isinstance(self.controlnet, MultiControlNetModel) else 1
         given = control_frames if networks > 1 else [control_frames]
-        if networks == 1 and isinstance(self.controlnet, MultiControlNetModel) and len(control_frames) == 1:
+        several = isinstance(self.controlnet, MultiControlNetModel)
+        if networks == 1 and several and isinstance(control_frames, (list, tuple)) and len(control_frames) == 1:
             given = control_frames
+        if not isinstance(given, (list, tuple)):
+            raise AiluRusError(
+                f"{networks} ControlNets need a list with the control frames of each, got {type(given).__name__}"
+            )
         if len(given) != networks:
             raise AiluRusError(f"{networks} ControlNets need as many lists of control frames, got {len(given)}")
         conditions = [self._condition(frames, height, width).to(device, self.unet.dtype) for frames in given]
@@ -331,26 +337,8 @@ class ControlVideoPipeline(
         return conditions
 
     def _condition(self, frames: Any, height: int | None, width: int | None) -> Tensor:
-        if len(frames) == 0:
-            raise AiluRusError("control_frames must be at least 1 frame, got 0")
-        if isinstance(frames, Tensor):
-            if frames.ndim != 4 or frames.shape[1] != 3 or not frames.is_floating_point():
-                raise AiluRusError(
-                    f"control_frames must be a float Tensor[F, 3, H, W], got {tuple(frames.shape)} of {frames.dtype}"
-                )
-            if frames.min() < 0 or frames.max() > 1:
-                raise AiluRusError(
-                    f"control_frames must be in [0, 1], got {frames.min().item():.4g} to {frames.max().item():.4g}"
-                )
-            like = frames
-        else:
-            like = frames[0]
-            wrong = [type(frame).__name__ for frame in frames if not isinstance(frame, PIL.Image.Image)]
-            if wrong:
-                raise AiluRusError(f"control_frames must be PIL images or one Tensor[F, 3, H, W], got {wrong[0]}")
-            sizes = {frame.size for frame in frames}
-            if len(sizes) > 1:
-                raise AiluRusError(f"control_frames must be of one size, got {sorted(sizes)}")
+        frames = as_frames(frames)
+        like = frames if isinstance(frames, Tensor) else frames[0]
         default = self.control_image_processor.get_default_height_width(like)
         height, width = height or default[0], width or default[1]
         for name, side in (("height", height), ("width", width)):
