@@ -1,7 +1,7 @@
 """Count-weighted attention (AiluRus, Eq. 5): a representative of m tokens weighs as much as m equal tokens.
 
-Two forms of one function: "mask" adds log m to the logits as a broadcast bias; "channel" writes it into one extra channel of the
-keys, for kernels that take no bias (flash): q' = [q, 1], k' = [k, log m / scale].
+Two forms of one function: "mask" adds log m to the logits as a broadcast bias; "channel" writes it into one extra
+channel of the keys, for kernels that take no bias (flash): q' = [q, 1], k' = [k, log m / scale].
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def biased_attention(
 
 
 def preferred_form(query: Tensor) -> str:
-    """The form that keeps the fast kernel: "channel" for half precision on CUDA, whose flash kernels take no bias, else "mask".
+    """The form that keeps the fast kernel: "channel" for half precision on CUDA, whose flash kernels take no bias, else
+    "mask".
 
     On a CPU the mask's cost is too small to measure, and the channel is never faster. CUDA was not measured.
     """

@@ -1,4 +1,4 @@
-"""The choices that settings offer: one `Literal` each, for type checkers and for the checks at run time. Needs no torch."""
+"""The choices that settings offer: one `Literal` each, for type checkers and checks at run time. Needs no torch."""
 
 from __future__ import annotations
 

@@ -56,10 +56,11 @@ class AiluRusConfig(Config):
     Args:
         cluster_location: L, cluster at the output of the L-th layer (0: of the embeddings), as in the paper's tables.
             Several, ascending, reduce step by step: each joins the clusters of the one before to larger ones.
-        num_clusters, keep_ratio: M itself, or M = round(keep_ratio * N) by image size; exactly one of them, with as many
-            numbers as there are locations, descending. An image of at most M tokens runs unreduced.
-        min_keep_ratio: with it an image keeps between this share of its tokens and keep_ratio, the more the more detail it
-            has (clustering/budget.py). None: all keep keep_ratio. For one location, batches of one image, not compiled.
+        num_clusters, keep_ratio: M itself, or M = round(keep_ratio * N) by image size; exactly one of them, with as
+            many numbers as there are locations, descending. An image of at most M tokens runs unreduced.
+        min_keep_ratio: with it an image keeps between this share of its tokens and keep_ratio, the more the more detail
+            it has (clustering/budget.py). None: all keep keep_ratio. For one location, batches of one image, not
+            compiled.
         clustering: a name, or a `Clustering` with settings of its own (`DensityPeaks(alpha=0.8)`), also as a mapping.
             "density_peaks" is the paper's; "local_kmeans" loses less where few tokens are kept; "kmeans" makes clusters
             across the whole image, for self-attention in diffusion; "pairs" leaves alone what is unlike all else, for
@@ -68,8 +69,8 @@ class AiluRusConfig(Config):
         restore: "copy" (the paper: a token takes its representative's value), "smooth" (a token takes a mean of the
             representatives around it, weighted by likeness), or "residual" (a token keeps its own value at L and adds
             what its representative gained since). None: "copy" where restore_at="decoder", else "residual".
-        restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; not for "residual"). None:
-            "backbone" for "residual", else "decoder". Models without a token decoder unmerge after the backbone.
+        restore_at: "backbone", or "decoder" (the paper: a token decoder runs on M tokens too; not for "residual").
+            None: "backbone" for "residual", else "decoder". Models without a token decoder unmerge after the backbone.
         restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
         stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: the third.
             L and R then count the layers of a stage.
@@ -224,22 +225,23 @@ class AiluRusDiffusionConfig(Config):
             and MLP; each token then adds what its representative gained) or "attention" (self-attention alone).
         reduce: of self-attention alone, "qkv", or "kv" (every token keeps its query; keys and values are merged).
         levels: of UNets, a mapping from levels to a `Level` each, for those that do something else than the rest.
-        cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged at the
-            output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and one block
-            more is a small share of all of them: 1 is the default. In UNets convolutions come first.
-        cluster_per: "resolution" (its first stack clusters, once a step, and the later ones take that assignment) or "stack"
-            (each clusters its own tokens: nearer to the unreduced network, for one more clustering a stack).
-        projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that what
-            sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack only).
-            Transformers on patches have no such maps.
+        cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged
+            at the output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and
+            one block more is a small share of all of them: 1 is the default. In UNets convolutions come first.
+        cluster_per: "resolution" (its first stack clusters, once a step, and the later ones take that assignment) or
+            "stack" (each clusters its own tokens: nearer to the unreduced network, for one more clustering a stack).
+        projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that
+            what sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack
+            only). Transformers on patches have no such maps.
         refresh_every: denoising steps that share an assignment.
         share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
             pipeline says that its batches are such; False: never.
         unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline,
             which knows how many there are.
-        frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by frame,
-            "joint" over space and time: what stands still is kept once, and not once a frame, and does not flicker, but
-            what moves may be held back. Where a frame attends to some of the others only, each is clustered alone.
+        frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by
+            frame, "joint" over space and time: what stands still is kept once, and not once a frame, and does not
+            flicker, but what moves may be held back. Where a frame attends to some of the others only, each is
+            clustered alone.
         clustering, check_finite: as in `AiluRusConfig`.
 
     Raises:
@@ -326,7 +328,7 @@ class AiluRusDiffusionConfig(Config):
                 )
 
     def clusters_for(self, num_tokens: int, level: int) -> int:
-        """M for a grid of N tokens whose sides are `level` times smaller than the latents'; N where it runs unreduced."""
+        """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced."""
         if num_tokens < self.min_tokens:
             return num_tokens
         ratio = self._at(level).keep_ratio

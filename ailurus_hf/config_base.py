@@ -1,4 +1,4 @@
-"""What both configs share: the check of their fields, the way through dicts and JSON files, and the format's version."""
+"""What both configs share: checks of fields, conversion to dicts and JSON files, and the format's version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Config:
     """Base of the configs. A subclass has fields with types, and checks in `_check` what types cannot say.
 
     Args:
-        format_version: the version of `to_dict`'s format, so that the constructor takes what `to_dict` gives; not a field.
+        format_version: the version of `to_dict`'s format, so that the constructor takes what `to_dict` gives; not a
+        field.
     """
 
     format_version: InitVar[int] = FORMAT_VERSION

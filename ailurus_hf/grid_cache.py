@@ -1,4 +1,4 @@
-"""Tensors that depend on no image (tables of a grid, constants): made once a device, kept, and constant under compilation."""
+"""Tensors that depend on no image (tables of a grid, constants): made once per device, constant under compilation."""
 
 from __future__ import annotations
 

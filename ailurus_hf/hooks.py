@@ -1,7 +1,8 @@
-"""Hooks: what a reduction put on a model, so that it can be taken off again, from the model and from copies of it alike.
+"""Hooks: what a reduction put on a model, so that it can be taken off again, from the model and from copies of it
+alike.
 
-All that undoes a change is a bound method of an object that holds the module it was done to, and no closure: a deep copy or
-a pickle of the model then undoes what was done to the copy.
+All that undoes a change is a bound method of an object that holds the module it was done to, and no closure: a deep
+copy or a pickle of the model then undoes what was done to the copy.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 READING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 # Pixels that a picture may have after it was enlarged: a 5000×7 strip, enlarged to 512 rows, would have 187 million.
 MAX_ENLARGED_PIXELS = 2**24
-# A 16-bit picture that stays below this share of its range would be nearly black: most likely it holds 12 bits or fewer.
+# A 16-bit picture that stays below this share of its range would be nearly black: most likely it holds 12 bits or
+# fewer.
 LEAST_SHARE = 1 / 16
 
 

@@ -24,8 +24,9 @@ class _Slots(threading.local):
 class PerThread(Generic[T]):
     """One value a thread, None where there is none: several threads may run one model at once.
 
-    A copy or a pickle is empty, because what a forward keeps belongs to that forward. torch.compile reads a thread-local
-    attribute, but does not see itself write one; it does see what is written inside the slot that lies there.
+    A copy or a pickle is empty, because what a forward keeps belongs to that forward. torch.compile reads a
+    thread-local attribute, but does not see itself write one; it does see what is written inside the slot that lies
+    there.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Names in a profiler's trace for the steps of token reduction: "ailurus::cluster", "ailurus::merge", "ailurus::unmerge"."""
+"""Names of reduction's steps in a profiler's trace: "ailurus::cluster", "ailurus::merge", "ailurus::unmerge"."""
 
 from __future__ import annotations
 

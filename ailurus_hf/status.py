@@ -13,7 +13,8 @@ from .clusters import TokenClusters
 
 @dataclass
 class Record:
-    """Filled by the hooks of one encoder at one location. Compiled graphs leave it as it is: counting in them would recompile them.
+    """Filled by the hooks of one encoder at one location. Compiled graphs leave it as it is: counting in them would
+    recompile them.
 
     attended: images whose keys a token takes in self-attention; more than 1 in cross-frame attention.
     """
@@ -71,7 +72,8 @@ class LocationStatus:
     """One location where tokens are reduced, and what the last forward did there.
 
     where: the encoder's class; location: L; restored: where all tokens are back.
-    num_tokens, num_clusters: N (M of the location before, where there is one) and M of the last forward, None before the first.
+    num_tokens, num_clusters: N (M of the location before, where there is one) and M of the last forward, None before
+    the first.
     forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
     flops, reduced_flops: of the transformer layers for one image, without and with reduction, up to the encoder's next
         location; at its first one also of those that run on all tokens. None before the first forward.

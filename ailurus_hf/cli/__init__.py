@@ -1,10 +1,11 @@
 """The `ailurus-hf` command: see what token reduction does to your model on your images, without writing code.
 
-Each command is a file with `add_arguments(parser)` and `run(args)`, and an entry in COMMANDS. A command's file is imported
-when the command is called, and torch and transformers when it runs, so that `ailurus-hf --help` answers at once.
+Each command is a file with `add_arguments(parser)` and `run(args)`, and an entry in COMMANDS. A command's file is
+imported when the command is called, and torch and transformers when it runs, so that `ailurus-hf --help` answers at
+once.
 
-Exit codes: 0 all done; 1 some inputs failed, each named on stderr, and the others are done; 2 the call was wrong, told in
-one line.
+Exit codes: 0 all done; 1 some inputs failed, each named on stderr, and the others are done; 2 the call was wrong, told
+in one line.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> None:
-    """How tokens are reduced: fields of AiluRusConfig, and settings of its clustering. Called after all other arguments."""
+    """How tokens are reduced: fields of AiluRusConfig and settings of its clustering. Called after all others."""
     group = parser.add_argument_group("AiluRus", "default: what the model's config.json says, else keep half")
     add_preset(group, VISION_PRESETS)
     group.add_argument(

@@ -26,8 +26,8 @@ class FailedImageError(AiluRusError):
 class Batch:
     """The images of a command.
 
-    images: those that are not known to fail. Headers are read at once, so that a file that holds no image is told before
-        a model is loaded.
+    images: those that are not known to fail. Headers are read at once, so that a file that holds no image is told
+        before a model is loaded.
     names: for each image the relative name of its results, without suffix.
     results, failed: one entry for each image that is done, {"image", …}, and for each that failed, {"image", "error"}.
     """

@@ -75,7 +75,7 @@ def trained_side(pipe: Any) -> int:
 def fitted_size(
     source: tuple[int, int], height: int | None, width: int | None, shorter: int, multiple: int
 ) -> tuple[int, int]:
-    """(width, height) of the video: what was not asked for keeps the source's shape, in multiples of the VAE's factor."""
+    """(width, height) of the video, in multiples of the VAE's factor; what is not given keeps the source's shape."""
 
     def nearest(side: float) -> int:
         return max(round(side / multiple), 1) * multiple

@@ -1,7 +1,7 @@
 """The same clusters from a few dense products over all pairs, where a launch costs more than arithmetic.
 
-On a CPU tokens are compared with their neighbors alone, tile by tile (neighbors.py). A GPU multiplies a 1024 x 256 matrix in
-the time that a launch takes, so there all pairs are compared and those that are not wanted are masked.
+On a CPU tokens are compared with their neighbors alone, tile by tile (neighbors.py). A GPU multiplies a 1024 x 256
+matrix in the time that a launch takes, so there all pairs are compared and those that are not wanted are masked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AllPairs:
     squared_distance: Tensor
 
     def nearest_unmasked(self, masked: Tensor) -> Tensor:
-        """The token nearest on the grid that is not masked: BoolTensor[B, N] to LongTensor[B, N], ties to the lower index."""
+        """The nearest unmasked token on the grid: BoolTensor[B, N] to LongTensor[B, N], ties to the lower index."""
         return self.squared_distance.masked_fill(masked[:, None], math.inf).argmin(-1)
 
 

@@ -10,8 +10,8 @@ A new one is a file with a class, wherever it lives:
         def cluster(self, features, grid, num_clusters):
             ...  # a TokenClusters
 
-Then `AiluRusConfig(clustering="stripes")` and `clustering=Stripes(width=8)` work, and so does every command and benchmark
-that takes the name of a clustering.
+Then `AiluRusConfig(clustering="stripes")` and `clustering=Stripes(width=8)` work, and so does every command and
+benchmark that takes the name of a clustering.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Clustering(ABC):
         clusters = recorded("ailurus::cluster", self.cluster, features, checked, num_clusters)
         if clusters.assignment.shape != features.shape[:2] or clusters.num_clusters > num_clusters:
             raise AiluRusError(
-                f"{type(self).__name__}.cluster must assign {tuple(features.shape[:2])} tokens to {num_clusters} clusters, "
+                f"{type(self).__name__}.cluster must assign {tuple(features.shape[:2])} tokens to {num_clusters} "
+                "clusters, "
                 f"got {tuple(clusters.assignment.shape)} and {clusters.num_clusters}"
             )
         return clusters
@@ -92,7 +93,8 @@ class Clustering(ABC):
     def join(
         self, clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
     ) -> TokenClusters:
-        """Joins clusters to fewer at a later location: by density peaks among representatives, where nothing else is written.
+        """Joins clusters to fewer at a later location: by density peaks among representatives, where nothing else is
+        written.
 
         Args:
             clusters: of the N tokens, M of them.
@@ -143,7 +145,8 @@ class FromFunction(Clustering):
 
 
 def register_clustering(name: str) -> Callable[[Kind], Kind]:
-    """A class decorator: `clustering=name` is then this class with its default settings, in configs, commands and benchmarks.
+    """A class decorator: `clustering=name` is then this class with its default settings, in configs, commands and
+    benchmarks.
 
     Args:
         name: what no other clustering is called.
@@ -200,7 +203,8 @@ def get_clustering(value: str | Clustering | Mapping[str, Any] | ClusterFunction
     if callable(value) and not isinstance(value, type):
         return FromFunction(value)
     raise AiluRusError(
-        f"clustering must be one of {', '.join(map(repr, clustering_names()))}, a Clustering, or a mapping of its name and "
+        f"clustering must be one of {', '.join(map(repr, clustering_names()))}, a Clustering, or a mapping of its name "
+        "and "
         f"settings, got {value!r}"
     )
 

@@ -1,7 +1,8 @@
-"""One round of Borůvka's algorithm: joins clusters to their cheapest partners, a given number of them; shapes stay static.
+"""One round of Borůvka's algorithm: joins clusters to their cheapest partners, a given number of them; shapes stay
+static.
 
-For `pairs`, where any two clusters may be partners, and `ward`, where only adjacent ones may. The edges to cheapest partners
-are at least half as many as the clusters, and make no cycle.
+For `pairs`, where any two clusters may be partners, and `ward`, where only adjacent ones may. The edges to cheapest
+partners are at least half as many as the clusters, and make no cycle.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def united(cost: Tensor, partner: Tensor, unions: int) -> Tensor:
 
     Args:
         cost: Tensor[B, n], of joining the partner.
-        partner: LongTensor[B, n], the other cluster that is cheapest to join; ties the same way for all, or edges make cycles.
+        partner: LongTensor[B, n], the other cluster that is cheapest to join; ties the same way for all, or edges make
+        cycles.
         unions: how many edges to join, at most half of n.
 
     Returns:
@@ -29,7 +31,8 @@ def united(cost: Tensor, partner: Tensor, unions: int) -> Tensor:
     batch, count = partner.shape
     itself = torch.arange(count, device=partner.device)
     mutual = partner.gather(1, partner) == itself
-    # A pair that is each other's cheapest has one edge: the higher index joins the lower. NaN comes before its other edge.
+    # A pair that is each other's cheapest has one edge: the higher index joins the lower. NaN comes before its other
+    # edge.
     edges = torch.where(mutual, cost, cost * CHAIN_PENALTY).nan_to_num(torch.finfo(cost.dtype).max)
     edges = edges.masked_fill(mutual & (itself < partner), torch.inf)
     joins = torch.zeros(batch, count, dtype=torch.bool, device=partner.device)

@@ -25,8 +25,8 @@ ROUNDING = 0.01
 def detail(features: Tensor, grid: tuple[int, ...]) -> Tensor:
     """The share of tokens that stand out from all their neighbors, from 0 (flat) to 1 (noise).
 
-    A token stands out where its most similar adjacent token is further from it than a quarter of the median distance of the
-    image's tokens from their mean. Neither a factor nor a constant added to all features changes it.
+    A token stands out where its most similar adjacent token is further from it than a quarter of the median distance of
+    the image's tokens from their mean. Neither a factor nor a constant added to all features changes it.
 
     Args:
         features: Tensor[B, N, C] of any float type.

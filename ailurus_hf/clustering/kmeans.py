@@ -1,7 +1,7 @@
 """k-means: starts from one token of each cell of a regular grid; a token joins the most similar mean, wherever it is.
 
-Not in the paper. Meant for self-attention alone, which sees the whole image: there, keys that are alike can be one even if they
-are far apart, as in ToMe's matching for Stable Diffusion (Bolya and Hoffman 2023, arXiv 2303.17604).
+Not in the paper. Meant for self-attention alone, which sees the whole image: there, keys that are alike can be one even
+if they are far apart, as in ToMe's matching for Stable Diffusion (Bolya and Hoffman 2023, arXiv 2303.17604).
 """
 
 from __future__ import annotations

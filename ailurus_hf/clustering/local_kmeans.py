@@ -1,4 +1,5 @@
-"""Local k-means: starts from a regular grid of cells, then a few rounds among the cells nearby (as in SLIC superpixels).
+"""Local k-means: starts from a regular grid of cells, then a few rounds among the cells nearby (as in SLIC
+superpixels).
 
 Not in the paper; an alternative to density peaks that costs less, and whose centers are means and not tokens.
 """
@@ -150,8 +151,8 @@ def _num_rows(grid: Grid, num_cells: int) -> int:
     rest = math.prod(grid[1:])
     least, most = -(-num_cells // rest), min(grid[0], num_cells)
     if len(grid) == 3:
-        # Frames differ less than regions of a frame, above all where frames share their noise: on real clips, cells that
-        # are long in time and small in space kept far more than cubes.
+        # Frames differ less than regions of a frame, above all where frames share their noise: on real clips, cells
+        # that are long in time and small in space kept far more than cubes.
         return least
     square = grid[0] * (num_cells / (grid[0] * rest)) ** (1 / len(grid))
     near = [rows for rows in range(least, most + 1) if abs(math.log(rows / square)) < 0.15]

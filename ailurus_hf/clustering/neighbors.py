@@ -1,7 +1,7 @@
 """Spatial neighbors on a token grid: the nearest tokens of each (cached tables), and feature distances to just those.
 
-Tables depend on the grid alone and not on an image, so they are made once per grid and device. Distances are matrix products
-over tiles of the grid: for each tile of tokens, one product with the union of its neighbors.
+Tables depend on the grid alone and not on an image, so they are made once per grid and device. Distances are matrix
+products over tiles of the grid: for each tile of tokens, one product with the union of its neighbors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from ..precision import without_autocast
 
 Grid = tuple[int, ...]
 
-# Up to this many multiply-adds, distances of all pairs are computed by subtraction, which is exact for near-equal tokens.
+# Up to this many multiply-adds, distances of all pairs are computed by subtraction, which is exact for near-equal
+# tokens.
 DIRECT_DISTANCE_LIMIT = 2**22
 # A tile's side: 8 was fastest on 32x32 to 128x128 grids (4 copies more, 16 multiplies more).
 TILE_SIDE = 8
-# The most that is gathered at once. On a CPU it then stays in the cache (2 to 4 MB were fastest), and the C allocator does
-# not return the pages to the system on every call.
+# The most that is gathered at once. On a CPU it then stays in the cache (2 to 4 MB were fastest), and the C allocator
+# does not return the pages to the system on every call.
 CHUNK_BYTES = {"cpu": 2**22}
 DEFAULT_CHUNK_BYTES = 2**28
 # Squared distances below this share of the squared norms are rounding errors: such tokens count as equal.
@@ -47,7 +48,7 @@ def check_grid(grid: Sequence[int], num_tokens: int) -> Grid:
 
 
 def check_input(features: Tensor, grid: Sequence[int], num_clusters: int, check_finite: bool) -> Grid:
-    """The grid as a tuple; raises AiluRusError unless features are Tensor[B, N, C], the grid is theirs and M is in [1, N]."""
+    """The grid as a tuple; AiluRusError unless features are Tensor[B, N, C], the grid is theirs and M in [1, N]."""
     check_features(features, check_finite)
     grid = check_grid(grid, features.shape[1])
     check_num_clusters(num_clusters, math.prod(grid))
@@ -134,8 +135,8 @@ def neighbor_distances(features: Tensor, neighbors: Neighbors) -> Tensor:
 def middle_token(features: Tensor) -> Tensor:
     """Each image's token of median norm, Tensor[B, N, C] to [B, 1, C], to take all others relative to it.
 
-    |a - b|^2 = |a|^2 + |b|^2 - 2ab loses the distance where norms are large beside it. The token of median norm is no outlier,
-    and subtracting a token (and not the mean) leaves whole numbers whole, and so equal distances equal.
+    |a - b|^2 = |a|^2 + |b|^2 - 2ab loses the distance where norms are large beside it. The token of median norm is no
+    outlier, and subtracting a token (and not the mean) leaves whole numbers whole, and so equal distances equal.
     """
     _, tokens, channels = features.shape
     middle = stable_argsort(torch.linalg.vector_norm(features, dim=-1))[:, (tokens - 1) // 2]
@@ -143,7 +144,8 @@ def middle_token(features: Tensor) -> Tensor:
 
 
 def candidate_scores(tokens: Tensor, centers: Tensor, candidates: Tensor, plan: TilePlan) -> Tensor:
-    """|center|^2 / 2 - token . center for each token's candidates: [B, N, C], [B, M, C] to [B, N, k]; least is nearest."""
+    """|center|^2 / 2 - token . center of each token's candidates: [B, N, C], [B, M, C] to [B, N, k]; least is
+    nearest."""
     products, _ = _tile_products(tokens, centers, plan)
     return centers.square().sum(-1)[:, candidates] / 2 - products
 
@@ -170,7 +172,7 @@ def nearest_unmasked(masked: Tensor, grid: Grid) -> Tensor:
 
 
 def _nearest_tokens(grid: Grid, count: int) -> tuple[Tensor, Tensor]:
-    """Indices and ranks (1: nearest) of each token's `count` nearest ones, LongTensor[N, count] each, sorted by rank."""
+    """Indices and ranks (1: nearest) of each token's `count` nearest, LongTensor[N, count] each, sorted by rank."""
     tokens = math.prod(grid)
     coordinates = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(tokens, len(grid))
     sides = torch.tensor(grid)

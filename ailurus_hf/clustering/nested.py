@@ -39,8 +39,8 @@ def merge_clusters(
         num_spatial_neighbors, alpha, num_density_neighbors: as in `spatial_density_peaks`.
 
     Returns:
-        TokenClusters of the N tokens: each of the old clusters lies in one new cluster, and counts add up. The new centers
-        are centers of old clusters; None where those have none.
+        TokenClusters of the N tokens: each of the old clusters lies in one new cluster, and counts add up. The new
+        centers are centers of old clusters; None where those have none.
 
     Raises:
         AiluRusError: num_clusters is out of range.
@@ -77,7 +77,7 @@ def merge_clusters(
 
 @without_autocast
 def _distances(points: Tensor) -> Tensor:
-    """Euclidean distances of all pairs, Tensor[B, M, C] to [B, M, M]; by products where there are many (see neighbors.py)."""
+    """Euclidean distances of all pairs, Tensor[B, M, C] to [B, M, M]; by products where many (see neighbors.py)."""
     if points.shape[1] ** 2 * points.shape[2] <= DIRECT_DISTANCE_LIMIT:
         return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     points = points - points.mean(1, keepdim=True)

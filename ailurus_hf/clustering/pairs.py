@@ -1,7 +1,7 @@
 """Pairs: joins the clusters that are cheapest to join, wherever they are on the grid, at most half of them in a round.
 
-Not in the paper. Meant for classification, whose head reads the image as a whole, and for several small reductions in a row:
-what is unlike all else stays alone, as in ToMe (Bolya et al. 2023, arXiv 2210.09461) and with Ward's criterion.
+Not in the paper. Meant for classification, whose head reads the image as a whole, and for several small reductions in a
+row: what is unlike all else stays alone, as in ToMe (Bolya et al. 2023, arXiv 2210.09461) and with Ward's criterion.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Pairs(Clustering):
 def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_finite: bool = False) -> TokenClusters:
     """Joins tokens to the ones that are cheapest to join, cheapest first, in rounds until M clusters are left.
 
-    Joining clusters of means a and b and of m and n tokens costs |a - b|² * sqrt(m n / (m + n)). All pairs are compared, in
-    O(N²) memory.
+    Joining clusters of means a and b and of m and n tokens costs |a - b|² * sqrt(m n / (m + n)). All pairs are
+    compared, in O(N²) memory.
 
     Args:
         features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.

@@ -1,4 +1,4 @@
-"""The arithmetic of density peaks: centers and assignment, from weighted distances to neighbors (AiluRus, Eq. 1 and 3)."""
+"""The arithmetic of density peaks: centers and assignment from weighted distances to neighbors (Eq. 1 and 3)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def density_peaks(
     """The M density peaks and the tokens of each, from the weighted distances to neighbors alone.
 
     Args:
-        weighted: Tensor[B, N, λ], σ·s to each neighbor; or Tensor[B, N, N], to all tokens, infinite where one is no neighbor.
+        weighted: Tensor[B, N, λ], σ·s to each neighbor; or Tensor[B, N, N], to all tokens, infinite where one is no
+        neighbor.
         index: LongTensor[B, N, λ], the neighbors' token indices, ascending; None where `weighted` is of all tokens.
         num_clusters: M.
         k: neighbors that count for the density.
-        nearest_center: from BoolTensor[B, N], False for centers, to LongTensor[B, N], the center of tokens from which no
-            chain of neighbors leads to one.
+        nearest_center: from BoolTensor[B, N], False for centers, to LongTensor[B, N], the center of tokens from which
+            no chain of neighbors leads to one.
         also_near: Tensor[B, N, any], further distances that count for the density alone.
 
     Returns:
@@ -63,7 +64,7 @@ def density_peaks(
 
 
 def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, ascending; equal scores by the least `among_infinite`, then by lower index."""
+    """Indices of the `count` largest scores, ascending; ties by the least `among_infinite`, then by lower index."""
     by_second = stable_argsort(among_infinite)
     by_first = stable_argsort(score.gather(1, by_second), descending=True)
     return by_second.gather(1, by_first[:, :count]).sort(dim=1).values

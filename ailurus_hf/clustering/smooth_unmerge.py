@@ -1,7 +1,7 @@
 """Smooth unmerging: a token takes a mean of its neighbors' representatives, weighted by how alike the neighbors are.
 
-Not in the paper. It is a bilateral filter (Tomasi and Manduchi, 1998) on the unmerged grid, computed from the representatives
-directly: the tokens themselves draw the borders between clusters.
+Not in the paper. It is a bilateral filter (Tomasi and Manduchi, 1998) on the unmerged grid, computed from the
+representatives directly: the tokens themselves draw the borders between clusters.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .neighbors import Grid, grid_neighbors, neighbor_distances
 
 # The two rings around a token.
 NUM_NEIGHBORS = 24
-# The squared distance at which a neighbor weighs 1/e of the token itself, relative to the mean squared distance of tokens to
-# their representatives.
+# The squared distance at which a neighbor weighs 1/e of the token itself, relative to the mean squared distance of
+# tokens to their representatives.
 WIDTH = 1.0
 
 

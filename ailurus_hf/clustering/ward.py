@@ -1,7 +1,7 @@
 """Ward's clustering on the grid graph, in rounds: adjacent clusters are joined where that adds least variance.
 
-Not in the paper. The clusters are regions of any shape and size, with less variance inside than those of density peaks and local
-k-means; it takes some ten rounds, together about twice as long as density peaks.
+Not in the paper. The clusters are regions of any shape and size, with less variance inside than those of density peaks
+and local k-means; it takes some ten rounds, together about twice as long as density peaks.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Ward(Clustering):
 def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_finite: bool = False) -> TokenClusters:
     """Joins adjacent clusters, from single tokens to M, by Ward's criterion (J. H. Ward, 1963).
 
-    In a round, every cluster has an edge to the adjacent one that is cheapest to join; an edge costs four times as much where
-    it is not the cheapest at its other end, too. The cheapest edges are joined. Joining pairs that are each other's cheapest,
-    in any order, leads to the same tree as joining the cheapest pair of all each time, so the result is near to that.
+    In a round, every cluster has an edge to the adjacent one that is cheapest to join; an edge costs four times as much
+    where it is not the cheapest at its other end, too. The cheapest edges are joined. Joining pairs that are each
+    other's cheapest, in any order, leads to the same tree as joining the cheapest pair of all each time, so the result
+    is near to that.
 
     Args:
         features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
@@ -103,7 +104,7 @@ def _next_tokens(grid: Grid, device: torch.device) -> Tensor:
 
 
 def adjacent_clusters(owner: Tensor, grid: Grid) -> Tensor:
-    """Pairs of adjacent clusters, LongTensor[B, P, 2], from each token's cluster, LongTensor[B, N]; some with themselves."""
+    """Pairs of adjacent clusters, LongTensor[B, P, 2], from each token's cluster, LongTensor[B, N]; some are loops."""
     following = _next_tokens(grid, owner.device)
     there = owner[:, following.flatten()].unflatten(1, following.shape)
     return torch.stack([owner[..., None].expand_as(there), there], -1).flatten(1, 2)
@@ -140,7 +141,7 @@ def _rounds(count: int, num_clusters: int, share: float, least_share: float) -> 
 
 
 def _distinct(edges: Tensor, count: int) -> Tensor:
-    """Each edge of LongTensor[B, P, 2] once, lower end first; then an edge from 0 to 0 for each that was repeated or a loop."""
+    """Each edge of LongTensor[B, P, 2] once, lower end first; then an edge from 0 to 0 for each repetition or loop."""
     lower, higher = edges.amin(2), edges.amax(2)
     code = torch.where(lower == higher, count * count, lower * count + higher).sort(1).values
     repeated = torch.nn.functional.pad(code[:, 1:] == code[:, :-1], (1, 0))

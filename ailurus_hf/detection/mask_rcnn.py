@@ -26,8 +26,8 @@ OUT_CHANNELS = 256
 class ViTWithFPN(nn.Module):
     """What torchvision's detectors take as a backbone: images to maps of `out_channels` channels, five of them.
 
-    Maps from four layers are joined from the coarsest to the finest (FPN, Lin et al. 2017); those from one layer hold the
-    same already and are only brought to one width (ViTDet, Li et al. 2022, section 3).
+    Maps from four layers are joined from the coarsest to the finest (FPN, Lin et al. 2017); those from one layer hold
+    the same already and are only brought to one width (ViTDet, Li et al. 2022, section 3).
     """
 
     def __init__(self, pyramid: ViTPyramid, out_channels: int = OUT_CHANNELS) -> None:
@@ -64,7 +64,8 @@ class SameWidth(nn.Module):
 def mask_rcnn(encoder: PreTrainedModel, num_classes: int, taps: Sequence[int] | None = None, **fields: Any) -> MaskRCNN:
     """Mask R-CNN on a ViT or BEiT, for images of any size, padded to whole patches.
 
-    encoder, taps: as in `ViTPyramid`; four taps at each quarter of the depth by default, `taps=(depth,)` reads the last alone.
+    encoder, taps: as in `ViTPyramid`; four taps at each quarter of the depth by default, `taps=(depth,)` reads the last
+    alone.
     num_classes: with the background, which is class 0 (91 for COCO's category numbers).
     fields: of torchvision's MaskRCNN (min_size=800 and max_size=1333 pixels, image_mean, image_std, …).
     """

@@ -1,8 +1,8 @@
 """A plain ViT as the source of a feature pyramid: maps at a quarter, a half, once and twice the patch size.
 
-Either four layers are read, one for each map (BEiT and CAE's recipe for detection, the paper's), or the last layer alone
-(ViTDet, Li et al. 2022). The layers are read as hidden states, which AiluRus unmerges where they are read: compute stays
-on M tokens.
+Either four layers are read, one for each map (BEiT and CAE's recipe for detection, the paper's), or the last layer
+alone (ViTDet, Li et al. 2022). The layers are read as hidden states, which AiluRus unmerges where they are read:
+compute stays on M tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ViTPyramid(nn.Module):
-    """Four maps from a plain ViT: images Tensor[B, 3, H, W] to {"0": Tensor[B, C0, 4H/P, 4W/P], …, "3"} for patches of P.
+    """Four maps from a plain ViT: images Tensor[B, 3, H, W] to {"0": Tensor[B, C0, 4H/P, 4W/P], …, "3"} for patches of
+    P.
 
     encoder: a transformers model of flat tokens with CLS or other tokens in front only (ViTModel, BeitModel, DeiTModel,
         Dinov2Model, …), for any image size: ViT and BEiT resize their position embeddings.
@@ -49,7 +50,8 @@ class ViTPyramid(nn.Module):
             raise AiluRusError(f"taps must be one or four layers of 1 to {depth}, got {self.taps}")
         if self.patch_size < 4 or self.patch_size & (self.patch_size - 1):
             raise AiluRusError(f"patch_size must be 4, 8, 16 or 32 for maps in steps of two, got {self.patch_size}")
-        # A head that reads one layer for all levels narrows its finer maps (ViTDet); with a layer for each they stay wide.
+        # A head that reads one layer for all levels narrows its finer maps (ViTDet); with a layer for each they stay
+        # wide.
         single = len(self.taps) == 1
         half, quarter = (width // 2, width // 4) if single else (width, width)
         norm = ChannelNorm if single else nn.BatchNorm2d

@@ -55,8 +55,8 @@ def with_argument(args: tuple, kwargs: dict, position: int, name: str, value: An
 def calling_pipeline() -> DiffusionPipeline | None:
     """The pipeline whose code called the network that is running in this thread, None where other code did.
 
-    Read from the call stack: what a pipeline keeps about its guidance and its scheduler outlives its generation, and other
-    pipelines and loops may use the same network and the same scheduler.
+    Read from the call stack: what a pipeline keeps about its guidance and its scheduler outlives its generation, and
+    other pipelines and loops may use the same network and the same scheduler.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

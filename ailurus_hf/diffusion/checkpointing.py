@@ -11,7 +11,7 @@ from .forward_state import Forwards, ForwardState
 
 
 class CheckpointedBlocks:
-    """A module's `_gradient_checkpointing_func`, which diffusers calls as func(block, *args), with the state kept for it."""
+    """A module's `_gradient_checkpointing_func`, called by diffusers as func(block, *args), with the state for it."""
 
     def __init__(self, checkpoint: Callable[..., Any], forwards: Forwards) -> None:
         self.checkpoint, self.forwards = checkpoint, forwards
@@ -23,7 +23,7 @@ class CheckpointedBlocks:
 
 
 class _Resumable:
-    """A block that runs in the forward that is going on the first time, and in the state that it had then when run again."""
+    """A block that runs in the present forward the first time, and in the same state when it runs again."""
 
     def __init__(self, block: nn.Module, forwards: Forwards, state: ForwardState) -> None:
         self.block, self.forwards, self.state = block, forwards, state

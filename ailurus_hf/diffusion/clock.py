@@ -1,8 +1,8 @@
 """The clock: at which denoising step of which picture a network is called, and which assignments it may therefore use.
 
-Where a step is read from, the surest first: what the user said (`denoising`), the scheduler of the pipeline that makes the
-call, the cache context of diffusers, where one is set. Where none of them knows, assignments are not used again, and
-whether the first steps of a picture are over is told by the timesteps, which rise or fall in one.
+Where a step is read from, the surest first: what the user said (`denoising`), the scheduler of the pipeline that makes
+the call, the cache context of diffusers, where one is set. Where none of them knows, assignments are not used again,
+and whether the first steps of a picture are over is told by the timesteps, which rise or fall in one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Tick:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step of a schedule: its number, 0 the first, and the timesteps of the generation, None where they are not known."""
+    """A step of a schedule: its number, 0 the first, and the timesteps of the generation, None if unknown."""
 
     number: int
     schedule: Tensor | None = None

@@ -95,7 +95,7 @@ def unbatched_ids(call: NetworkCall, name: str) -> Tensor:
 
 
 def grid_from_ids(ids: Tensor) -> tuple[int, int]:
-    """(H, W) of the row and column of each image token, Tensor[N, 3]; raises AiluRusError where they are no one grid."""
+    """(H, W) of the row and column of each image token, Tensor[N, 3]; AiluRusError unless they are one grid."""
     positions = ids.detach().cpu()
     width = int((positions[:, 1] == positions[0, 1]).sum())
     height = len(positions) // width
@@ -105,6 +105,7 @@ def grid_from_ids(ids: Tensor) -> tuple[int, int]:
         if same_image and (rows[:, :, 1] == rows[:, :1, 1]).all() and (rows[:, :, 2] == rows[:1, :, 2]).all():
             return height, width
     raise AiluRusError(
-        f"the {len(positions)} img_ids are not the rows and columns of one image: reference images beside it (Flux Kontext) "
+        f"the {len(positions)} img_ids are not the rows and columns of one image: reference images beside it (Flux "
+        "Kontext) "
         "cannot be reduced"
     )

@@ -60,8 +60,8 @@ class DiffusionNetwork:
 
     Args:
         network: the class; its subclasses follow it where they have no declaration of their own.
-        layout: "tokens" (the network is one stack of blocks on image tokens) or "maps" (every Transformer2DModel in it is
-            a stack, as in UNets).
+        layout: "tokens" (the network is one stack of blocks on image tokens) or "maps" (every Transformer2DModel in it
+            is a stack, as in UNets).
         blocks: for "tokens", the paths of its lists of blocks, in the order in which they run. A block takes
             `hidden_states` first; its self-attention is `attn1`, or `attn` and `attn2`.
         patch: rows and columns of the latents that are one token; None: the config's `patch_size`.
@@ -71,7 +71,8 @@ class DiffusionNetwork:
             BasicTransformerBlock does; else OwnProcessor(...).
         unmerge_before: path of the module that needs all tokens again; None: they are back after the last block.
         refuses: raises AiluRusError on calls that cannot follow merged tokens.
-        guides_by_halves: False where the pipelines guide by a second call of the network, and not by a batch of two halves.
+        guides_by_halves: False where the pipelines guide by a second call of the network, and not by a batch of two
+        halves.
         flops: FLOPs of one block; see `flops.py`.
     """
 

@@ -27,7 +27,7 @@ from .rebuildable import RebuildableProcessor
 
 
 class Assigned(NamedTuple):
-    """What a layer of self-attention runs on: clusters, and whether queries are merged, too, and not only keys and values."""
+    """What a layer of self-attention runs on: clusters, and whether queries are merged with keys and values."""
 
     clusters: TokenClusters | JointClusters
     merges_queries: bool
@@ -85,8 +85,9 @@ class AiluRusProcessor(RebuildableProcessor):
 
     Args:
         keep_ratio: M = round(keep_ratio · N).
-        grid: (H, W) of the latents; layers at half, a quarter, ... of it are known by their number of tokens, and one that
-            fits none of them is an error. None: grids are square, and a number of tokens that is no square is an error.
+        grid: (H, W) of the latents; layers at half, a quarter, ... of it are known by their number of tokens, and one
+            that fits none of them is an error. None: grids are square, and a number of tokens that is no square is an
+            error.
         source: gives the clusters, instead of the settings here.
         min_tokens, reduce, clustering, check_finite: as in `AiluRusDiffusionConfig`.
     """
@@ -131,10 +132,11 @@ class AiluRusProcessor(RebuildableProcessor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states: Tensor[B, N, C] or [B, C, H, W]; the result has its shape. A mask on self-attention: unreduced."""
+        """hidden_states: Tensor[B, N, C] or [B, C, H, W]; the result has its shape. Unreduced under a mask."""
         if attn.added_kv_proj_dim is not None:
             raise UnsupportedModelError(
-                "a processor alone cannot reduce attention over image and added text keys at once: use apply_ailurus for "
+                "a processor alone cannot reduce attention over image and added text keys at once: use apply_ailurus "
+                "for "
                 "SD3 and Flux, and AiluRusProcessor on layers whose self-attention stands alone"
             )
         residual = hidden_states

@@ -1,7 +1,8 @@
 """RebuildableProcessor: an attention processor whose class makes another one with the same settings.
 
 diffusers rebuilds processors by their class, `type(processor)()`, when an IP-Adapter is loaded or unloaded and when a
-motion UNet is made. Settings that were arguments would be lost, so each processor has a class of its own that holds them.
+motion UNet is made. Settings that were arguments would be lost, so each processor has a class of its own that holds
+them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """NetworkReducer: what the reduction of any network needs: its hooks, its clock, its assignments, its records.
 
-`unet.py` and `transformer.py` derive from it. A forward of the network makes a ForwardState; the hooks around a stack, or
-the processors of its self-attention, ask `assign` for the clusters of their grid; the end of the forward drops the state.
+`unet.py` and `transformer.py` derive from it. A forward of the network makes a ForwardState; the hooks around a stack,
+or the processors of its self-attention, ask `assign` for the clusters of their grid; the end of the forward drops the
+state.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class NetworkReducer:
 
     Attributes:
         records: what was done, by the names of the stacks.
-        processor: what self-attention runs on, where it runs on one of ours; `previous_processors` is what it ran on before.
+        processor: what self-attention runs on, where it runs on one of ours; `previous_processors` is what it ran on
+        before.
         last_levels: of each stack's grid, in the last forward.
         left_whole: why stacks, by name, ran on all tokens in the last forward, where it was not for their size.
         text_tokens: in joint attention, in the last forward; None elsewhere.
@@ -117,7 +119,8 @@ class NetworkReducer:
         others = sorted({type(layer.processor).__name__ for name, layer in layers.items() if name not in known})
         if not known:
             raise UnsupportedModelError(
-                f"self-attention of {type(self.network).__name__} runs on {', '.join(others)}, which AiluRus cannot stand in for"
+                f"self-attention of {type(self.network).__name__} runs on {', '.join(others)}, which AiluRus cannot "
+                "stand in for"
             )
         if others:
             self.say_once(
@@ -128,7 +131,7 @@ class NetworkReducer:
         self.set_processor(AiluRusProcessor(source=SharedClusters(self)), known)
 
     def owns(self, processor: Any) -> bool:
-        """Whether a processor asks this reducer for clusters: ours, one that its class made, or one that stands for it."""
+        """Whether a processor asks this reducer for clusters: ours, one its class made, or one that stands for it."""
         processor = getattr(processor, "stands_for", processor)
         return getattr(getattr(processor, "source", None), "reducer", None) is self
 
@@ -175,7 +178,8 @@ class NetworkReducer:
         forward = self.forwards.current
         if forward is None:
             raise AiluRusError(
-                f"a part of {type(self.network).__name__} was called outside a forward of the network, where AiluRus does not "
+                f"a part of {type(self.network).__name__} was called outside a forward of the network, where AiluRus "
+                "does not "
                 "know its tokens' grid: call the network, or remove_ailurus first"
             )
         return forward
@@ -293,7 +297,8 @@ class NetworkReducer:
             layers = self_attentions(self.stacks)
             log.warning(
                 "%d of %d self-attention layers of %s no longer have the processor of apply_ailurus and run as they "
-                "are now, on %s: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace processors. "
+                "are now, on %s: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace "
+                "processors. "
                 "Call apply_ailurus again",
                 len(lost),
                 len(layers),

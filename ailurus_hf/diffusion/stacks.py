@@ -64,7 +64,7 @@ BLOCK_MASK_POSITION = list(inspect.signature(BasicTransformerBlock.forward).para
 
 
 def find_stacks(network: nn.Module) -> list[Stack]:
-    """The stacks of a declared network whose blocks can be reduced; raises UnsupportedModelError where there is none."""
+    """The stacks of a declared network whose blocks can be reduced; UnsupportedModelError if there is none."""
     declared = declaration_of(network)
     if declared is None:
         raise UnsupportedModelError(f"{type(network).__name__} is not declared: see register_network")
@@ -130,7 +130,7 @@ def self_attentions(stacks: Iterable[Stack]) -> dict[str, AttentionLayer]:
 
 
 def _attention_names(block: nn.Module) -> tuple[str, ...]:
-    """`attn1` beside cross-attention in `attn2`; or joint attention in `attn`, and the image's alone in `attn2` (SD3.5)."""
+    """`attn1` beside cross-attention in `attn2`; or joint attention in `attn`, the image's own in `attn2` (SD3.5)."""
     names = ("attn1",) if hasattr(block, "attn1") else ("attn", "attn2")
     return tuple(name for name in names if getattr(block, name, None) is not None)
 

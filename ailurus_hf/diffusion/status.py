@@ -1,4 +1,4 @@
-"""What `ailurus_status` says of diffusion networks: a row for each stack of blocks, or for each processor set by hand."""
+"""What `ailurus_status` says of diffusion networks: a row per stack of blocks, or per processor set by hand."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """UNetReducer: stacks of transformer blocks between convolutions, as in UNets and ControlNets.
 
-With scope="blocks" there are two ways. projections="all": tokens are merged before the first block and unmerged after the
-last; each token adds what its representative gained in between. projections="merged": the whole Transformer2DModel runs
-on the representatives, as on an image of one row, and each pixel adds what its representative gained.
+With scope="blocks" there are two ways. projections="all": tokens are merged before the first block and unmerged after
+the last; each token adds what its representative gained in between. projections="merged": the whole Transformer2DModel
+runs on the representatives, as on an image of one row, and each pixel adds what its representative gained.
 
-Self-attention gets the count bias through the blocks' own attention mask, so it runs on whatever processor is there. With
-scope="attention" it runs on an AiluRusProcessor.
+Self-attention gets the count bias through the blocks' own attention mask, so it runs on whatever processor is there.
+With scope="attention" it runs on an AiluRusProcessor.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class UNetReducer(NetworkReducer):
             return None
         if (other := self._other_processor(stack)) is not None:
             self.say_once(
-                "%s runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs the "
+                "%s runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs "
+                "the "
                 "whole batch and takes a mask",
                 stack.name,
                 other,

@@ -1,4 +1,4 @@
-"""Wan's video transformer: its tokens are frames, rows and columns, attend to all of them, and are rotated by all three."""
+"""Wan's video transformer: tokens lie in frames, rows and columns, attend to all, and are rotated by all three."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def rotary_of_centroids(call: NetworkCall, clusters: TokenClusters, grid: tuple[
     """cos and sin at each cluster's mean frame, row and column, Tensor[B, M, D] each."""
     rope: Any = call.network.rope
     device = clusters.assignment.device
-    # Asked for two positions a side, the last token is at position 1 of each. Its angles are at most 1, so cosine and sine
-    # tell them; those of position p are p times as much.
+    # Asked for two positions a side, the last token is at position 1 of each. Its angles are at most 1, so cosine and
+    # sine tell them; those of position p are p times as much.
     cos, sin = rope(torch.empty((1, 1, *(2 * size for size in rope.patch_size)), device=device))
     step = torch.atan2(sin[0, -1, 0], cos[0, -1, 0])
     widths = (rope.t_dim, rope.h_dim, rope.w_dim)

@@ -1,8 +1,8 @@
 """Numbers about models and reductions.
 
 timing: contenders in turn. benchmark: speed and fidelity of settings. comparison: plain beside reduced, with mIoU.
-latency: time by part. similarity, assignments: what clustering keeps. flops: of whole models. loading, folders, writing,
-image_size: models and images in, results out.
+latency: time by part. similarity, assignments: what clustering keeps. flops: of whole models. loading, folders,
+writing, image_size: models and images in, results out.
 """
 
 from ..vision.flops import layer_flops, layers_flops

@@ -1,4 +1,4 @@
-"""What a clustering did to an image's tokens: cluster sizes, spread inside clusters, and how far centers are (figure 7)."""
+"""Statistics of a clustering: sizes of clusters, spread inside them, and distances to centers (figure 7)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from ..errors import AiluRusError
 class AssignmentStatistics:
     """Of all images of a batch together.
 
-    sizes: clusters by their number of tokens, {1: 210, 2: 64, …} (figure 7b; divided by the sum, 7a). Empty ones are in 0.
+    sizes: clusters by their number of tokens, {1: 210, 2: 64, …} (figure 7b; divided by the sum, 7a). Empty ones are in
+    0.
     singletons: share of the clusters that hold one token.
-    variance: mean squared distance of a token to its cluster's mean, over channels; unexplained: its share of the variance
-        of all tokens of the image (0: clusters of equal tokens, 1: no better than one mean). NaN where all are equal.
+    variance: mean squared distance of a token to its cluster's mean, over channels; unexplained: its share of the
+        variance of all tokens of the image (0: clusters of equal tokens, 1: no better than one mean). NaN where all are
+        equal.
     similarity: mean cosine between a token and its cluster's mean.
     reach: largest distance on the grid, in tokens, between a token and its own center; gap: between a place and the
         nearest center, whoever's it is. Where centers are no tokens, the mean place of a cluster stands for one.

@@ -46,7 +46,8 @@ COLUMNS = {
 class Row:
     """One setting. tokens: patches and representatives of the last image; ms: median of a forward.
 
-    ideal: speed-up by FLOPs alone; share: of it. agreement: share of equal labels (pixels, or images), None without labels;
+    ideal: speed-up by FLOPs alone; share: of it. agreement: share of equal labels (pixels, or images), None without
+    labels;
     cosine: mean over pixels, images or tokens of that between plain and reduced outputs.
     """
 

@@ -50,9 +50,9 @@ def latency_split(
         timed: more to count, as (object, name of its function, part): what another method does beside AiluRus.
 
     Returns:
-        Those of PARTS and of `timed`, "rest" (embeddings, norms, heads, adding to what restore="residual" kept) and "total".
-        A part inside another counts for itself alone. On a GPU the times are the device's. The profiler costs a little, so
-        that "total" is no measure of speed.
+        Those of PARTS and of `timed`, "rest" (embeddings, norms, heads, adding to what restore="residual" kept) and
+        "total". A part inside another counts for itself alone. On a GPU the times are the device's. The profiler costs
+        a little, so that "total" is no measure of speed.
     """
     parts = dict.fromkeys((*PARTS, "rest", *(part for _, _, part in timed)))
     taken: dict[str, list[float]] = defaultdict(list)

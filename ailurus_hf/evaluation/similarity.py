@@ -1,4 +1,4 @@
-"""How near reduced features stay to the whole model's: per layer, per pair of tokens (AiluRus, appendix D, tables 9 to 12)."""
+"""Similarity of reduced features to the plain model's, by layer and by pair of tokens (appendix D, tables 9 to 12)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ ROWS = 512
 def reconstruction_similarity(plain: Sequence[Tensor], reduced: Sequence[Tensor], prefix: int = 0) -> list[float]:
     """Mean cosine between each token and its reconstruction, one number a layer (tables 9, 10 and 11).
 
-    plain, reduced: the hidden states of both models on the same images, Tensor[B, prefix + N, C] each; those of a reduced
-        model are unmerged to all N places already (`output_hidden_states=True`). [-1] is the output that heads see.
+    plain, reduced: the hidden states of both models on the same images, Tensor[B, prefix + N, C] each; those of a
+        reduced model are unmerged to all N places already (`output_hidden_states=True`). [-1] is the output that heads
+        see.
     prefix: tokens before the patches, which are left out.
     Raises AiluRusError where the two do not match.
     """
@@ -38,7 +39,8 @@ def reconstruction_similarity(plain: Sequence[Tensor], reduced: Sequence[Tensor]
 
 @dataclass(frozen=True)
 class PairPreservation:
-    """Of the token pairs whose cosine lies in an interval: their number, and the share that stays in it (None: no pair).
+    """Of the token pairs whose cosine lies in an interval: their number, and the share that stays in it (None: no
+    pair).
 
     intervals: `[low, high)`, the last one closed.
     """

@@ -1,4 +1,4 @@
-"""How speed is measured and written down: contenders take turns, the device is waited for, and a result says where it is from."""
+"""How speed is measured: contenders take turns, the device is waited for, and results record the machine."""
 
 from __future__ import annotations
 

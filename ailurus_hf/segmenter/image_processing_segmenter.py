@@ -177,8 +177,8 @@ def sliding_window_logits(
     window_size, window_stride: pixels, one number or (height, width); stride defaults to the window. The last window
     of a row or column is flush with the border. An image smaller than the window is first enlarged bilinearly, aspect
     kept, and its logits brought back to H x W. batch_size: windows a forward pass. Follows the original Segmenter's
-    inference; take softmax or argmax of the result. Raises ValueError for a stride that is < 1 or leaves gaps, and for an image that is
-    so narrow that enlarging it would fill the memory.
+    inference; take softmax or argmax of the result. Raises ValueError for a stride that is < 1 or leaves gaps, and for
+    an image that is so narrow that enlarging it would fill the memory.
     """
     window = _pair(window_size, "window_size")
     stride = window if window_stride is None else _pair(window_stride, "window_stride")

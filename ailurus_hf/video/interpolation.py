@@ -82,7 +82,7 @@ class NetworkInterpolator:
 
 
 def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Where each pixel of the first picture is in the second: [H, W, 3] in [0, 1] twice to (Δx, Δy) in pixels, [H, W, 2]."""
+    """Motion of each pixel from the first picture to the second: [H, W, 3] in [0, 1] twice to (Δx, Δy), [H, W, 2]."""
     cv2 = require("cv2", "video")
     gray = [cv2.cvtColor((picture * 255).round().astype(np.uint8), cv2.COLOR_RGB2GRAY) for picture in (first, second)]
     height, width = gray[0].shape
@@ -105,7 +105,7 @@ def warp(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:
 
 
 def disagreement(flow: np.ndarray, back: np.ndarray) -> np.ndarray:
-    """How far from its start a pixel comes back by the other direction's flow, in pixels, [H, W]: large where it is hidden."""
+    """Distance in pixels, [H, W], after following both flows, there and back: large where a pixel is hidden."""
     return np.linalg.norm(flow + warp(back, flow), axis=-1)
 
 

@@ -21,7 +21,7 @@ Frames = Sequence[Image.Image]
 
 
 def psnr(frames: Frames, others: Frames) -> float:
-    """Peak signal-to-noise ratio of 8-bit colors in dB, over all pixels of all frames; infinite where they are equal."""
+    """Peak signal-to-noise ratio of 8-bit colors in dB, over all pixels of all frames; infinite if equal."""
     error = np.mean([np.square(a - b).mean() for a, b in _pairs(frames, others)])
     return math.inf if error == 0 else float(-10 * math.log10(error))
 

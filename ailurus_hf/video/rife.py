@@ -92,7 +92,7 @@ def sampled(picture: Tensor, flow: Tensor) -> Tensor:
 
 
 def load_rife(path: str | Path) -> RIFE:
-    """RIFE with the weights of a file, such as ControlVideo's flownet.pkl. AiluRusError where they are of another network."""
+    """RIFE with the weights of a file, such as ControlVideo's flownet.pkl. AiluRusError for another network's."""
     network = RIFE()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)

@@ -34,9 +34,9 @@ def write_video(path: str | Path, frames: Iterable[Image.Image], fps: float | Fr
     """Writes the frames as they come and returns how many there were.
 
     Args:
-        path: `.mp4` and `.mov` are H.264 in yuv420p, whose sides are even: an odd side gets its last row or column twice.
-            `.gif` is a GIF that repeats, its times in whole hundredths of a second, equal frames in a row as one that
-            is shown longer. No suffix: a folder of PNGs, 00000.png and on, which must be new or empty.
+        path: `.mp4` and `.mov` are H.264 in yuv420p, whose sides are even: an odd side gets its last row or column
+            twice. `.gif` is a GIF that repeats, its times in whole hundredths of a second, equal frames in a row as one
+            that is shown longer. No suffix: a folder of PNGs, 00000.png and on, which must be new or empty.
         frames: RGB pictures of one size.
 
     They are written under a temporary name beside the output, which is renamed at the end: work that is interrupted or
@@ -98,7 +98,8 @@ def check_output(
     needed = 0 if frames is None else _least_bytes(path, *frames)
     if free < needed:
         raise AiluRusError(
-            f"cannot write {path}: {free / 1e6:.1f} MB are free in {path.parent}, and the frames take at least about {needed / 1e6:.1f} MB"
+            f"cannot write {path}: {free / 1e6:.1f} MB are free in {path.parent}, and the frames take at least about "
+            f"{needed / 1e6:.1f} MB"
         )
     return path
 

@@ -1,4 +1,5 @@
-"""What layers are given beside tokens, made to follow the clusters: relative position bias, rotary embeddings, query masks.
+"""What layers are given beside tokens, made to follow the clusters: relative position bias, rotary embeddings, query
+masks.
 
 An adapter sees a layer's arguments by name, may replace some, and returns the attention bias of the reduced layer,
 to which the counts have been added already: Tensor[B, 1 or heads, 1 or L, L], where L is prefix + M + suffix.
@@ -58,7 +59,8 @@ def _resized_table(module: nn.Module, grid: tuple[int, ...]) -> Tensor:
 
 
 def _relative_index(reduction: Reduction) -> Tensor:
-    """Rows of the resized table, LongTensor[B, 1 + M, 1 + M]; its last three are class to patch, patch to class, class to class."""
+    """Rows of the resized table, LongTensor[B, 1 + M, 1 + M]; the last three: class to patch, patch to class, class to
+    class."""
     height, width = reduction.grid
     centroids = reduction.centroids()
     displacement = (centroids[:, :, None] - centroids[:, None]).round().long()
@@ -114,7 +116,8 @@ def rotate_at_centroids(arguments: dict[str, Any], state: ForwardState, reductio
     given = arguments.get("position_embeddings")
     if not (isinstance(given, tuple) and len(given) == 2 and given[0].shape == (state.num_tokens, given[0].shape[-1])):
         raise UnsupportedModelError(
-            f"position_embeddings are no (cos, sin) of shape ({state.num_tokens}, D) each: this model's are not known here"
+            f"position_embeddings are no (cos, sin) of shape ({state.num_tokens}, D) each: this model's are not known "
+            "here"
         )
     # A step is 4π over the side's patches at most, and up to four times that by the augmentation of training.
     longest = 16 if state.training else 4

@@ -1,4 +1,4 @@
-"""The one file that knows transformers' internals: attention registration, where the layers are, and where one takes a bias."""
+"""The one file that knows transformers' internals: attention registration, the layers, and how they take a bias."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ ATTENTION_NAME = "ailurus"
 EAGER_NAME = "ailurus_maps"
 # The argument of a bias for layers that hand unknown arguments to the attention function and take no mask.
 KEY_BIAS = "ailurus_key_bias"
-# Attention that writes out its probabilities, and the module for dropout through which it sends them (weighted_probabilities.py).
+# Attention that writes out its probabilities, and the module for dropout through which it sends them
+# (weighted_probabilities.py).
 OWN_ATTENTION = {"transformers.models.blip.modeling_blip.BlipAttention": "dropout"}
 
 
@@ -38,7 +39,7 @@ def ailurus_attention_forward(
     ailurus_key_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers: a float mask of shape [B, 1, 1, L_k] is a count bias; all else goes to SDPA as it is."""
+    """Attention for transformers: a float mask [B, 1, 1, L_k] is a count bias; all else goes to SDPA unchanged."""
     attention_mask = ailurus_key_bias if attention_mask is None else attention_mask
     is_bias = attention_mask is not None and attention_mask.shape[2] == 1 and attention_mask.is_floating_point()
     if not is_bias or query.shape[2] == 1:
@@ -62,7 +63,7 @@ def eager_attention_forward(
     ailurus_key_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention, which returns its maps, for layers that take no mask: transformers' own ignores what it does not know."""
+    """Eager attention with its maps, for layers that take no mask: transformers' own ignores unknown arguments."""
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     for bias in (attention_mask, ailurus_key_bias):
         scores = scores if bias is None else scores + bias
@@ -80,8 +81,8 @@ AttentionMaskInterface.register(EAGER_NAME, eager_mask)
 class AttentionConfig:
     """A config as an attention module reads it, but for the registered attention in place of the model's.
 
-    The model's own config stays what it is, and what the user sets there later counts: eager attention stays, because it
-    alone returns attention maps, and it takes the bias as its mask, or by `eager_as` where layers take no mask.
+    The model's own config stays what it is, and what the user sets there later counts: eager attention stays, because
+    it alone returns attention maps, and it takes the bias as its mask, or by `eager_as` where layers take no mask.
     """
 
     def __init__(self, config: PreTrainedConfig | AttentionConfig, eager_as: str, name: str) -> None:
@@ -146,7 +147,7 @@ def _timm_layers(model: Any) -> nn.Sequential:
 
 
 def weights_in_place(module: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which a module's own weights can be read, also where accelerate keeps them away until its forward."""
+    """A context in which a module's own weights can be read, even if accelerate offloads them until its forward."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -194,7 +195,8 @@ def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
         if by_registry and any(_takes_any(module) and hasattr(module, "config") for module in attention):
             return KEY_BIAS
     raise UnsupportedModelError(
-        f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(parameters)}, and its attention is not "
+        f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(parameters)}, and its attention is "
+        "not "
         "one of transformers' registry: there is no way to tell it how many tokens a representative stands for"
     )
 

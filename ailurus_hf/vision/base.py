@@ -29,12 +29,13 @@ class Reducer(ABC):
 
     A subclass overwrites:
 
-    - **find** -- the modules in a model that it can reduce, each checked against the settings before any hook is placed.
+    - **find** -- the modules in a model that it can reduce, each checked against the settings before any hook is
+    placed.
     - **place_hooks** -- the hooks, put on by `self.hooks`, so that `remove` can take them off.
     - **status** -- a row of the status table for each location.
 
-    What one forward keeps from hook to hook lies in a `PerThread` named in `per_forward`, and is taken from there by a hook
-    with `always_call`, so that nothing is left where a forward raises.
+    What one forward keeps from hook to hook lies in a `PerThread` named in `per_forward`, and is taken from there by a
+    hook with `always_call`, so that nothing is left where a forward raises.
 
     Args:
         module: where the reducer is remembered.
@@ -94,7 +95,8 @@ class Reducer(ABC):
         states: list[PerThread[Any]] = [getattr(self, name) for name in self.per_forward]
         if any(state.is_busy_elsewhere() for state in states):
             raise AiluRusError(
-                f"another thread is in the middle of a forward of {type(self.module).__name__}: switch on or off when it is done"
+                f"another thread is in the middle of a forward of {type(self.module).__name__}: switch on or off when "
+                "it is done"
             )
 
     def forget(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -1,9 +1,9 @@
 """EncoderReducer: the hooks that run an encoder's later layers on representatives and unmerge the result.
 
-One forward goes: pre-hook of the encoder (a new ForwardState) -> layers up to L as they are -> pre-hook of layer L (cluster,
-merge) -> each later layer gets the count bias as an argument -> restored after the last layer, at `restore_location`, or after
-the token decoder. Hidden states that somebody reads are unmerged where they leave the stack of layers. Layers receive
-everything by argument, so that gradient checkpointing recomputes the same.
+One forward goes: pre-hook of the encoder (a new ForwardState) -> layers up to L as they are -> pre-hook of layer L
+(cluster, merge) -> each later layer gets the count bias as an argument -> restored after the last layer, at
+`restore_location`, or after the token decoder. Hidden states that somebody reads are unmerged where they leave the
+stack of layers. Layers receive everything by argument, so that gradient checkpointing recomputes the same.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class EncoderReducer(Reducer):
         self.wanted: PerThread[tuple[frozenset[int] | None]] = PerThread()
         # Whether the module that will call the decoder after the encoder is running.
         self.around_decoder: PerThread[bool] = PerThread()
-        # The states of forwards that are over, for layers that a checkpoint runs again; and that of the one running again.
+        # The states of forwards that are over, for layers that a checkpoint runs again; and that of the one running
+        # again.
         self.recompute: Recompute[ForwardState] = Recompute()
         self.again: PerThread[ForwardState] = PerThread()
 
@@ -214,8 +215,10 @@ class EncoderReducer(Reducer):
         kept = self.recompute.find(given)
         if kept is None:
             raise AiluRusError(
-                f"layer {planned.index + 1} of {self.plan.name} ({type(layer).__name__}) was called outside of a forward of "
-                f"{self.plan.name}, so nothing says what its tokens are: call the whole model, or switch off with remove_ailurus"
+                f"layer {planned.index + 1} of {self.plan.name} ({type(layer).__name__}) was called outside of a "
+                "forward of "
+                f"{self.plan.name}, so nothing says what its tokens are: call the whole model, or switch off with "
+                "remove_ailurus"
             )
         state = kept.up_to(planned.index)
         if planned.may_restore:
@@ -264,7 +267,8 @@ class EncoderReducer(Reducer):
         joined = 0 if queries is None else int(getattr(found.encoder.config, queries))
         if length not in (patches, patches + joined):
             raise AiluRusError(
-                f"a grid of {state.grid} has {state.num_tokens} tokens, {patches} of which should come to location {location}, "
+                f"a grid of {state.grid} has {state.num_tokens} tokens, {patches} of which should come to location "
+                f"{location}, "
                 f"but there are {length}"
             )
 
@@ -291,7 +295,8 @@ class EncoderReducer(Reducer):
         assert state is not None
         if not state.reductions and any(target is not None for target in state.targets):
             raise UnsupportedModelError(
-                f"{type(encoder).__name__} ran without calling its layers as modules, so their hooks saw no token and nothing "
+                f"{type(encoder).__name__} ran without calling its layers as modules, so their hooks saw no token and "
+                "nothing "
                 "was reduced; this version of transformers runs them in a way that is not known here"
             )
         output = unmerge_hidden_states(self.plan, state, output)

@@ -1,4 +1,4 @@
-"""EncoderPlan: what will happen in every forward of one encoder, checked and written down before the first hook is placed."""
+"""EncoderPlan: what happens in every forward of one encoder, checked and fixed before the first hook is added."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class EncoderPlan:
 
 
 def plan_encoder(found: FoundEncoder, config: AiluRusConfig) -> EncoderPlan:
-    """The plan of an encoder; raises AiluRusError where the settings do not fit it, UnsupportedModelError where it has no bias."""
+    """The plan of an encoder; AiluRusError if settings do not fit it, UnsupportedModelError if it takes no bias."""
     depth, locations, name = len(found.layers), config.locations, type(found.encoder).__name__
     if locations[-1] >= depth:
         raise AiluRusError(

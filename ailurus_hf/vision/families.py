@@ -47,7 +47,8 @@ def in_grid_order(encoder: Any, arguments: dict[str, Any]) -> None:
     """ViTMAE shuffles tokens by `noise` and drops `mask_ratio` of them; sorted noise leaves the grid as it is."""
     if encoder.config.mask_ratio != 0:
         raise AiluRusError(
-            f"{type(encoder).__name__} drops mask_ratio = {encoder.config.mask_ratio} of its tokens, which leaves no grid "
+            f"{type(encoder).__name__} drops mask_ratio = {encoder.config.mask_ratio} of its tokens, which leaves no "
+            "grid "
             "to cluster on: set config.mask_ratio = 0"
         )
     noise = arguments.get("noise")
@@ -80,7 +81,8 @@ def one_size(encoder: Any, arguments: dict[str, Any]) -> None:
     """RADIO also takes images of several sizes, their patches in one sequence."""
     if arguments.get("image_grid_hw") is not None:
         raise AiluRusError(
-            f"{type(encoder).__name__} was given images packed into one sequence (image_grid_hw), which is no grid: give "
+            f"{type(encoder).__name__} was given images packed into one sequence (image_grid_hw), which is no grid: "
+            "give "
             "images of one size together, or one at a time"
         )
 

@@ -1,7 +1,7 @@
 """ForwardState: what one forward carries from hook to hook, and how N tokens become M and M become N again.
 
-A sequence is prefix + patches + suffix: class, distillation, register and query tokens before the patches, detection tokens
-after them. Queries may join before the patches between layers, so patches are counted from the end.
+A sequence is prefix + patches + suffix: class, distillation, register and query tokens before the patches, detection
+tokens after them. Queries may join before the patches between layers, so patches are counted from the end.
 """
 
 from __future__ import annotations

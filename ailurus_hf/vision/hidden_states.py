@@ -1,4 +1,4 @@
-"""Hidden states: transformers collects what layers put out, which is M long; they are unmerged once, where they leave."""
+"""Hidden states: transformers collects the outputs of layers, M tokens each; they are unmerged once, at the end."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ class _Kept(Generic[T]):
 class Recompute(Generic[T]):
     """Values by the tensor that a layer was given; each lives as long as its tensor, which the checkpoint holds.
 
-    A checkpoint hands a layer the same tensor again, or (reentrant ones) another over the same memory. Copies and pickles
-    are empty.
+    A checkpoint hands a layer the same tensor again, or (reentrant ones) another over the same memory. Copies and
+    pickles are empty.
     """
 
     def __init__(self) -> None:

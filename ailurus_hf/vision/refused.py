@@ -19,5 +19,6 @@ REFUSED = {
     "pvt": _PYRAMID,
     "pvt_v2": _PYRAMID,
     "internvl": _OWN_ATTENTION,
-    "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, or in transformers' format",
+    "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, "
+    "or in transformers' format",
 }

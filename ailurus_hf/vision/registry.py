@@ -1,7 +1,7 @@
 """The registry of what can be reduced: families of encoders, token decoders behind them, and readers around them.
 
-`families.py` declares those that come with the package; `register_family` adds one from outside. Layers, how they take an
-attention bias, and what else they are given (relative position bias, rotary embeddings) are found by structure.
+`families.py` declares those that come with the package; `register_family` adds one from outside. Layers, how they take
+an attention bias, and what else they are given (relative position bias, rotary embeddings) are found by structure.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ def patch_grid(encoder: nn.Module, pixel_values: Tensor) -> tuple[int, int]:
 class Family:
     """An encoder class that can be reduced.
 
-    Its layers are found as the one `nn.ModuleList` of `config.num_hidden_layers` modules that take `hidden_states`. They have
-    to take an attention bias: as `attention_mask`, or by handing unknown keyword arguments on to an attention function of
-    transformers' registry.
+    Its layers are found as the one `nn.ModuleList` of `config.num_hidden_layers` modules that take `hidden_states`.
+    They have to take an attention bias: as `attention_mask`, or by handing unknown keyword arguments on to an attention
+    function of transformers' registry.
 
     Args:
         name: what users call the family.
-        encoder: the class or its qualified name. It has to match exactly: a subclass may do anything between its layers.
+        encoder: the class or its qualified name. It has to match exactly: a subclass may do anything between its
+        layers.
         prefix: tokens before the patches (CLS, distillation), or what counts them, called with the encoder.
         registers: the config's field that counts registers, which follow the prefix; None: there are none.
         suffix: the config's field that counts tokens after the patches; None: there are none.
         queries: the config's field that counts tokens that join before the patches at a late layer; None: none do.
         models: what users load that has this encoder inside, for the table of supported models.
-        grid: the patch grid of an input, called with the encoder and its first argument; by default by `config.patch_size`.
-        layout: where the arguments of a forward say it instead, called with the encoder and these arguments by name: the
-            grid, and how many tokens of padding follow it.
+        grid: the patch grid of an input, called with the encoder and its first argument; by default by
+        `config.patch_size`.
+        layout: where the arguments of a forward say it instead, called with the encoder and these arguments by name:
+            the grid, and how many tokens of padding follow it.
         reads: the hidden states that the class itself reads (a backbone's feature maps), called with the encoder; None:
             it is no backbone.
-        between: the layers whose output the class reads on the grid before the next layer, called with the encoder; None:
-            there never are any.
-        prepare: called with the encoder and the arguments of a forward by name, which it may change; raises AiluRusError
-            on what cannot be reduced.
+        between: the layers whose output the class reads on the grid before the next layer, called with the encoder;
+            None: there never are any.
+        prepare: called with the encoder and the arguments of a forward by name, which it may change; raises
+            AiluRusError on what cannot be reduced.
         methods: other methods that run all layers, as paths from the encoder ("timm_model.forward_features"); they are
             reduced, too, where they are called instead of the encoder.
 

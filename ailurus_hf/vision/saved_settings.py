@@ -1,4 +1,4 @@
-"""Settings in a model's config: `save_pretrained` writes them into config.json, `apply_ailurus(model)` finds them there."""
+"""Settings in a model's config: `save_pretrained` writes them to config.json, `apply_ailurus(model)` reads them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CONFIG_KEY = "ailurus_config"
 class SavedSettings:
     """The settings of one `apply_ailurus`, in the configs of the model, of what wraps it or is inside it.
 
-    They are in the config of the outermost model, and in that of each reduced part: a tower may be saved, or switched off,
-    by itself. When a part is switched off they go from all configs but those of parts that are still on.
+    They are in the config of the outermost model, and in that of each reduced part: a tower may be saved, or switched
+    off, by itself. When a part is switched off they go from all configs but those of parts that are still on.
     """
 
     def __init__(self, target: nn.Module, reduced: Sequence[nn.Module], settings: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class SavedSettings:
 
 
 def clear_settings(target: nn.Module) -> None:
-    """Takes settings from all configs in a model, also where nothing was on: they came with a saved or copied config."""
+    """Removes settings from all configs in a model, also if nothing was on: saved or copied configs have them."""
     for module in target.modules():
         for config in _with_parts(getattr(module, "config", None)):
             vars(config).pop(CONFIG_KEY, None)

@@ -39,7 +39,7 @@ CLUSTERS = "ailurus_clusters"
 
 @dataclass(eq=False)
 class StageState:
-    """What one forward of a stage keeps. clusters: None before the first reduced block, and where nothing is reduced."""
+    """What one forward of a stage keeps. clusters: None before the first reduced block, and if nothing is reduced."""
 
     clusters: TokenClusters | None = None
 
@@ -155,7 +155,8 @@ class StageReducer(Reducer):
             self.recompute.keep(args[0], state)
         if state is None:
             raise AiluRusError(
-                f"{type(block).__name__} was called outside of a forward of stage {self.number} of SegFormer, so nothing says "
+                f"{type(block).__name__} was called outside of a forward of stage {self.number} of SegFormer, so "
+                "nothing says "
                 "how its tokens are clustered: call the whole model, or switch off with remove_ailurus"
             )
         return args, kwargs if state.clusters is None else {**kwargs, CLUSTERS: state.clusters}

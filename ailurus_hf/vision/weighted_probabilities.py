@@ -17,7 +17,7 @@ from .registry import qualified_name
 
 
 class WeightedProbabilities:
-    """Hooks on one attention module that writes out its probabilities, Tensor[B, heads, L, L], and drops some of them."""
+    """Hooks on one attention module with explicit probabilities, Tensor[B, heads, L, L], and dropout on them."""
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention

@@ -1,8 +1,10 @@
-"""VitDet and SAM: the few layers of global attention on representatives; the others attend in windows and keep the grid.
+"""VitDet and SAM: the few layers of global attention on representatives; the others attend in windows and keep the
+grid.
 
 Before a global layer its tokens are clustered and merged, its attention runs on M with the counts and with the relative
-positions of the clusters' centroids, its MLP on M; then each token adds what its representative gained. Nothing is shared
-between global layers, which are far apart. These models' attention takes no bias, so a global layer is given its own.
+positions of the clusters' centroids, its MLP on M; then each token adds what its representative gained. Nothing is
+shared between global layers, which are far apart. These models' attention takes no bias, so a global layer is given its
+own.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class GlobalLayerReducer(Reducer):
     def find(
         cls, target: nn.Module, config: AiluRusConfig, clustering: ClusterFunction, join: JoinFunction
     ) -> Sequence[GlobalLayerReducer]:
-        """One for each global layer after the `cluster_location`-th layer of VitDet or SAM; none where there is none."""
+        """One for each global layer after the `cluster_location`-th layer of VitDet or SAM; may be empty."""
         lists = [
             module
             for module in target.modules()

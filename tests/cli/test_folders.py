@@ -1,4 +1,4 @@
-"""Folders as people have them: every readable image is done, each bad one is named, and no result overwrites another."""
+"""Real folders: every readable image is done, each bad one is named, and no result overwrites another."""
 
 import json
 import os

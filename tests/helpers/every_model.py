@@ -13,7 +13,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Every:
-    """make: a new model. images: its input. forward: (model, images) -> what the model is for. settings: that reduce it.
+    """make: a new model. images: its input. forward: (model, images) -> what the model is for. settings: that reduce
+    it.
 
     layer: of a reduced model, a module in the middle of what runs on representatives.
     """

@@ -1,4 +1,4 @@
-"""What one forward keeps is gone when it is over: also where it raises, in threads, and for layers that run again or alone."""
+"""The state of a forward ends with it: also if it raises, in threads, and for layers that run again or alone."""
 
 import copy
 import gc

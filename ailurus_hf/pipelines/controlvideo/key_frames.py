@@ -1,4 +1,4 @@
-"""The hierarchical sampler of ControlVideo (arXiv 2305.13077, section 3.3): key frames first, then the clips between them."""
+"""The hierarchical sampler of ControlVideo (arXiv 2305.13077, section 3.3): key frames, then the clips between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ...diffusion.frames import Frames
 
 @dataclass(frozen=True)
 class Part:
-    """Frames that are denoised together. frames: their numbers, and whom they attend to. kept: places of those it is for."""
+    """Frames that are denoised together. frames: their numbers and whom they attend to. kept: indices of its own
+    frames."""
 
     frames: Frames
     kept: list[int]
@@ -19,8 +20,8 @@ class Part:
 def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[Part]:
     """A whole video, or its key frames and then, for each two, those two and the frames between them.
 
-    clip_length: frames of a clip with both its key frames. A clip's frames take the keys and values of the two, which stay
-    as they came from among the key frames.
+    clip_length: frames of a clip with both its key frames. A clip's frames take the keys and values of the two, which
+    stay as they came from among the key frames.
     """
     if clip_length is None or count <= clip_length:
         return [Part(Frames.attending(cross_frame, range(count)), list(range(count)))]

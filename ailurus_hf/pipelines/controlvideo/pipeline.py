@@ -3,8 +3,8 @@
     pipe = ControlVideoPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", controlnet=controlnet)
     frames = pipe("a man wanders on the ocean", edges).frames
 
-The frames are the batch. Self-attention of the UNet takes the keys of other frames, group norms take statistics over all
-frames, and all frames start from the same noise: no weights and no model code are added. `apply_ailurus(pipe)` works.
+The frames are the batch. Self-attention of the UNet takes the keys of other frames, group norms take statistics over
+all frames, and all frames start from the same noise. No weights or model code are added; `apply_ailurus(pipe)` works.
 """
 
 import inspect
@@ -330,10 +330,9 @@ class ControlVideoPipeline(
         if len(given) != networks:
             raise AiluRusError(f"{networks} ControlNets need as many lists of control frames, got {len(given)}")
         conditions = [self._condition(frames, height, width).to(device, self.unet.dtype) for frames in given]
-        if len({condition.shape for condition in conditions}) > 1:
-            raise AiluRusError(
-                f"control frames must be as many and as large for each ControlNet, got {[tuple(c.shape) for c in conditions]}"
-            )
+        shapes = [tuple(condition.shape) for condition in conditions]
+        if len(set(shapes)) > 1:
+            raise AiluRusError(f"control frames must be as many and as large for each ControlNet, got {shapes}")
         return conditions
 
     def _condition(self, frames: Any, height: int | None, width: int | None) -> Tensor:

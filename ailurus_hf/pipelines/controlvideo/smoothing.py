@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def interleaved(count: int, step: int) -> list[int]:
-    """The frames that a step replaces: every second one with a frame on both sides; odd ones at even steps, and even at odd."""
+    """The frames that a step replaces: every second inner frame; odd ones at even steps, even ones at odd steps."""
     return list(range(1 if step % 2 == 0 else 2, count - 1, 2))
 
 
