@@ -16,7 +16,8 @@ def as_frames(given: Any) -> Tensor | list[PIL.Image.Image]:
     """The frames for one ControlNet.
 
     Args:
-        given: Tensor[F, 3, H, W] in [0, 1]; or PIL images: a list, any iterable such as a `Clip` or a generator, or one.
+        given: Tensor[F, 3, H, W] in [0, 1]; or PIL images: a list, any iterable such as a `Clip` or a generator, or
+        one.
 
     Returns:
         The tensor, or the images in a list, RGB with 8 bits a channel.

@@ -137,8 +137,8 @@ class ControlVideoPipeline(
     ) -> Any:
         """Makes one video with as many frames as there are control frames.
 
-        control_frames: PIL images (a list, a `Clip`, any iterable, or one), or Tensor[F, 3, H, W] in [0, 1]; for several
-            ControlNets a list of those.
+        control_frames: PIL images (a list, a `Clip`, any iterable, or one), or Tensor[F, 3, H, W] in [0, 1]; for
+            several ControlNets a list of those.
         height, width: in pixels, multiples of the VAE's factor (8); default: those of the control frames, rounded down.
         latents: start noise, Tensor[1 or F, C, h, w]; default: from `generator`, the same for all frames.
         output_type: "pil", "np", "pt" or "latent".
