@@ -27,7 +27,7 @@ class Config:
 
     Args:
         format_version: the version of `to_dict`'s format, so that the constructor takes what `to_dict` gives; not a
-        field.
+            field.
     """
 
     format_version: InitVar[int] = FORMAT_VERSION

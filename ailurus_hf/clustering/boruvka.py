@@ -22,7 +22,7 @@ def united(cost: Tensor, partner: Tensor, unions: int) -> Tensor:
     Args:
         cost: Tensor[B, n], of joining the partner.
         partner: LongTensor[B, n], the other cluster that is cheapest to join; ties the same way for all, or edges make
-        cycles.
+            cycles.
         unions: how many edges to join, at most half of n.
 
     Returns:

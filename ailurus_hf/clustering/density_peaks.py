@@ -69,11 +69,11 @@ def spatial_density_peaks(
         grid: (H, W), or (T, H, W) for video; its product is N.
         num_clusters: M, in [1, N].
         num_spatial_neighbors: λ of Eq. 2, clipped to N - 1. 0 compares all pairs without a spatial term, in O(N²)
-        memory.
+            memory.
         alpha: α of Eq. 2, in [0, 1]: how much a near neighbor's distance is discounted (1: not at all).
         num_density_neighbors: k of Eq. 1, clipped to the number of neighbors.
         check_finite: raise on NaN or infinite features; this waits for the device. Without it they give arbitrary
-        clusters.
+            clusters.
 
     Returns:
         TokenClusters with centers in ascending token order. Equal values resolve to the lower token index.

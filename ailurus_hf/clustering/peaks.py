@@ -24,7 +24,7 @@ def density_peaks(
 
     Args:
         weighted: Tensor[B, N, λ], σ·s to each neighbor; or Tensor[B, N, N], to all tokens, infinite where one is no
-        neighbor.
+            neighbor.
         index: LongTensor[B, N, λ], the neighbors' token indices, ascending; None where `weighted` is of all tokens.
         num_clusters: M.
         k: neighbors that count for the density.

@@ -72,7 +72,7 @@ class DiffusionNetwork:
         unmerge_before: path of the module that needs all tokens again; None: they are back after the last block.
         refuses: raises AiluRusError on calls that cannot follow merged tokens.
         guides_by_halves: False where the pipelines guide by a second call of the network, and not by a batch of two
-        halves.
+            halves.
         flops: FLOPs of one block; see `flops.py`.
     """
 

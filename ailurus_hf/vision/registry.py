@@ -39,14 +39,14 @@ class Family:
     Args:
         name: what users call the family.
         encoder: the class or its qualified name. It has to match exactly: a subclass may do anything between its
-        layers.
+            layers.
         prefix: tokens before the patches (CLS, distillation), or what counts them, called with the encoder.
         registers: the config's field that counts registers, which follow the prefix; None: there are none.
         suffix: the config's field that counts tokens after the patches; None: there are none.
         queries: the config's field that counts tokens that join before the patches at a late layer; None: none do.
         models: what users load that has this encoder inside, for the table of supported models.
         grid: the patch grid of an input, called with the encoder and its first argument; by default by
-        `config.patch_size`.
+            `config.patch_size`.
         layout: where the arguments of a forward say it instead, called with the encoder and these arguments by name:
             the grid, and how many tokens of padding follow it.
         reads: the hidden states that the class itself reads (a backbone's feature maps), called with the encoder; None:

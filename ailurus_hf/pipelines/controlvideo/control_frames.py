@@ -17,7 +17,7 @@ def as_frames(given: Any) -> Tensor | list[PIL.Image.Image]:
 
     Args:
         given: Tensor[F, 3, H, W] in [0, 1]; or PIL images: a list, any iterable such as a `Clip` or a generator, or
-        one.
+            one.
 
     Returns:
         The tensor, or the images in a list, RGB with 8 bits a channel.
