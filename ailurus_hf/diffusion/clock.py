@@ -223,7 +223,8 @@ class Clock:
     def _are_halves(self, generation: Generation, part: Part, latents: Tensor) -> bool:
         """Whether the two halves are the same latents. That waits for the device, so once a generation."""
         if part not in generation.halves:
-            generation.halves[part] = torch.equal(*latents.chunk(2))
+            # Shapes alone have no values; diffusers' pipelines double the latents.
+            generation.halves[part] = latents.is_meta or torch.equal(*latents.chunk(2))
         return generation.halves[part]
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -138,23 +138,35 @@ def _of_one_size(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
 def _write_h264(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: Fraction) -> int:
     ffmpeg = require("imageio_ffmpeg", "video")
     width, height = (side + side % 2 for side in size)
-    target, number, written = str(path.resolve()), 0, 0
+    target, number = str(path.resolve()), 0
     options = {"fps": fps, "quality": 8, "codec": "libx264", "macro_block_size": 1, "output_params": COLORS}
-    try:
-        with closing(ffmpeg.write_frames(target, (width, height), ffmpeg_log_level="quiet", **options)) as writer:
+    with ExitStack() as stack:
+        with _told(path, number):
+            writer = ffmpeg.write_frames(target, (width, height), ffmpeg_log_level="quiet", **options)
+            stack.enter_context(closing(writer))
             writer.send(None)
-            for frame in frames:
-                number += 1
-                pixels = np.asarray(frame)
-                pixels = np.pad(pixels, ((0, height - size[1]), (0, width - size[0]), (0, 0)), mode="edge")
+        # What making a frame raises is not ffmpeg's.
+        for frame in frames:
+            number += 1
+            pixels = np.asarray(frame)
+            pixels = np.pad(pixels, ((0, height - size[1]), (0, width - size[0]), (0, 0)), mode="edge")
+            with _told(path, number):
                 writer.send(np.ascontiguousarray(pixels))
-        # ffmpeg's exit is not reported: what it wrote is counted.
+    # ffmpeg's exit is not reported: what it wrote is counted.
+    with _told(path, number):
         written = ffmpeg.count_frames_and_secs(target)[0] if path.is_file() else 0
-    except (OSError, RuntimeError) as error:  # it stopped taking frames, or left what is no video
-        raise AiluRusError(f"cannot write {path.name}: ffmpeg failed at frame {number}{_full(path)}") from error
     if written != number:
         raise AiluRusError(f"cannot write {path.name}: ffmpeg wrote {written} of {number} frames{_full(path)}")
     return number
+
+
+@contextmanager
+def _told(path: Path, number: int) -> Iterator[None]:
+    """ffmpeg stopped taking frames, or left what is no video: one error that says at which frame."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise AiluRusError(f"cannot write {path.name}: ffmpeg failed at frame {number}{_full(path)}") from error
 
 
 def _full(path: Path) -> str:

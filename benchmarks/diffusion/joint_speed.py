@@ -124,8 +124,8 @@ def whole_networks(models: list[str], sizes: list[int]) -> list[dict[str, Any]]:
                 kept = reducer.config.clusters_for(tokens, 2)
                 others = kept if reducer.config.scope == "blocks" else tokens
                 saved = sum(
-                    reducer.block_flops(block, tokens, tokens, tokens, TEXT[model])
-                    - reducer.block_flops(block, kept, kept, others, TEXT[model])
+                    reducer.declared.flops(block, tokens, tokens, tokens, 1, TEXT[model])
+                    - reducer.declared.flops(block, kept, kept, others, 1, TEXT[model])
                     for block in reducer.stacks[0].blocks[reducer.config.cluster_location :]
                 )
                 remove_ailurus(network)
