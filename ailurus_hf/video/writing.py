@@ -77,18 +77,20 @@ def check_output(
             is too long, too little room.
     """
     path = Path(path)
-    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
-        raise AiluRusError(f"cannot write {path}: it is the clip that the frames are made of; choose another --output")
     suffixes = (*VIDEO_SUFFIXES, ".gif", "")
     if path.suffix.lower() not in suffixes:
         raise AiluRusError(f"cannot write {path}: its suffix must be .mp4, .mov, .gif, or none for a folder of PNGs")
-    if path.suffix and path.is_dir():
-        raise AiluRusError(f"cannot write {path}: it is a folder")
-    if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise AiluRusError(f"cannot write the frames to {path}: it must be a new or an empty folder")
     if path.suffix.lower() in VIDEO_SUFFIXES:
         require("imageio_ffmpeg", "video")
     try:
+        if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
+            raise AiluRusError(
+                f"cannot write {path}: it is the clip that the frames are made of; choose another --output"
+            )
+        if path.suffix and path.is_dir():
+            raise AiluRusError(f"cannot write {path}: it is a folder")
+        if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise AiluRusError(f"cannot write the frames to {path}: it must be a new or an empty folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=PART, dir=path.parent) as folder:
             (Path(folder) / (path.name or "frames")).touch()  # under its own name, which may be too long

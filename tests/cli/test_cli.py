@@ -226,6 +226,7 @@ SEGMENT = ["segment", "images/a.png", "--model", "segmenter"]
     ("arguments", "told"),
     [
         (["segment", "nowhere.jpg", "--model", "segmenter"], "nowhere.jpg"),
+        (["segment", "x" * 300, "--model", "segmenter"], "File name too long"),
         (["segment", "empty", "--model", "segmenter"], "no image in folder empty"),
         (["segment", "images/a.png", "--model", "./nowhere"], "./nowhere"),
         (["segment", "images/a.png", "--model", "empty"], "no config.json"),
