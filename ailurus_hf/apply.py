@@ -82,7 +82,7 @@ def _combined(kind: type[Config], config: Config | None, fields: dict[str, Any])
     if config is not None and not isinstance(config, kind):
         raise AiluRusError(f"config must be an {kind.__name__}, got {type(config).__name__}")
     given = {} if config is None else config.to_dict()
-    # num_clusters and keep_ratio exclude each other: a new one takes the other's place.
+    # num_clusters and keep_ratio exclude each other: a new one replaces the other.
     for one, other in (("num_clusters", "keep_ratio"), ("keep_ratio", "num_clusters")):
         if one in fields and other not in fields:
             given.pop(other, None)

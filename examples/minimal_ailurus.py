@@ -28,19 +28,19 @@ euclidean = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 @lru_cache  # it depends on the grid alone, so pictures of one size share it
 def spatial_neighbors(grid: tuple[int, ...], count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest places of each, in order of index, their ranks (1 is nearest), and all distances on the grid."""
-    places = torch.cartesian_prod(*(torch.arange(side).float() for side in grid))
-    distance = euclidean(places, places)
-    near, rank = distance.argsort(dim=1, stable=True)[:, 1 : count + 1].sort(dim=1)  # the first is the place itself
+    """The nearest cells of each, in order of index, their ranks (1 is nearest), and all distances on the grid."""
+    cells = torch.cartesian_prod(*(torch.arange(side).float() for side in grid))
+    distance = euclidean(cells, cells)
+    near, rank = distance.argsort(dim=1, stable=True)[:, 1 : count + 1].sort(dim=1)  # the first is the cell itself
     return near, rank + 1.0, distance
 
 
 @torch.no_grad()  # the choice has no gradient; the mean that follows it has
 def spatial_density_peaks(z: Tensor, grid: tuple[int, ...], M: int, lam=50, alpha=0.9, k=1) -> tuple[Tensor, Tensor]:
-    """One picture's tokens z [N, C], on a grid of N places, in M clusters: the cluster of each [N], the centers [M]."""
+    """One picture's tokens z [N, C], on a grid of N cells, in M clusters: the cluster of each [N], the centers [M]."""
     i = torch.arange(len(z), device=z.device)
     near, rank, on_grid = (t.to(z.device) for t in spatial_neighbors(grid, min(lam or len(z), len(z) - 1)))
-    # s is infinite past the λ nearest places, so σ·s is computed for those alone, [N, λ]. λ = 0: all pairs, and no s.
+    # s is infinite past the λ nearest cells, so σ·s is computed for those alone, [N, λ]. λ = 0: all pairs, and no s.
     s = (1 - alpha) * rank / near.shape[1] + alpha if lam else 1.0  # Eq. 2
     sigma = euclidean(z.float()[:, None], z.float()[near])[:, 0] / math.sqrt(z.shape[1])
     d = sigma * s
@@ -131,7 +131,7 @@ class ViT(nn.Module):
 
         for index, layer in enumerate(self.layer):
             if M is not None and index == L:  # x is the output of layer L, or of the embeddings where L = 0
-                first, x = x[:, :1], x[:, 1:]  # the class token has no place on the grid: no cluster, and a count of 1
+                first, x = x[:, :1], x[:, 1:]  # the class token has no cell on the grid: no cluster, and a count of 1
                 M = min(M, x.shape[1])
                 clusters = torch.stack([spatial_density_peaks(z, grid, M)[0] for z in x])
                 counts = F.one_hot(clusters, M).sum(1).to(x.dtype)

@@ -140,7 +140,7 @@ def _self_check() -> dict[str, Any]:
     except Exception as error:  # whatever it is, the report has to say it
         return {"ok": False, "detail": f"{type(error).__name__}: {error}"}
     if clusters is None or clusters.num_clusters != 16 or reduced.shape != before.shape:
-        return {"ok": False, "detail": "the layers behind the merge did not run on 16 of 64 tokens"}
+        return {"ok": False, "detail": "the layers after the merge did not run on 16 of 64 tokens"}
     if not torch.equal(before, after):
         return {"ok": False, "detail": "the output differs after remove_ailurus"}
     return {"ok": True, "detail": "a tiny ViT ran on 16 of 64 tokens, and was itself again after the undo"}

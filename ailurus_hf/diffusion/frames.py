@@ -19,8 +19,8 @@ MODES = ("full", "sparse_causal", "first", "own", "first_two")
 class Frames:
     """The F frames that a batch holds, once or once a half of classifier-free guidance.
 
-    numbers: their numbers in the video. sources: for each, the places in `numbers` of the frames whose keys and values
-    it takes; of one length.
+    numbers: their numbers in the video.
+    sources: for each, the positions in `numbers` of the frames whose keys and values it takes; of one length.
     """
 
     numbers: tuple[int, ...]

@@ -25,8 +25,8 @@ class AssignmentStatistics:
         variance of all tokens of the image (0: clusters of equal tokens, 1: no better than one mean). NaN where all are
         equal.
     similarity: mean cosine between a token and its cluster's mean.
-    reach: largest distance on the grid, in tokens, between a token and its own center; gap: between a place and the
-        nearest center, whoever's it is. Where centers are no tokens, the mean place of a cluster stands for one.
+    reach: largest distance on the grid, in tokens, between a token and its own center; gap: between a cell and the
+        nearest center, whoever's it is. Where centers are no tokens, the mean position of a cluster stands for one.
     """
 
     sizes: dict[int, int]
@@ -45,18 +45,18 @@ def assignment_statistics(clusters: TokenClusters, tokens: Tensor, grid: Sequenc
     Raises AiluRusError on a grid or tokens that do not match the assignment.
     """
     if math.prod(grid) != clusters.num_tokens:
-        raise AiluRusError(f"grid {tuple(grid)} has {math.prod(grid)} places, the assignment {clusters.num_tokens}")
+        raise AiluRusError(f"grid {tuple(grid)} has {math.prod(grid)} cells, the assignment {clusters.num_tokens}")
     tokens = tokens.float()
     means = clusters.unmerge(clusters.merge(tokens))
     inside = (tokens - means).square().mean().item()
     around = (tokens - tokens.mean(1, keepdim=True)).square().mean().item()
-    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).float()
-    places = places.to(tokens.device).expand(tokens.shape[0], -1, -1)
+    cells = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).float()
+    cells = cells.to(tokens.device).expand(tokens.shape[0], -1, -1)
     if clusters.centers is None:
         centers = clusters.centroids(tuple(grid))
     else:
-        centers = places.gather(1, clusters.centers[..., None].expand(-1, -1, len(grid)))
-    nearest = torch.cdist(places, centers).masked_fill((clusters.counts == 0)[:, None], math.inf).amin(-1)
+        centers = cells.gather(1, clusters.centers[..., None].expand(-1, -1, len(grid)))
+    nearest = torch.cdist(cells, centers).masked_fill((clusters.counts == 0)[:, None], math.inf).amin(-1)
     counts = clusters.counts.long().flatten()
     sizes = counts.bincount()
     return AssignmentStatistics(
@@ -65,6 +65,6 @@ def assignment_statistics(clusters: TokenClusters, tokens: Tensor, grid: Sequenc
         variance=inside,
         unexplained=inside / around if around else math.nan,
         similarity=F.cosine_similarity(tokens, means, dim=-1).mean().item(),
-        reach=torch.linalg.vector_norm(places - clusters.unmerge(centers), dim=-1).max().item(),
+        reach=torch.linalg.vector_norm(cells - clusters.unmerge(centers), dim=-1).max().item(),
         gap=nearest.max().item(),
     )

@@ -104,8 +104,8 @@ def _found(paths: Sequence[str | Path], recursive: bool) -> dict[Path, Path]:
         else:
             raise BadInputError(f"no such file or folder: {path}")
         for file in files:
-            if (place := file.parent.resolve() / file.name) not in seen:
-                seen.add(place)
+            if (real := file.parent.resolve() / file.name) not in seen:
+                seen.add(real)
                 found[file] = root
     return found
 

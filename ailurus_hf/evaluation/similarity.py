@@ -21,7 +21,7 @@ def reconstruction_similarity(plain: Sequence[Tensor], reduced: Sequence[Tensor]
     """Mean cosine between each token and its reconstruction, one number a layer (tables 9, 10 and 11).
 
     plain, reduced: the hidden states of both models on the same images, Tensor[B, prefix + N, C] each; those of a
-        reduced model are unmerged to all N places already (`output_hidden_states=True`). [-1] is the output that heads
+        reduced model are unmerged to all N tokens already (`output_hidden_states=True`). [-1] is the output that heads
         see.
     prefix: tokens before the patches, which are left out.
     Raises AiluRusError where the two do not match.
@@ -76,10 +76,10 @@ def pair_preservation(before: Tensor, after: Tensor, num_intervals: int = 10) ->
     count = before.shape[1]
     pairs = torch.zeros(num_intervals + 1, dtype=torch.long, device=before.device)
     kept = pairs.clone()
-    place = torch.arange(count, device=before.device)
+    index = torch.arange(count, device=before.device)
     for start in range(0, count, ROWS):
         rows = slice(start, start + ROWS)
-        later = (place > place[rows, None]).expand(before.shape[0], -1, -1)
+        later = (index > index[rows, None]).expand(before.shape[0], -1, -1)
         old = _interval(first[:, rows] @ first.transpose(1, 2), num_intervals)[later]
         new = _interval(second[:, rows] @ second.transpose(1, 2), num_intervals)[later]
         pairs += old.bincount(minlength=num_intervals + 1)

@@ -97,11 +97,11 @@ def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def warp(picture: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """The picture sampled at each pixel's place plus its flow: [H, W, C] and [H, W, 2] to [H, W, C]; edges repeat."""
+    """The picture sampled at each pixel plus its flow: [H, W, C] and [H, W, 2] to [H, W, C]; edges repeat."""
     cv2 = require("cv2", "video")
     y, x = np.indices(flow.shape[:2], dtype=np.float32)
-    places = (x + flow[..., 0]).astype(np.float32), (y + flow[..., 1]).astype(np.float32)
-    return cv2.remap(picture, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    positions = (x + flow[..., 0]).astype(np.float32), (y + flow[..., 1]).astype(np.float32)
+    return cv2.remap(picture, *positions, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def disagreement(flow: np.ndarray, back: np.ndarray) -> np.ndarray:
@@ -113,10 +113,10 @@ def _half_way(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     forth, back = optical_flow(first, second), optical_flow(second, first)
     flow = _flow_of_middle(first, second, forth, back)
     sides = warp(first, -flow / 2), warp(second, flow / 2)
-    # A pixel of the middle is hidden on a side whose own flow, at the place it would come from, is another.
+    # A pixel of the middle is hidden on a side whose own flow, at the position it would come from, is another.
     errors = [
-        np.linalg.norm(warp(own, place) - whole, axis=-1)
-        for own, place, whole in ((forth, -flow / 2, flow), (back, flow / 2, -flow))
+        np.linalg.norm(warp(own, position) - whole, axis=-1)
+        for own, position, whole in ((forth, -flow / 2, flow), (back, flow / 2, -flow))
     ]
     weights = [1 / (OCCLUSION**2 + error**2) ** 2 for error in errors]
     total = weights[0] + weights[1]
@@ -128,20 +128,20 @@ def _flow_of_middle(first: np.ndarray, second: np.ndarray, forth: np.ndarray, ba
     cv2 = require("cv2", "video")
     height, width = forth.shape[:2]
     y, x = np.indices((height, width))
-    arriving, costs, places = [], [], []
+    arriving, costs, positions = [], [], []
     for picture, other, flow, sign in ((first, second, forth, 1), (second, first, back, -1)):
         column = np.rint(x + flow[..., 0] / 2).astype(int)
         row = np.rint(y + flow[..., 1] / 2).astype(int)
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
         arriving.append(sign * flow[inside])
         costs.append(np.abs(picture - warp(other, flow)).sum(-1)[inside])
-        places.append((row * width + column)[inside])
-    order = np.argsort(-np.concatenate(costs), kind="stable")  # of equal places, the last that is written stays
+        positions.append((row * width + column)[inside])
+    order = np.argsort(-np.concatenate(costs), kind="stable")  # of equal positions, the last that is written stays
     middle = np.zeros((height * width, 2), np.float32)
     empty = np.ones(height * width, np.uint8)
-    place = np.concatenate(places)[order]
-    middle[place] = np.concatenate(arriving)[order]
-    empty[place] = 0
+    position = np.concatenate(positions)[order]
+    middle[position] = np.concatenate(arriving)[order]
+    empty[position] = 0
     if empty.all():  # everything moves out of the picture: nothing is known of the middle
         return middle.reshape(height, width, 2)
     # labels: of each pixel, the number of its nearest pixel that is not empty.

@@ -83,7 +83,7 @@ def swapped(flow: Tensor) -> Tensor:
 
 
 def sampled(picture: Tensor, flow: Tensor) -> Tensor:
-    """The picture at each pixel's place plus its flow, Tensor[B, 2, H, W] in pixels (x, y); edges repeat."""
+    """The picture at each pixel's position plus its flow, Tensor[B, 2, H, W] in pixels (x, y); edges repeat."""
     height, width = picture.shape[-2:]
     y = torch.linspace(-1, 1, height, device=picture.device, dtype=picture.dtype)[:, None].expand(height, width)
     x = torch.linspace(-1, 1, width, device=picture.device, dtype=picture.dtype)[None].expand(height, width)

@@ -114,7 +114,7 @@ def _least_bytes(path: Path, count: int, size: tuple[int, int]) -> int:
 
 @contextmanager
 def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
-    """A name in a new folder beside the output; what lies there takes the output's place if nothing was raised."""
+    """A name in a new folder beside the output; what lies there replaces the output if nothing was raised."""
     folder = Path(tempfile.mkdtemp(prefix=PART, dir=path.parent))
     try:
         part = folder / (path.name or "frames")

@@ -136,9 +136,9 @@ def rotary_at_centroids(
     """
     centroids = reduction.centroids()
     nearest = centroids.round()
-    place = (nearest[..., 0] * reduction.grid[1] + nearest[..., 1]).long()
+    token = (nearest[..., 0] * reduction.grid[1] + nearest[..., 1]).long()
     angle = torch.atan2(rotary[1].float(), rotary[0].float()).unflatten(0, reduction.grid)
-    at_nearest = angle.flatten(0, 1)[place]
+    at_nearest = angle.flatten(0, 1)[token]
     for axis, side in enumerate(reduction.grid):
         if side > longest_ambiguous:
             step = angle.select(axis, side // 2) - angle.select(axis, side // 2 - 1)

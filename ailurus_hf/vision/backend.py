@@ -25,7 +25,7 @@ EAGER_NAME = "ailurus_maps"
 KEY_BIAS = "ailurus_key_bias"
 # Attention that writes out its probabilities, and the module for dropout through which it sends them
 # (weighted_probabilities.py).
-OWN_ATTENTION = {"transformers.models.blip.modeling_blip.BlipAttention": "dropout"}
+WRITES_PROBABILITIES = {"transformers.models.blip.modeling_blip.BlipAttention": "dropout"}
 
 
 def ailurus_attention_forward(
@@ -188,7 +188,7 @@ def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
             return name
     if _takes_any(layer):
         attention = [module for module in layer.modules() if module is not layer]
-        if any(qualified_name(module) in OWN_ATTENTION for module in attention):
+        if any(qualified_name(module) in WRITES_PROBABILITIES for module in attention):
             return KEY_BIAS
         # What an encoder that can use SDPA is told, it tells the attention function of transformers' registry.
         by_registry = getattr(encoder, "_supports_sdpa", False)

@@ -53,7 +53,7 @@ class Reduction:
         return self.tokens + self.clusters.unmerge(representatives - self.merged)
 
     def detached(self) -> Reduction:
-        """The same without a graph behind it, and without what was derived."""
+        """The same without its graph, and without what was derived."""
         return replace(self, tokens=self.tokens.detach(), merged=self.merged.detach(), derived={})
 
 
@@ -106,7 +106,7 @@ class ForwardState:
         return torch.cat([prefix, reduction.clusters.merge(patches), suffix], 1)
 
     def kept(self) -> ForwardState:
-        """The same without a graph behind it, for layers that run again when this forward is over."""
+        """The same without its graph, for layers that run again when this forward is over."""
         if self._kept is None or len(self._kept.reductions) != len(self.reductions):
             self._kept = replace(self, reductions=[each.detached() for each in self.reductions], _kept=None)
         return self._kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 _PYRAMID = (
     "it halves its grid from stage to stage and shifts or pools windows on it, so its tokens never leave the grid"
 )
-_OWN_ATTENTION = (
+_NO_BIAS = (
     "its layers hand neither a mask nor a bias to their attention, so a representative cannot count for its tokens"
 )
 
@@ -18,7 +18,7 @@ REFUSED = {
     "hiera": _PYRAMID,
     "pvt": _PYRAMID,
     "pvt_v2": _PYRAMID,
-    "internvl": _OWN_ATTENTION,
+    "internvl": _NO_BIAS,
     "timm_backbone": "it reads timm's layers on the whole grid: load a ViT of timm with AutoModel, "
     "or in transformers' format",
 }

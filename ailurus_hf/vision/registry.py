@@ -1,4 +1,4 @@
-"""The registry of what can be reduced: families of encoders, token decoders behind them, and readers around them.
+"""The registry of what can be reduced: families of encoders, token decoders after them, and readers around them.
 
 `families.py` declares those that come with the package; `register_family` adds one from outside. Layers, how they take
 an attention bias, and what else they are given (relative position bias, rotary embeddings) are found by structure.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..hooks import Hooks
 from ..per_thread import PerThread
-from .backend import KEY_BIAS, OWN_ATTENTION
+from .backend import KEY_BIAS, WRITES_PROBABILITIES
 from .registry import qualified_name
 
 
@@ -21,7 +21,7 @@ class WeightedProbabilities:
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
-        self.dropout = attention.get_submodule(OWN_ATTENTION[qualified_name(attention)])
+        self.dropout = attention.get_submodule(WRITES_PROBABILITIES[qualified_name(attention)])
         self.bias: PerThread[Tensor] = PerThread()
 
     def install(self, hooks: Hooks) -> None:
@@ -49,4 +49,4 @@ class WeightedProbabilities:
 def weighted_probabilities(layers: Iterable[nn.Module]) -> list[WeightedProbabilities]:
     """One for each attention module in `layers` that needs it."""
     modules = (module for layer in layers for module in layer.modules())
-    return [WeightedProbabilities(module) for module in modules if qualified_name(module) in OWN_ATTENTION]
+    return [WeightedProbabilities(module) for module in modules if qualified_name(module) in WRITES_PROBABILITIES]

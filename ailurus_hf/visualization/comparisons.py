@@ -78,12 +78,12 @@ def _sheet(
     title, line = 30, 28
     sheet_width = columns * (width + gap) + gap
 
-    places, x, y = [], gap, 0
+    entries, x, y = [], gap, 0
     for color, text in legend:  # laid out first: how many lines it takes decides the height
         taken = 22 + int(font.getlength(text)) + 22
         if x > gap and x + taken > sheet_width:
             x, y = gap, y + line
-        places.append((x, y, color, text))
+        entries.append((x, y, color, text))
         x += taken
     legend_top = rows * (height + title + gap) + gap
     sheet = Image.new("RGB", (sheet_width, legend_top + y + line + gap), "white")
@@ -95,7 +95,7 @@ def _sheet(
         few_colors = picture.getcolors(maxcolors=64) is not None
         resample = Image.Resampling.NEAREST if few_colors else Image.Resampling.BICUBIC
         sheet.paste(picture.resize((width, height), resample), (left, top + title))
-    for left, top, color, text in places:
+    for left, top, color, text in entries:
         top += legend_top
         draw.rectangle((left, top + 4, left + 16, top + 20), fill=color, outline=INK)
         draw.text((left + 22, top + 12), text, fill=INK, font=font, anchor="lm")

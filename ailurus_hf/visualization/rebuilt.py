@@ -25,7 +25,7 @@ def reconstruct_image(
     patch: str = "mean",
     patch_size: int | None = None,
 ) -> Image.Image:
-    """The image rebuilt from one patch a cluster: what the layers behind the merge still see (the paper's Fig. 2).
+    """The image rebuilt from one patch a cluster: what the layers after the merge still see (the paper's Fig. 2).
 
     Args:
         image, clusters, grid, index, patch_size: as in `draw_assignment`.

@@ -21,7 +21,7 @@ from ailurus_hf.vision.apply import ATTRIBUTE
 from ailurus_hf.vision.backend import parameters_of, use_attention
 from ailurus_hf.vision.discovery import FoundEncoder, find_encoders
 
-RESTORE_PLACES = ("backbone", "decoder")
+RESTORES_AT = ("backbone", "decoder")
 Unmerge = Callable[[Tensor], Tensor]
 
 
@@ -29,8 +29,8 @@ class Peer:
     """One method on one encoder. `restore_at`: unmerge after the backbone, or after a decoder on tokens."""
 
     def __init__(self, found: FoundEncoder, restore_at: str = "backbone") -> None:
-        if restore_at not in RESTORE_PLACES:
-            raise AiluRusError(f"restore_at must be one of {RESTORE_PLACES}, got {restore_at!r}")
+        if restore_at not in RESTORES_AT:
+            raise AiluRusError(f"restore_at must be one of {RESTORES_AT}, got {restore_at!r}")
         _check_plain(found)
         self.found, self.layers, self.prefix = found, found.layers, found.prefix
         self.through_decoder = restore_at == "decoder" and found.decoder is not None

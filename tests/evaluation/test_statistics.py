@@ -70,7 +70,7 @@ def test_statistics_of_an_assignment():
     assert (found.reach, found.gap) == (1, 1)
     # Of 0, 2, 4 and 9 with their means 1, 1, 4, 9 the first has no direction.
     assert found.similarity == pytest.approx(3 / 4)
-    with pytest.raises(AiluRusError, match="6 places"):
+    with pytest.raises(AiluRusError, match="6 cells"):
         assignment_statistics(clusters, tokens, (2, 3))
 
 

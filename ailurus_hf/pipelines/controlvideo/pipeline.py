@@ -201,7 +201,7 @@ class ControlVideoPipeline(
                         for context in over_frames:
                             stack.enter_context(context)
                         predicted = self._predict(latents, timestep, prompt_embeds, conditions, scales, part.frames)
-                    noise[[part.frames.numbers[place] for place in part.kept]] = predicted[part.kept]
+                    noise[[part.frames.numbers[index] for index in part.kept]] = predicted[part.kept]
                 stepped = self.scheduler.step(noise, timestep, latents, **randomness)
                 latents = stepped.prev_sample
                 if interpolator is not None and step in smooth_steps:
@@ -250,10 +250,10 @@ class ControlVideoPipeline(
         frames: Frames,
     ) -> Tensor:
         """The network's prediction for some of the frames, with guidance: Tensor[F, C, h, w]."""
-        halves, places = len(prompt_embeds), list(frames.numbers)
-        sample = self.scheduler.scale_model_input(latents[places].repeat(halves, 1, 1, 1), timestep)
-        prompts = prompt_embeds.repeat_interleave(len(places), 0)
-        shown = [condition[places].repeat(halves, 1, 1, 1) for condition in conditions]
+        halves, rows = len(prompt_embeds), list(frames.numbers)
+        sample = self.scheduler.scale_model_input(latents[rows].repeat(halves, 1, 1, 1), timestep)
+        prompts = prompt_embeds.repeat_interleave(len(rows), 0)
+        shown = [condition[rows].repeat(halves, 1, 1, 1) for condition in conditions]
         several = len(shown) > 1 or isinstance(self.controlnet, MultiControlNetModel)
         down, middle = self.controlnet(
             sample,

@@ -35,8 +35,8 @@ def smoothed(
         return clean
     beside = [frame for frame in range(len(clean)) if frame - 1 in replaced or frame + 1 in replaced]
     pictures = decode(clean[beside])
-    place = {frame: number for number, frame in enumerate(beside)}
-    before, after = (pictures[[place[frame + side] for frame in replaced]] for side in (-1, 1))
+    row = {frame: number for number, frame in enumerate(beside)}
+    before, after = (pictures[[row[frame + side] for frame in replaced]] for side in (-1, 1))
     between = interpolator(before, after)
     if between.shape != before.shape:
         raise AiluRusError(
