@@ -16,6 +16,7 @@ benchmark that takes the name of a clustering.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,8 @@ class Clustering(ABC):
             AiluRusError: the grid does not match N, M is out of range, or `cluster` gave something else than asked for.
         """
         checked = check_input(features, grid, num_clusters, check_finite)
+        # A plain number also where torch.compile would keep it symbolic, as for a second keep_ratio.
+        num_clusters = operator.index(num_clusters)
         clusters = recorded("ailurus::cluster", self.cluster, features, checked, num_clusters)
         if clusters.assignment.shape != features.shape[:2] or clusters.num_clusters > num_clusters:
             raise AiluRusError(

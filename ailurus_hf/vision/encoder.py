@@ -220,6 +220,10 @@ class EncoderReducer(Reducer):
                 f"{self.plan.name}, so nothing says what its tokens are: call the whole model, or switch off with "
                 "remove_ailurus"
             )
+        if kept.reductions and not self.recompute.is_kept_on(given):
+            raise AiluRusError(
+                f"a reentrant checkpoint around the layers of {self.plan.name} loses gradients: use use_reentrant=False"
+            )
         state = kept.up_to(planned.index)
         if planned.may_restore:
             self.again.set(state)
@@ -241,6 +245,8 @@ class EncoderReducer(Reducer):
             if not runs_again:
                 record.unreduced(left)
             return hidden_states if before is None or is_merged else state.merge(hidden_states, before)
+        # A plain number also where torch.compile would keep it symbolic, as for a second keep_ratio.
+        target = operator.index(target)
         prefix, patches, suffix = state.split(hidden_states, count)
         if before is None:
             tokens = patches

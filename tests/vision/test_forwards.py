@@ -116,30 +116,45 @@ def gradients(every, model, x):
 
 
 @pytest.mark.parametrize("name, settings", [(name, each) for name in CHECKPOINTED for each in SETTINGS[name]])
-@pytest.mark.parametrize("implementation", [CheckpointImpl.NO_REENTRANT, CheckpointImpl.REENTRANT])
-def test_checkpoints_around_layers_give_equal_gradients(name, settings, implementation):
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_checkpoints_around_layers_give_equal_gradients(name, settings, wrapped_first):
     every = EVERY[name]
     settings, x = {**every.settings, **settings}, every.images()
     want = gradients(every, apply_ailurus(every.make(), **settings), x.clone().requires_grad_())
+    model = every.make()
+    if not wrapped_first:
+        apply_ailurus(model, **settings)
+    wrapped_in_checkpoints(model, CheckpointImpl.NO_REENTRANT)
+    if wrapped_first:
+        apply_ailurus(model, **settings)
+    got = gradients(every, model, x.clone().requires_grad_())
+    assert got.keys() == want.keys()
+    for parameter in want:
+        torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
+    assert not kept_by(model)
+    assert ailurus_status(model).locations[0].forwards == 1
+    assert not ailurus_status(remove_ailurus(model)).active
+
+
+def wrapped_in_checkpoints(model, implementation):
+    chosen = {id(layer) for layer in layers_of(model)}
     wrap = partial(checkpoint_wrapper, checkpoint_impl=implementation)
-    for wrapped_first in (False, True):
-        model = every.make()
-        if not wrapped_first:
-            apply_ailurus(model, **settings)
-        chosen = {id(layer) for layer in layers_of(model)}
-        apply_activation_checkpointing(
-            model, checkpoint_wrapper_fn=wrap, check_fn=lambda m, chosen=chosen: id(m) in chosen
-        )
-        if wrapped_first:
-            apply_ailurus(model, **settings)
-        got = gradients(every, model, x.clone().requires_grad_())
-        assert got.keys() == want.keys()
-        for parameter in want:
-            torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
-        assert not kept_by(model)
-        assert ailurus_status(model).locations[0].forwards == 1
-        plain = remove_ailurus(model)
-        assert not ailurus_status(plain).active
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: id(module) in chosen)
+
+
+def test_a_reentrant_checkpoint_inside_is_an_error_and_around_hooks_is_right():
+    # The unmerging adds to tokens that the checkpoint was not given, and so hands no gradient to.
+    every, x = EVERY[VIT], images().requires_grad_()
+    model = apply_ailurus(every.make(), **every.settings)
+    wrapped_in_checkpoints(model, CheckpointImpl.REENTRANT)
+    with pytest.raises(AiluRusError, match="reentrant checkpoint around the layers of ViTModel loses gradients"):
+        gradients(every, model, x)
+    want = gradients(every, apply_ailurus(every.make(), **every.settings), x)
+    model = every.make()
+    wrapped_in_checkpoints(model, CheckpointImpl.REENTRANT)
+    got = gradients(every, apply_ailurus(model, **every.settings), x)
+    for parameter in want:
+        torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
 
 
 def test_a_loop_with_a_checkpoint_in_the_encoders_forward():
