@@ -12,7 +12,8 @@ T = TypeVar("T")
 class _Slot:
     """Where one thread's value lies. It dies with the thread."""
 
-    value: Any = None
+    def __init__(self) -> None:
+        self.value: Any = None
 
 
 class _Slots(threading.local):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,8 @@ CHUNK_BYTES = {"cpu": 2**22}
 DEFAULT_CHUNK_BYTES = 2**28
 # Squared distances below this share of the squared norms are rounding errors: such tokens count as equal.
 EQUALITY_TOLERANCE = 2e-6
+# Not in all versions of torch; those without specialize an exported program on its batch.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def check_grid(grid: Sequence[int], num_tokens: int) -> Grid:
@@ -211,7 +213,9 @@ def _tile_products(
     bytes_per_tile = 4 * channels * (tile_size + plan.keys.shape[1])
     at_once = chunk_length(bytes_per_tile, tokens.device)
     products, norms = [], []
-    for chunk in torch.arange(batch * tiles, device=tokens.device).split(at_once):
+    pairs = torch.arange(batch * tiles, device=tokens.device)
+    # An exported program takes any batch: how many chunks there are must not depend on it.
+    for chunk in (pairs,) if is_exporting() else pairs.split(at_once):
         image, tile = chunk // tiles, chunk % tiles
         queries, keys = _rows(tokens, plan.queries, image, tile), _rows(others, plan.keys, image, tile)
         if origin is not None:
@@ -228,4 +232,4 @@ def _tile_products(
 def _rows(table: Tensor, index: Tensor, image: Tensor, tile: Tensor) -> Tensor:
     """table[image, index[tile]] for each pair: [B, L, C] to [pairs, I, C]."""
     flat = (index[tile] + image[:, None] * table.shape[1]).flatten()
-    return table.flatten(0, 1).index_select(0, flat).view(len(tile), -1, table.shape[2])
+    return table.flatten(0, 1).index_select(0, flat).view(-1, index.shape[1], table.shape[2])

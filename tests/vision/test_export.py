@@ -7,6 +7,7 @@ import torch
 from models import images, make_model, predict
 
 from ailurus_hf import apply_ailurus
+from ailurus_hf.clustering import neighbors
 
 NAMES = ["ViTForImageClassification", "Segmenter(ViT, mask transformer)"]
 SETTINGS = {
@@ -68,3 +69,40 @@ def test_exporting_leaves_the_model_as_it_was(exportable, name):
         warnings.simplefilter("ignore")
         torch.export.export(exportable, (images(),))
     assert torch.equal(predict(exportable.model, name, images()), before)
+
+
+EVERY_CLUSTERING = {**SETTINGS, "k-means, residual": {"clustering": "kmeans", "restore": "residual"}}
+
+
+@pytest.fixture(params=EVERY_CLUSTERING.values(), ids=EVERY_CLUSTERING)
+def classifier(request):
+    model = apply_ailurus(make_model(NAMES[0]), cluster_location=1, num_clusters=30, **request.param)
+    return Logits(model, NAMES[0]).eval()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("in_tiles", [False, True])
+def test_an_exported_program_takes_any_batch(classifier, in_tiles, monkeypatch):
+    if in_tiles:  # as on larger grids
+        monkeypatch.setattr(neighbors, "DIRECT_DISTANCE_LIMIT", 0)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(classifier, (images(2),), dynamic_shapes=shapes).module()
+    for batch in (1, 3):
+        x = images(batch, seed=4)
+        torch.testing.assert_close(program(x).detach(), predict(classifier.model, NAMES[0], x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_onnxruntime_takes_any_batch(classifier, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(classifier, (images(2),), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+    session = runtime.InferenceSession(path)
+    (given,) = session.get_inputs()
+    for batch in (1, 3):
+        x = images(batch, seed=4)
+        (output,) = session.run(None, {given.name: x.numpy()})
+        expected = predict(classifier.model, NAMES[0], x)
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,122 @@
+"""torch.compile is never silently plain: on, changed and off, before and after compiling, whole or layer by layer."""
+
+import copy
+
+import pytest
+import torch
+from every_model import EVERY
+from models import SIZES, images
+from torch._dynamo.testing import CompileCounter
+from transformers import ViTConfig, ViTModel
+
+from ailurus_hf import apply_ailurus, remove_ailurus
+
+NAMES = (
+    "ViTForImageClassification",
+    "BeitModel",
+    "Data2VecVisionModel",
+    "BlipVisionModel",
+    "YOLOS",
+    "SegFormer",
+    "SAM",
+)
+NAMES += ("DPTForDepthEstimation", "Segmenter(ViT, mask transformer)")
+with_attention = pytest.mark.parametrize(
+    "name, attention",
+    [
+        (name, attention)
+        for name in NAMES
+        for attention in ("sdpa", "eager")
+        if attention == "sdpa" or name in NAMES[:2]
+    ],
+)
+LAYERS = (
+    "ViTLayer",
+    "BeitLayer",
+    "Data2VecVisionLayer",
+    "BlipEncoderLayer",
+    "YolosLayer",
+    "SegformerLayer",
+    "SamVisionLayer",
+)
+LAYERS += ("DPTViTLayer", "DPTLayer", "SegformerBlock")
+
+
+def whole(model, fullgraph):
+    return torch.compile(model, backend="eager", fullgraph=fullgraph)
+
+
+def layer_by_layer(model, fullgraph):
+    found = [module for module in model.modules() if type(module).__name__ in LAYERS]
+    assert len(found) >= 4
+    for module in found:
+        module.compile(backend="eager", fullgraph=fullgraph)
+    return model
+
+
+def made(name, attention):
+    every = EVERY[name]
+    model, x = every.make(), every.images()
+    if attention == "eager":
+        model.set_attn_implementation("eager")
+    every.predict(
+        model, x
+    )  # transformers places hooks of its own in the first forward, under a lock that does not compile
+    return every, model, x
+
+
+def agree(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@with_attention
+@pytest.mark.parametrize("compiled_by", [whole, layer_by_layer])
+def test_on_changed_and_off_before_and_after_compiling(name, attention, compiled_by):
+    every, model, x = made(name, attention)
+    torch.compiler.reset()
+    other = compiled_by(copy.deepcopy(model), True)
+    every.predict(other, x)  # a plain model of the class, compiled before
+    eager = copy.deepcopy(model)
+    compiled, outputs = compiled_by(model, True), []
+    for settings in (None, {"keep_ratio": 0.25}, None, {"keep_ratio": 0.5}, {"keep_ratio": 0.25}):
+        for each in (model, eager):
+            if settings is None:
+                remove_ailurus(each)
+            else:
+                apply_ailurus(each, cluster_location=1, **settings)
+        outputs.append(every.predict(compiled, x))
+        agree(outputs[-1], every.predict(eager, x))
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3 * outputs[0].abs().max()
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[4])
+
+
+@pytest.mark.parametrize("name", NAMES[:6])
+def test_layers_wrapped_by_the_compiler_before(name):
+    every, model, x = made(name, "sdpa")
+    want = every.predict(apply_ailurus(copy.deepcopy(model), cluster_location=1, keep_ratio=0.25), x)
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.ModuleList):
+            for index, layer in enumerate(module):
+                if type(layer).__name__ in LAYERS:
+                    module[index] = torch.compile(layer, backend="eager")
+    plain = every.predict(model, x)
+    apply_ailurus(model, cluster_location=1, keep_ratio=0.25)
+    agree(every.predict(model, x), want)
+    agree(every.predict(remove_ailurus(model), x), plain)
+
+
+@torch.no_grad()
+def test_layers_of_one_kind_share_what_was_compiled():
+    model, x = ViTModel(ViTConfig(**{**SIZES, "num_hidden_layers": 9})).eval(), images()
+    model(x, interpolate_pos_encoding=True)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    for layer in model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    apply_ailurus(model, cluster_location=2, keep_ratio=0.5)
+    counts = []
+    for _ in range(3):
+        model(x, interpolate_pos_encoding=True)
+        counts.append(counter.frame_count)
+    # Layers on all tokens, layers on representatives, merging, the bias and unmerging; and nothing for each of nine layers.
+    assert counts[0] <= 5 and counts[1:] == counts[:2]
