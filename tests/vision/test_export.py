@@ -81,10 +81,8 @@ def classifier(request):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("in_tiles", [False, True])
-def test_an_exported_program_takes_any_batch(classifier, in_tiles, monkeypatch):
-    if in_tiles:  # as on larger grids
-        monkeypatch.setattr(neighbors, "DIRECT_DISTANCE_LIMIT", 0)
+def test_an_exported_program_takes_any_batch(classifier, monkeypatch):
+    monkeypatch.setattr(neighbors, "DIRECT_DISTANCE_LIMIT", 0)  # in tiles, as on larger grids
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     program = torch.export.export(classifier, (images(2),), dynamic_shapes=shapes).module()
     for batch in (1, 3):
@@ -93,7 +91,10 @@ def test_an_exported_program_takes_any_batch(classifier, in_tiles, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_onnxruntime_takes_any_batch(classifier, tmp_path):
+@pytest.mark.parametrize("clustering", ["local_kmeans", "density_peaks"])
+def test_onnxruntime_takes_any_batch(clustering, tmp_path):
+    model = apply_ailurus(make_model(NAMES[0]), cluster_location=1, num_clusters=30, clustering=clustering)
+    classifier = Logits(model, NAMES[0]).eval()
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
