@@ -42,7 +42,7 @@ class Recompute(Generic[T]):
         return None if kept is None else kept.value
 
     def is_kept_on(self, tensor: Tensor) -> bool:
-        """Whether this very tensor was given before, and not another over the same memory, as by a reentrant checkpoint."""
+        """Whether this very tensor was given before, and not another over its memory, as by a reentrant checkpoint."""
         return hasattr(tensor, self._attribute)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recompute[T]:

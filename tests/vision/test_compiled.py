@@ -118,5 +118,5 @@ def test_layers_of_one_kind_share_what_was_compiled():
     for _ in range(3):
         model(x, interpolate_pos_encoding=True)
         counts.append(counter.frame_count)
-    # Layers on all tokens, layers on representatives, merging, the bias and unmerging; and nothing for each of nine layers.
+    # Layers on all tokens, layers on representatives, merging, the bias, unmerging; nothing for each of nine layers.
     assert counts[0] <= 5 and counts[1:] == counts[:2]
