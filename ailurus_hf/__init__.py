@@ -6,6 +6,8 @@ Names load when first used, so that `import ailurus_hf` needs torch alone.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .extras import needs_extra
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -72,13 +74,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needs_extra("diffusion" if _HOME[name].startswith("diffusion") else "vision", name):
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == __name__:
-            raise
-        extra = "diffusion" if _HOME[name].startswith("diffusion") else "vision"
-        raise ImportError(f"{error}. {name} needs: pip install 'ailurus-hf[{extra}]'") from error
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import AiluRusConfig, AiluRusDiffusionConfig, from_fields
 from .errors import AiluRusError, UnsupportedModelError
+from .extras import needs_extra
 from .status import Status
 
 Target = TypeVar("Target")
@@ -102,12 +103,9 @@ def _installation(target: Any) -> ModuleType:
         raise UnsupportedModelError(
             f"{type(target).__name__} is no torch module: give a transformers model, or a diffusers pipeline or network"
         )
-    try:
+    with needs_extra("diffusion" if diffusers else "vision", f"apply_ailurus to {type(target).__name__}"):
         if diffusers:
             from .diffusion import apply as backend
         else:
             from .vision import apply as backend  # type: ignore[no-redef]
-    except ModuleNotFoundError as error:
-        kind, extra = ("Diffusers pipelines", "diffusion") if diffusers else ("Transformers models", "vision")
-        raise ImportError(f"{error}. {kind} need: pip install 'ailurus-hf[{extra}]'") from error
     return backend

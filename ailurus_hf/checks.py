@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from .errors import AiluRusError
 
@@ -90,7 +90,8 @@ class _DoesNotFitError(Exception):
 @lru_cache(maxsize=64)
 def _kinds(kind: Any) -> dict[str, Any]:
     try:
-        hints = get_type_hints(kind)
+        # Python 3.10 takes no InitVar for a type; a field is none.
+        hints = get_type_hints(kind, localns={"InitVar": Optional})
     except NameError:  # a type that is known inside a function alone
         hints = {}
     return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(kind)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import sys
@@ -14,11 +13,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..versions import OLDEST, installed_version, too_old, torchvision_problem
+
 # The distributions each extra of pyproject.toml names itself; the extras it includes are listed on their own.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "vision": ("transformers", "accelerate", "pillow", "safetensors", "pyyaml", "tqdm"),
     "diffusion": ("diffusers", "transformers", "accelerate"),
-    "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow"),
+    "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow", "controlnet-aux", "torchvision"),
     "detection": ("torchvision", "pycocotools"),
     "bench": ("matplotlib", "tomesd", "pyarrow", "scikit-image"),
 }
@@ -29,21 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; returns 1 where the self-check failed."""
+    """Prints the report; returns 1 where the self-check failed or a version does not fit."""
     found = report()
     print(json.dumps(found, indent=2) if args.json else format_report(found))
-    return 1 if found["self_check"]["ok"] is False else 0
+    return 1 if found["problems"] or found["self_check"]["ok"] is False else 0
 
 
 def report() -> dict[str, Any]:
     """Everything at once, ready for JSON. `self_check["ok"]` is None where transformers is missing."""
-    missing = {extra: [name for name in names if _version(name) is None] for extra, names in EXTRAS.items()}
+    missing = {extra: [name for name in names if installed_version(name) is None] for extra, names in EXTRAS.items()}
     names = ["ailurus-hf", "torch", "numpy", *sorted({name for extra in EXTRAS.values() for name in extra})]
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: installed_version(name) for name in names},
         "missing": missing,
+        "problems": [problem for problem in (*map(too_old, OLDEST), torchvision_problem()) if problem],
         "devices": _devices(),
         "attention": {device: _attention_kernels(device) for device in _device_types()},
         "self_check": _self_check() if "transformers" not in missing["vision"] else {"ok": None, "detail": "no vision"},
@@ -58,6 +60,7 @@ def format_report(found: dict[str, Any]) -> str:
     for extra, names in found["missing"].items():
         state = f'missing {", ".join(names)}: pip install "ailurus-hf[{extra}]"' if names else "complete"
         lines.append(f"extra {extra:18} {state}")
+    lines += [f"PROBLEM {problem}" for problem in found["problems"]]
     lines.append("")
     lines += [f"device {device}" for device in found["devices"]]
     for device, kernels in found["attention"].items():
@@ -67,13 +70,6 @@ def format_report(found: dict[str, Any]) -> str:
     state = {True: "passed", False: "FAILED", None: 'not run: pip install "ailurus-hf[vision]"'}[check["ok"]]
     lines += ["", f"self-check {state}" + (f": {check['detail']}" if check["ok"] is not None else "")]
     return "\n".join(lines)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device_types() -> list[str]:
@@ -115,11 +111,11 @@ def _runs(backend: SDPBackend, query: torch.Tensor, mask: torch.Tensor | None) -
 
 def _self_check() -> dict[str, Any]:
     """A tiny ViT from a config: reduced in the middle, and exactly itself again after the undo."""
-    from transformers import ViTConfig, ViTModel
-
     from .. import AiluRusConfig, ailurus_status, apply_ailurus, remove_ailurus
 
     try:
+        from transformers import ViTConfig, ViTModel
+
         config = ViTConfig(
             image_size=64,
             patch_size=8,

@@ -13,12 +13,15 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from transformers import PreTrainedModel
 
+from ..extras import needs_extra
 from .pyramid import ChannelNorm, ViTPyramid
+
+with needs_extra("detection", "Mask R-CNN"):
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 OUT_CHANNELS = 256
 

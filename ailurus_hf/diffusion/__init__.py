@@ -3,6 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..extras import needs_extra
+from ..versions import check_versions
+
+check_versions("torch", "diffusers", "transformers", "accelerate")
+
 _HOME = {
     "AiluRusProcessor": "processor",
     "DiffusionNetwork": "networks",
@@ -32,9 +37,5 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needs_extra("diffusion", name):
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "ailurus_hf":
-            raise
-        raise ImportError(f"{error}. {name} needs: pip install 'ailurus-hf[diffusion]'") from error

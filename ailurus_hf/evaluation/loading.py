@@ -175,6 +175,8 @@ def load_model(
     """
     target = choose_device(device)  # what can be wrong at once is told before anything slow
     transformers = require("transformers", "vision")
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see segmenter/__init__.py
+
     from .. import segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
 
     # Errors are told in one line; the libraries' own warnings, and bars nobody watches, would stand around it.
@@ -188,7 +190,7 @@ def load_model(
     if ailurus is not None:
         saved = getattr(config, "ailurus_config", None) if preset is None else None
         reduced = with_clustering(_ailurus_config(saved, preset, ailurus), clustering or {})
-    processor = read_pretrained(name, transformers.AutoImageProcessor.from_pretrained)
+    processor = read_pretrained(name, AutoImageProcessor.from_pretrained)
     model = read_pretrained(name, _auto_class(config, task).from_pretrained, dtype=getattr(torch, dtype))
     loaded = LoadedModel(name, model.to(target).eval(), processor, target, getattr(torch, dtype), reduced)
     loaded.switch_on()  # a model or a location that cannot be reduced is refused before the first image

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import math
 import platform
 import statistics
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from ..versions import installed_version
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -56,17 +57,11 @@ def wait_for(device: torch.device | None) -> None:
 
 def measured_on(device: torch.device, precision: str) -> dict[str, Any]:
     """Device, threads, versions and date, to be kept beside what was measured."""
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "transformers", "diffusers"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "versions": versions,
+        "versions": {name: installed_version(name) for name in ("torch", "transformers", "diffusers")},
         "date": datetime.date.today().isoformat(),
     }
 

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..extras import needs_extra
+
 _HOME = {"ControlVideoPipeline": "controlvideo", "ControlVideoPipelineOutput": "controlvideo"}
 
 __all__ = sorted(_HOME)
@@ -15,7 +17,5 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needs_extra("video", name):
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error}. {name} needs: pip install 'ailurus-hf[video]'") from error

@@ -1,9 +1,15 @@
 """Segmenter for transformers. Importing this package registers it with the Auto classes."""
 
 from ..extras import needs_extra
+from ..versions import check_versions
+
+check_versions("torch", "transformers")
 
 with needs_extra("vision", "ailurus_hf.segmenter"):
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+    from transformers import AutoConfig, AutoModelForSemanticSegmentation
+
+    # Up to 5.17 transformers hides it where torchvision is missing, which it does not need.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from .configuration_segmenter import SegmenterConfig
     from .convert import convert_segmenter_checkpoint

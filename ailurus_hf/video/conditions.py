@@ -1,7 +1,7 @@
 """Condition pictures for a ControlNet, drawn from a clip's frames: canny here, the others by controlnet_aux.
 
-Canny needs no weights. The detectors of controlnet_aux load theirs by their own `from_pretrained`, and need a
-torchvision built for the torch that is installed, which is why no extra of this package installs them.
+Canny needs no weights. The detectors of controlnet_aux load theirs by their own `from_pretrained`, and need a torchvision
+built for the torch that is installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..errors import AiluRusError
-from ..extras import require
+from ..extras import needs_extra, require
 from ..images import to_rgb
 
 Condition = Callable[[Image.Image], Image.Image]
@@ -86,14 +86,8 @@ def load_condition(
 
 
 def _load(name: str, detector: str, annotators: str) -> Any:
-    try:
+    with needs_extra("video", f"condition {name!r} (unlike 'canny')"):
         import controlnet_aux
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
-        reason = str(error).strip().splitlines()[0]
-        raise AiluRusError(
-            f"condition {name!r} needs controlnet_aux and the torchvision that was built for torch {torch.__version__} "
-            f"({reason}): pip install controlnet-aux torchvision; 'canny' needs neither"
-        ) from error
     try:
         return getattr(controlnet_aux, detector).from_pretrained(annotators)
     except Exception as error:  # the Hub, the file, the weights: as many classes as libraries

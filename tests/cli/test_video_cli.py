@@ -228,7 +228,7 @@ def test_progress_with_time_left_where_someone_watches(
         ([*SHORT, "--fps", "0"], "fps must be above 0"),
         ([*SHORT, "--frames", "0"], "'0' is not a whole number"),
         ([*SHORT, "--condition", "magic"], "magic"),
-        ([*SHORT, "--condition", "depth"], "pip install controlnet-aux torchvision"),
+        ([*SHORT, "--condition", "depth"], 'needs controlnet_aux: pip install "ailurus-hf[video]"'),
         ([*SHORT, "--output", "out.avi"], "its suffix must be"),
         ([*SHORT, "--output", "pictures"], "new or an empty folder"),
         ([*SHORT, "--height", "33"], "height must be a multiple of 2, got 33"),
@@ -248,8 +248,9 @@ def test_progress_with_time_left_where_someone_watches(
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "controlnet_aux", None)  # as where it is not installed
     output = [] if "--output" in arguments else ["--output", str(tmp_path / "out.mp4")]
     try:
         code = main([*arguments, *output])

@@ -7,6 +7,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from video_clips import moving_square
 
@@ -106,14 +107,15 @@ def test_weights_that_are_not_there(controlnet_aux: list[dict]) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        ModuleNotFoundError("No module named 'controlnet_aux'"),
-        ModuleNotFoundError("No module named 'torchvision'"),
+        ModuleNotFoundError("No module named 'controlnet_aux'", name="controlnet_aux"),
+        ModuleNotFoundError("No module named 'torchvision'", name="torchvision"),
         RuntimeError("operator torchvision::nms does not exist"),
     ],
 )
 def test_without_controlnet_aux_or_its_torchvision_the_fix_is_named(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
+    """A missing library by its extra; a torchvision of another build by the release that fits this torch."""
     plain_import = builtins.__import__
 
     def broken(name: str, *args: object) -> ModuleType:
@@ -123,9 +125,14 @@ def test_without_controlnet_aux_or_its_torchvision_the_fix_is_named(
 
     monkeypatch.delitem(sys.modules, "controlnet_aux", raising=False)
     monkeypatch.setattr(builtins, "__import__", broken)
-    with pytest.raises(AiluRusError, match="pip install controlnet-aux torchvision; 'canny' needs neither") as caught:
+    with pytest.raises(AiluRusError, match="condition 'depth' \\(unlike 'canny'\\)") as caught:
         load_condition("depth")
-    assert str(error) in str(caught.value)
+    told = str(caught.value)
+    if isinstance(error, ModuleNotFoundError):
+        assert told.endswith(f'needs {error.name}: pip install "ailurus-hf[video]"')
+    else:
+        fitting = f'pip install "torchvision==0.{int(torch.__version__.split(".")[1]) + 15}.*"'
+        assert str(error) in told and torch.__version__ in told and fitting in told
     load_condition("canny")
 
 
