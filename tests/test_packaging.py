@@ -126,7 +126,7 @@ def test_doctor_knows_the_extras() -> None:
 
 
 def test_constraints_pin_what_make_installs() -> None:
-    pinned = {re.split(r"[=;]", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {re.split(r"[=;]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     extras = PROJECT["optional-dependencies"]
     needed = names_of(PROJECT["dependencies"] + [name for extra in extras.values() for name in extra])
     assert needed - pinned == set()
