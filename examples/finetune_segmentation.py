@@ -160,7 +160,8 @@ def main() -> None:
     if args.keep < 1:
         apply_ailurus(model, reduction)
     if args.checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers 5.17 has only the older name.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     run = {"trainer": with_trainer, "accelerate": with_accelerate}[args.loop]
     seconds = run(model, Photographs(data), args)
 

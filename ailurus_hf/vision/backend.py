@@ -23,6 +23,8 @@ ATTENTION_NAME = "ailurus"
 EAGER_NAME = "ailurus_maps"
 # The argument of a bias for layers that hand unknown arguments to the attention function and take no mask.
 KEY_BIAS = "ailurus_key_bias"
+# The arguments by which layers take an attention bias.
+BIAS_PARAMETERS = ("attention_mask", "relative_position_bias", "attn_mask")
 # Attention that writes out its probabilities, and the module for dropout through which it sends them
 # (weighted_probabilities.py).
 WRITES_PROBABILITIES = {"transformers.models.blip.modeling_blip.BlipAttention": "dropout"}
@@ -183,9 +185,11 @@ def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
     """
     layer = unwrapped(layer)
     parameters = inspect.signature(layer.forward).parameters
-    for name in ("attention_mask", "relative_position_bias", "attn_mask"):
+    for name in BIAS_PARAMETERS:
         if name in parameters:
             return name
+    if getattr(encoder, "_supports_sdpa", False) and attention_behind(layer) is not None:
+        return KEY_BIAS
     if _takes_any(layer):
         attention = [module for module in layer.modules() if module is not layer]
         if any(qualified_name(module) in WRITES_PROBABILITIES for module in attention):
@@ -199,6 +203,14 @@ def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
         "not "
         "one of transformers' registry: there is no way to tell it how many tokens a representative stands for"
     )
+
+
+def attention_behind(layer: nn.Module) -> nn.Module | None:
+    """The one attention that would take a bias of a layer that takes none itself (relayed_bias.py); None elsewhere."""
+    if any(name in parameters_of(layer) for name in BIAS_PARAMETERS) or _takes_any(layer):
+        return None
+    found = [m for m in layer.modules() if m is not layer and _takes_any(m) and hasattr(m, "config")]
+    return found[0] if len(found) == 1 else None
 
 
 def _takes_any(module: nn.Module) -> bool:

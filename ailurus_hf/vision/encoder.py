@@ -31,6 +31,7 @@ from .encoder_status import encoder_status
 from .forward_state import ForwardState, Reduction
 from .hidden_states import asks_for_states, unmerge_hidden_states
 from .recompute import Recompute, may_run_again
+from .relayed_bias import relayed_biases
 from .weighted_probabilities import weighted_probabilities
 
 
@@ -93,6 +94,9 @@ class EncoderReducer(Reducer):
         for bias in adapters.relative_bias_modules(found.encoder):
             hooks.pre_forward(bias, adapters.shrink_relative_bias)
             hooks.post_forward(bias, adapters.drop_relative_bias, with_kwargs=True)
+        if plan.bias == KEY_BIAS:
+            for relayed in relayed_biases(plan.reduced_layers):
+                relayed.install(hooks)
         for weighted in weighted_probabilities(plan.reduced_layers):
             weighted.install(hooks)
         if found.stack is not found.encoder:

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import images, make_model
+from models import enable_checkpointing, images, make_model
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -177,7 +177,7 @@ def test_accumulated_batches_train_as_one(loop, tmp_path):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_checkpointed_activations_train_the_same(loop, tmp_path):
-    checkpointed = trained(loop, tmp_path / "a", prepare=lambda model: model.activation_checkpointing_enable())
+    checkpointed = trained(loop, tmp_path / "a", prepare=enable_checkpointing)
     assert_same(checkpointed, trained(loop, tmp_path / "b"), rtol=1e-5, atol=1e-7)
 
 

@@ -257,6 +257,12 @@ CASES = {
 }
 
 
+def enable_checkpointing(model: nn.Module) -> None:
+    """Gradient checkpointing, by the name that the installed transformers has for it."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(model, next(name for name in names if hasattr(model, name)))()
+
+
 def make_model(name: str) -> nn.Module:
     """The model with weights large enough that attention is far from uniform and tokens matter."""
     torch.manual_seed(0)

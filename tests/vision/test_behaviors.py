@@ -7,7 +7,18 @@ import threading
 import pytest
 import torch
 from model_parts import DEPTH, GRID
-from models import CASES, blocky_images_for, images, images_for, make_model, of_encoder, predict, run, without_positions
+from models import (
+    CASES,
+    blocky_images_for,
+    enable_checkpointing,
+    images,
+    images_for,
+    make_model,
+    of_encoder,
+    predict,
+    run,
+    without_positions,
+)
 from traces import traces
 
 import ailurus_hf
@@ -136,7 +147,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name, config):
             pytest.skip("transformers has no gradient checkpointing here")
         apply_ailurus(model, config)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         torch.manual_seed(1)
         loss(CASES[name].prediction(run(model, x))).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})

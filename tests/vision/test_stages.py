@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import enable_checkpointing
 from segformer import CLASSES, images, make, predict
 
 from ailurus_hf import (
@@ -100,7 +101,7 @@ def test_gradient_checkpointing_gives_equal_gradients(settings):
     for checkpointing in (False, True):
         model = apply_ailurus(make(), **settings).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         # Two forwards before one backward: each has to be recomputed with its own clusters.
         outputs = [model(images(seed=seed)).logits.square().mean() for seed in (1, 2)]
         sum(outputs).backward()

@@ -5,6 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
+from models import enable_checkpointing
 from windowed import MODELS, images, make, predict
 
 from ailurus_hf import (
@@ -114,7 +115,7 @@ def test_gradients_but_not_with_checkpointing(name):
     model(images()).last_hidden_state.square().sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     with pytest.raises(AiluRusError, match=r"checkpointing of .*Layer loses the clusters"):
         model(images())
 
