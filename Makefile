@@ -1,5 +1,6 @@
 # make demo    a real street image segmented by the shipped small Segmenter, AiluRus off and on
 # make test    the whole test suite
+# make test-oldest, test-newest    the suite with the oldest versions allowed, and with the newest of the package index
 # make tables  every table and figure of the paper that the data and weights here allow (TABLES_FLAGS=--list: only says which)
 # make check   format, lint, types
 # Each makes .venv first, from nothing but python3 and a package index, and keeps it until its ingredients change.
@@ -10,16 +11,22 @@ BIN := $(VENV)/bin
 # One thread a worker: two workers of two threads each on two cores are slower than one.
 TEST_FLAGS ?= -n auto --maxprocesses 4
 
-.PHONY: demo test tables check format clean
+.PHONY: demo test test-oldest test-newest tables check format clean
 .DEFAULT_GOAL := test
 
 # Written last, so an install that was cut off is done again.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,test]"
-	# torchvision is built for CUDA on the package index: beside a CPU torch its operators do not load, and transformers
-	# imports it where it sees it. So only the tests of detection and of timm look into this folder; without it they skip.
-	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps --target $(VENV)/torchvision torchvision pycocotools timm
+	# Does the index's torchvision fit this torch? Beside a torch from elsewhere its operators do not load, and transformers
+	# imports it where it sees it. So it is tried in a folder beside the environment, and stays there where it does not fit:
+	# only the tests of detection, timm and controlnet-aux look into it. Without it they skip.
+	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps --target $(VENV)/torchvision \
+		torchvision pycocotools timm controlnet-aux einops
+	if $(BIN)/python tests/helpers/torchvision_ops.py; then \
+		$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,video,detection,test]" timm && \
+		rm -rf $(VENV)/torchvision; \
+	fi
 	@touch $@
 
 demo: $(VENV)/.complete
@@ -27,6 +34,9 @@ demo: $(VENV)/.complete
 
 test: $(VENV)/.complete
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS)
+
+test-oldest test-newest:
+	PYTHON=$(PYTHON) tests/versions.sh $(@:test-%=%)
 
 tables: $(VENV)/.complete
 	$(BIN)/python -m benchmarks.tables $(TABLES_FLAGS)
@@ -41,4 +51,4 @@ format: $(VENV)/.complete
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache demo
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache demo

@@ -12,7 +12,7 @@ import re
 from .errors import AiluRusError
 
 # The oldest releases that the whole suite has passed with, as pyproject.toml declares them (constraints-oldest.txt).
-OLDEST = {"torch": "2.11", "transformers": "5.9", "diffusers": "0.39", "accelerate": "1.13"}
+OLDEST = {"torch": "2.11", "transformers": "5.17", "diffusers": "0.39", "accelerate": "1.13"}
 
 
 class VersionError(AiluRusError, ImportError):

@@ -4,7 +4,8 @@ They do not where torchvision was built for another torch than the one that is t
 then the bare import fails. Mask R-CNN needs two of them: roi_align has a Python form in torchvision, which it takes by
 itself where operators are missing, and non-maximum suppression is written out here.
 
-`make` keeps torchvision in a folder of its own, beside the environment: in it, transformers would import it too.
+`make` keeps such a torchvision in a folder of its own, beside the environment: in it, transformers would import it too.
+Run as a script, this file tells whether the one in that folder fits, by its exit code.
 """
 
 import importlib.util
@@ -40,10 +41,17 @@ def prepare() -> bool:
         return False
     if "torchvision" in sys.modules:
         return True
-    try:
-        torch.ops.load_library(next(Path(spec.origin).parent.glob("_C*.so")))
-    except (OSError, StopIteration):
+    if not operators_load(Path(spec.origin).parent):
         _define_operators()
+    return True
+
+
+def operators_load(package: Path) -> bool:
+    """Whether the compiled operators of a torchvision are of this torch's build."""
+    try:
+        torch.ops.load_library(next(package.glob("_C*.so")))
+    except (OSError, StopIteration):
+        return False
     return True
 
 
@@ -72,3 +80,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         if kept[i]:
             kept &= ~overlaps[i]
     return order[kept]
+
+
+if __name__ == "__main__":
+    sys.exit(not operators_load(FOLDER / "torchvision"))
