@@ -20,7 +20,7 @@ class VersionError(AiluRusError, ImportError):
 
 
 def installed_version(distribution: str) -> str | None:
-    """The installed version, None where there is none; torch's with its build, which its metadata leaves out (2.14.1+cu130)."""
+    """The installed version or None; torch's with its build, which its metadata leaves out (2.14.1+cu130)."""
     if distribution == "torch":
         import torch
 
@@ -65,8 +65,9 @@ def torchvision_advice(error: BaseException) -> str:
     reason = str(error).strip().splitlines()[0]
     # torchvision 0.(n + 15) is built for torch 2.n.
     return (
-        f"torchvision {installed_version('torchvision')} was not built for torch {torch_version} ({reason}): install the "
-        f'torchvision of the same build ({build}) from where torch came from: pip install "torchvision==0.{minor + 15}.*"'
+        f"torchvision {installed_version('torchvision')} was not built for torch {torch_version} ({reason}): install "
+        f"the torchvision of the same build ({build}) from where torch came from: "
+        f'pip install "torchvision==0.{minor + 15}.*"'
         + (" --index-url https://download.pytorch.org/whl/cpu" if build == "cpu" else "")
     )
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(code: str, *folders: Path) -> str:
-    """Runs code in a fresh interpreter that sees `folders` before all else; returns the last line of what it printed."""
+    """The last line that code prints in a fresh interpreter, which sees `folders` before all else."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT)))}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
     return (done.stdout + done.stderr).strip().splitlines()[-1]

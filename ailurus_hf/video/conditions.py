@@ -1,7 +1,7 @@
 """Condition pictures for a ControlNet, drawn from a clip's frames: canny here, the others by controlnet_aux.
 
-Canny needs no weights. The detectors of controlnet_aux load theirs by their own `from_pretrained`, and need a torchvision
-built for the torch that is installed.
+Canny needs no weights. The detectors of controlnet_aux load theirs by their own `from_pretrained`, and need a
+torchvision built for the torch that is installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers that hand nothing on to their attention, which would take a bias (DINOv2 up to transformers 5.17): it passes by them."""
+"""Layers that hand nothing on to their attention, which takes a bias (DINOv2 up to transformers 5.17): it passes by."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Layers that hand nothing on to their attention, as DINOv2's up to transformers 5.17: reduced as those that do.
 
-With gradient checkpointing they are tested in test_behaviors.py where transformers is that old: its layers then run their
-hooks once more, today's do not.
+With gradient checkpointing they are tested in test_behaviors.py where transformers is that old: its layers then run
+their hooks once more, today's do not.
 """
 
 import pytest
