@@ -14,6 +14,7 @@ OURS = [
 # Each part may import those of the lines above its own, and itself. Parts of one line do not know each other.
 LAYERS = [
     ("errors",),
+    ("versions",),
     ("checks", "choices", "extras", "grid_cache", "hooks", "per_thread", "precision", "profiling"),
     ("clusters", "config_base", "images", "presets"),
     ("config", "status"),

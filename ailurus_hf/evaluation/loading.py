@@ -175,9 +175,8 @@ def load_model(
     """
     target = choose_device(device)  # what can be wrong at once is told before anything slow
     transformers = require("transformers", "vision")
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see segmenter/__init__.py
-
-    from .. import segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
+    # Importing segmenter registers Segmenter with the Auto classes.
+    from ..segmenter.image_processing_segmenter import AutoImageProcessor
 
     # Errors are told in one line; the libraries' own warnings, and bars nobody watches, would stand around it.
     transformers.logging.set_verbosity_error()

@@ -8,12 +8,10 @@ check_versions("torch", "transformers")
 with needs_extra("vision", "ailurus_hf.segmenter"):
     from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-    # Up to 5.17 transformers hides it where torchvision is missing, which it does not need.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     from .configuration_segmenter import SegmenterConfig
     from .convert import convert_segmenter_checkpoint
     from .image_processing_segmenter import (
+        AutoImageProcessor,
         SegmenterImageProcessor,
         first_window,
         sliding_window_logits,

@@ -20,6 +20,9 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.modeling_outputs import SemanticSegmenterOutput
+
+# Up to 5.17 transformers itself hides this class where torchvision is missing, which it does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor as AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from ..images import Image, by, check_enlarged, to_8_bits
