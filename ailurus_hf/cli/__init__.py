@@ -16,10 +16,12 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+from .. import __version__
 from ..errors import AiluRusError
 
 MAX_ERROR_LENGTH = 500
@@ -58,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see above; 130, 141 and 143 after an interrupt, a closed pipe and a SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser(argv[:1]).parse_args(argv)
+    parser = build_parser(argv[:1])
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        parser.error(f"no command {argv[0]!r}: {hint}")
+    args = parser.parse_args(argv)
     try:
         with _terminated_by_exception():
             code: int = args.run(args)
@@ -84,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     """The parser of all commands; only those of `commands` have their arguments, which takes importing their files."""
     parser = _Parser(prog="ailurus-hf", description="AiluRus token reduction for Hugging Face vision transformers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help)

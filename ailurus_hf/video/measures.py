@@ -97,7 +97,7 @@ def _check(frames: Frames, others: Frames) -> None:
     for number, (frame, other) in enumerate(zip(frames, others)):
         if frame.size != other.size:
             (width, height), (other_width, other_height) = frame.size, other.size
-            raise AiluRusError(f"frame {number} is {width}×{height}, its fellow {other_width}×{other_height}")
+            raise AiluRusError(f"frame {number} is {width}×{height}, the other {other_width}×{other_height}")
 
 
 def _colors(frame: Image.Image) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from ailurus_hf import TokenClusters, register_clustering
+from ailurus_hf import TokenClusters, __version__, register_clustering
 from ailurus_hf.choices import CLUSTERING_CLASSES
 from ailurus_hf.cli import build_parser, main, video
 from ailurus_hf.cli.arguments import given_clustering, load
@@ -140,3 +140,19 @@ def test_nothing_in_the_library_imports_the_command_line() -> None:
         if "cli" not in path.parts:
             source = path.read_text()
             assert not any(word in source for word in ("from ..cli", "from .cli", "ailurus_hf.cli")), path
+
+
+@pytest.mark.parametrize(
+    ("word", "told"), [("segmnt", "did you mean segment?"), ("clasify", "did you mean classify?"), ("xyz", "there are")]
+)
+def test_a_command_that_is_not_there(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([word, "x.jpg"])
+    told_line = capsys.readouterr().err
+    assert exit.value.code == 2 and told in told_line and told_line.count("\n") == 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"ailurus-hf {__version__}\n"

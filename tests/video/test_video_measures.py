@@ -111,7 +111,7 @@ def test_clips_that_do_not_fit_are_refused() -> None:
     for measure in (psnr, ssim):
         with pytest.raises(AiluRusError, match="got 1 and 2"):
             measure([gray(0)], [gray(0)] * 2)
-        with pytest.raises(AiluRusError, match="frame 1 is 16×16, its fellow 16×17"):
+        with pytest.raises(AiluRusError, match="frame 1 is 16×16, the other 16×17"):
             measure([gray(0)] * 2, [gray(0), gray(0, (16, 17))])
         with pytest.raises(AiluRusError, match="got 0 and 0"):
             measure([], [])
