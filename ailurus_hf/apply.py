@@ -24,7 +24,7 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
         SD3, Flux or Wan transformer; it is changed in place and returned. Applying again replaces.
     config, config_fields: an `AiluRusConfig` (for diffusers an `AiluRusDiffusionConfig`), or its fields, or both (the
-        fields win); with neither, the settings that a transformers model was saved with.
+        fields win); with neither, the settings that the model, or the networks of the pipeline, were saved with.
     Raises UnsupportedModelError where nothing in the target can be reduced, AiluRusError on wrong settings; the target
     is then as it was.
 
@@ -36,8 +36,11 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     """
     installation = _installation(target)
     kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
-    if config is None and not config_fields and kind is AiluRusConfig:
-        config = installation.saved_config(target)
+    if config is None and not config_fields:
+        if kind is AiluRusConfig:
+            config = installation.saved_config(target)
+        elif installation.install_saved(target):
+            return target
     installation.install(target, _combined(kind, config, config_fields))
     return target
 

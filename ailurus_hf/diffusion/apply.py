@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,13 +13,17 @@ from torch import nn
 from ..clustering import ClusterFunction, get_clustering
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
-from .networks import declaration_of, find_networks
+from .backend import modules_of
+from .networks import declaration_of, find_networks, parts_left_whole
 from .reducer import ATTRIBUTE, NetworkReducer, reducers_of
+from .saved import clear_settings, saved_settings, write_settings
 from .status import status
 from .transformer import TransformerReducer
 from .unet import UNetReducer
 
-__all__ = ["denoising", "install", "reducers_of", "status", "uninstall"]
+log = logging.getLogger(__name__)
+
+__all__ = ["denoising", "install", "install_saved", "reducers_of", "status", "uninstall"]
 
 
 def install(target: Any, config: AiluRusDiffusionConfig, clustering: ClusterFunction | None = None) -> None:
@@ -34,26 +39,57 @@ def install(target: Any, config: AiluRusDiffusionConfig, clustering: ClusterFunc
             f"unreduced_last_steps={config.unreduced_last_steps} needs a pipeline, which knows how many steps there "
             f"are: apply it to the pipeline, got {type(target).__name__}"
         )
-    cluster = partial(get_clustering(clustering or config.clustering), check_finite=config.check_finite)
-    reducers = [_reducer(network, config, cluster) for network in find_networks(target)]
+    _install(target, dict.fromkeys(find_networks(target), config), clustering)
+
+
+def install_saved(target: Any) -> bool:
+    """Reduces the networks whose config has settings, each by its own; whether there was any."""
+    saved = {network: saved_settings(network) for network in find_networks(target)}
+    settings = {network: config for network, config in saved.items() if config is not None}
+    if settings:
+        _install(target, settings)
+    return bool(settings)
+
+
+def _install(
+    target: Any, settings: dict[nn.Module, AiluRusDiffusionConfig], clustering: ClusterFunction | None = None
+) -> None:
+    _refuse_in_forward(target)
+    reducers = [_reducer(network, config, clustering) for network, config in settings.items()]
     uninstall(target)
     for reducer in reducers:
         reducer.install()
         setattr(reducer.network, ATTRIBUTE, reducer)
+        write_settings(reducer.network, reducer.config)
+    for name, part in parts_left_whole(target):
+        log.warning("%s is left whole: a %s is no network that AiluRus can reduce", name, type(part).__name__)
 
 
-def _reducer(network: nn.Module, config: AiluRusDiffusionConfig, clustering: ClusterFunction) -> NetworkReducer:
+def _reducer(network: nn.Module, config: AiluRusDiffusionConfig, clustering: ClusterFunction | None) -> NetworkReducer:
     declared = declaration_of(network)
     assert declared is not None
     kind = UNetReducer if declared.layout == "maps" else TransformerReducer
-    return kind(network, declared, config, clustering)
+    chosen = get_clustering(clustering or config.clustering)
+    return kind(network, declared, config, partial(chosen, check_finite=config.check_finite))
+
+
+def _refuse_in_forward(target: Any) -> None:
+    for _, reducer in reducers_of(target):
+        if reducer.is_in_forward():
+            raise AiluRusError(
+                f"{type(reducer.network).__name__} is in a forward: switch AiluRus on and off between forwards"
+            )
 
 
 def uninstall(target: Any) -> None:
     """Takes every reduction off `target` and its parts; nothing to do is no error."""
+    _refuse_in_forward(target)
     for _, reducer in reducers_of(target):
         reducer.remove()
         delattr(reducer.network, ATTRIBUTE)
+    for _, part in modules_of(target):
+        for module in part.modules():
+            clear_settings(module)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.attention_processor import (
+    Attention,
     AttnProcessor,
     AttnProcessor2_0,
     CustomDiffusionAttnProcessor,
@@ -20,6 +21,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 from ..attention import biased_attention, with_extra_channel
+from ..errors import UnsupportedModelError
 
 # Processors of self-attention that run the whole batch and take a bias on the keys as the attention mask.
 PLAIN_PROCESSORS = (
@@ -34,11 +36,18 @@ PLAIN_PROCESSORS = (
 )
 
 
+def is_attention(layer: Any) -> bool:
+    """Whether a layer is diffusers' `Attention`, whose parts AiluRusProcessor knows."""
+    return isinstance(layer, Attention)
+
+
 def modules_of(target: Any) -> list[tuple[str, nn.Module]]:
     """The modules of a pipeline with their names, or the module itself, without one."""
     if isinstance(target, DiffusionPipeline):
         pipeline: Any = target
         return [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+    if not isinstance(target, nn.Module):
+        raise UnsupportedModelError(f"{type(target).__name__} is no network: give a diffusers pipeline or network")
     return [("", target)]
 
 

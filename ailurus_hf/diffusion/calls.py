@@ -61,7 +61,6 @@ def calling_pipeline() -> DiffusionPipeline | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if not _is_plumbing(frame):
-            # The callers of a method that a pipeline inherits from outside diffusers are no pipelines either.
             owner = _first_argument(frame)
             if isinstance(owner, DiffusionPipeline):
                 return owner
@@ -69,6 +68,27 @@ def calling_pipeline() -> DiffusionPipeline | None:
                 return None
         frame = frame.f_back
     return None
+
+
+def is_running(network: nn.Module) -> bool:
+    """Whether this thread is in a call of the network."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and _first_argument(frame) is network:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def running_network() -> nn.Module | None:
+    """The outermost module with a config that this thread is in a call of, for what errors say."""
+    found, frame = None, sys._getframe(1).f_back
+    while frame is not None:
+        owner = _first_argument(frame)
+        if isinstance(owner, nn.Module) and hasattr(owner, "register_to_config"):
+            found = owner
+        frame = frame.f_back
+    return found
 
 
 def _is_plumbing(frame: FrameType) -> bool:

@@ -67,6 +67,7 @@ class ForwardState:
         stack: the stack that is running reduced, None elsewhere.
         most_unreduced: tokens of the largest grid that ran unreduced for its size.
         recomputing: whether a gradient checkpoint runs a part of the forward again.
+        traced: whether the compiler traces the whole forward.
     """
 
     latent_side: int
@@ -76,6 +77,7 @@ class ForwardState:
     stack: StackState | None = None
     most_unreduced: int = 0
     recomputing: bool = False
+    traced: bool = False
 
     def at_this_point(self) -> ForwardState:
         """A copy to run the next block again from, as often as need be."""
@@ -95,9 +97,9 @@ class Forwards:
         return self._states.get()
 
     @property
-    def running(self) -> bool:
-        """Whether any thread is in a forward."""
-        return self._states.get() is not None or self._states.is_busy_elsewhere()
+    def running_elsewhere(self) -> bool:
+        """Whether another thread is in a forward."""
+        return self._states.is_busy_elsewhere()
 
     def begin(self, state: ForwardState) -> None:
         """This thread enters the network."""

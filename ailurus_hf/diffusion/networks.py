@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
+    DiffusionPipeline,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -127,7 +129,7 @@ for _declaration in (
     DiffusionNetwork(DiTTransformer2DModel),
     DiffusionNetwork(
         SD3Transformer2DModel,
-        grid=lambda: LatentGrid(kwargs=JOINT_KWARGS),
+        grid=partial(LatentGrid, kwargs=JOINT_KWARGS),
         token_order=IMAGE_FIRST,
         attention=OwnProcessor(),
         unmerge_before="norm_out",
@@ -147,7 +149,7 @@ for _declaration in (
     DiffusionNetwork(
         WanTransformer3DModel,
         blocks=("blocks",),
-        grid=lambda: LatentGrid(axes=3, kwargs="attention_kwargs"),
+        grid=partial(LatentGrid, axes=3, kwargs="attention_kwargs"),
         attention=OwnProcessor(WanProcessor, (WanAttnProcessor,), "attention_kwargs", rotary_of_centroids),
         unmerge_before="norm_out",
         refuses=refuse_timesteps_of_tokens,
@@ -156,6 +158,9 @@ for _declaration in (
     ),
 ):
     register_network(_declaration)
+
+# Parts of pipelines whose attention is not over latents: motion modules, which are in the UNet, too.
+NO_LATENTS = ("MotionAdapter",)
 
 # Why the better known of the others are refused, by their class.
 REFUSED = {
@@ -166,6 +171,26 @@ REFUSED = {
 def declaration_of(module: nn.Module) -> DiffusionNetwork | None:
     """The declaration of a module's class, or of the nearest class it derives from; None where there is none."""
     return next((_DECLARED[base] for base in type(module).__mro__ if base in _DECLARED), None)
+
+
+def parts_left_whole(target: Any) -> list[tuple[str, nn.Module]]:
+    """The parts of a pipeline that have attention over latents and no declaration, such as some ControlNets."""
+    if not isinstance(target, DiffusionPipeline):
+        return []
+    return [found for name, part in modules_of(target) for found in _undeclared(name, part)]
+
+
+def _undeclared(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    if declaration_of(module) is not None or not hasattr(module, "register_to_config"):
+        return []
+    if any(declaration_of(part) is not None for part in module.modules()):
+        # A list of ControlNets.
+        children = ((f"{name}.{path}", part) for path, part in module.named_modules() if path)
+        return [found for path, part in children for found in _undeclared(path, part)]
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if ".autoencoders." in kind or kind.endswith(NO_LATENTS):
+        return []
+    return [(name, module)] if any(hasattr(part, "set_processor") for part in module.modules()) else []
 
 
 def find_networks(target: Any) -> list[nn.Module]:

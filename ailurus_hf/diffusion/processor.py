@@ -8,11 +8,14 @@ shares assignments.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ..clustering import get_clustering
@@ -20,10 +23,14 @@ from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..config_base import refuse_moved_fields
 from ..errors import AiluRusError, UnsupportedModelError
-from .backend import attend
+from ..status import Record
+from .backend import attend, is_attention
+from .calls import running_network
 from .cluster_tokens import cluster_tokens
 from .frames import JointClusters
 from .rebuildable import RebuildableProcessor
+
+log = logging.getLogger(__name__)
 
 
 class Assigned(NamedTuple):
@@ -53,15 +60,38 @@ class OwnClusters:
 
     def __init__(self, config: AiluRusDiffusionConfig, grid: tuple[int, int] | None) -> None:
         self.config, self.grid = config, grid
+        self.records: WeakKeyDictionary[nn.Module, Record] = WeakKeyDictionary()
+        self._reduced = self._warned = False
         self.clustering = partial(get_clustering(config.clustering), check_finite=config.check_finite)
+
+    def __reduce__(self) -> tuple:
+        # Records are of the layers of this network, and not of a copy's.
+        return OwnClusters, (self.config, self.grid)
 
     def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
         num_tokens = tokens.shape[1]
         num_clusters = self.config.clusters_for(num_tokens, level=1)
         if num_clusters == num_tokens:
+            if not torch.compiler.is_compiling():
+                self._note_unreduced(layer, num_tokens)
             return None
-        clusters = cluster_tokens(self.clustering, tokens, self.grid_of(num_tokens), num_clusters)
+        grid = self.grid_of(num_tokens)
+        clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters)
+        if not torch.compiler.is_compiling():
+            self._reduced = True
+            self.records.setdefault(layer, Record()).reduced(num_tokens, num_clusters, clusters, grid)
         return Assigned(clusters, self.config.merges_queries(1))
+
+    def _note_unreduced(self, layer: nn.Module, num_tokens: int) -> None:
+        self.records.setdefault(layer, Record()).unreduced(num_tokens)
+        # The first layers of a network are those of its largest grid.
+        if not self._reduced and not self._warned and self.config.keep_ratio != 1:
+            self._warned = True
+            log.warning(
+                "AiluRusProcessor: self-attention of %d tokens runs on all of them, as min_tokens=%d",
+                num_tokens,
+                self.config.min_tokens,
+            )
 
     def grid_of(self, num_tokens: int) -> tuple[int, int]:
         """The grid of so many tokens."""
@@ -78,6 +108,36 @@ class OwnClusters:
         if math.prod(grid) != num_tokens:
             raise AiluRusError(f"no level of latents of {self.grid} has {num_tokens} tokens: give their grid=(H, W)")
         return grid
+
+
+def _checked(grid: Any) -> tuple[int, int]:
+    sides = tuple(grid) if isinstance(grid, Sequence) else ()
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise AiluRusError(f"grid must be (H, W) with whole sides of at least 1, got {grid!r}")
+    return sides[0], sides[1]
+
+
+def _refuse_other_kinds(layer: Any, text: Any, rotary: tuple) -> None:
+    """Raises UnsupportedModelError on a layer whose attention the processor would change in other ways, too."""
+    if not is_attention(layer):
+        reason = f"{type(layer).__name__} is no Attention of diffusers' UNets"
+    elif layer.added_kv_proj_dim is not None:
+        reason = "its attention is over image and added text keys at once"
+    elif any(part is not None for part in rotary):
+        reason = "its attention has rotary embeddings"
+    elif isinstance(text, tuple):
+        raise UnsupportedModelError(
+            "AiluRusProcessor knows no image prompts (IP-Adapter): set it on attn1 layers alone, attn2 needs its own"
+        )
+    elif text is not None and not layer.is_cross_attention:
+        reason = "its attention is over image and text at once"
+    else:
+        return
+    network = running_network()
+    raise UnsupportedModelError(
+        f"AiluRusProcessor does not fit {'this network' if network is None else type(network).__name__}: {reason}. Use "
+        "apply_ailurus, which refuses or knows it; AiluRusProcessor is for layers whose self-attention stands alone"
+    )
 
 
 class AiluRusProcessor(RebuildableProcessor):
@@ -112,11 +172,9 @@ class AiluRusProcessor(RebuildableProcessor):
         unknown = sorted(set(config_fields) - set(self.FIELDS))
         if unknown:
             raise AiluRusError(f"AiluRusProcessor has no fields {unknown}; it has grid, {', '.join(self.FIELDS)}")
-        if grid is not None and (len(grid) != 2 or min(grid) < 1):
-            raise AiluRusError(f"grid must be (H, W) with sides of at least 1, got {tuple(grid)}")
         if source is None:
             config = AiluRusDiffusionConfig(keep_ratio=keep_ratio, scope="attention", **config_fields)
-            source = OwnClusters(config, None if grid is None else (int(grid[0]), int(grid[1])))
+            source = OwnClusters(config, None if grid is None else _checked(grid))
         self.source = source
 
     @property
@@ -131,14 +189,20 @@ class AiluRusProcessor(RebuildableProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        rotary_emb: Any = None,
+        query_rotary_emb: Any = None,
     ) -> Tensor:
-        """hidden_states: Tensor[B, N, C] or [B, C, H, W]; the result has its shape. Unreduced under a mask."""
-        if attn.added_kv_proj_dim is not None:
-            raise UnsupportedModelError(
-                "a processor alone cannot reduce attention over image and added text keys at once: use apply_ailurus "
-                "for "
-                "SD3 and Flux, and AiluRusProcessor on layers whose self-attention stands alone"
-            )
+        """Attention as the layer calls it.
+
+        Args:
+            hidden_states: Tensor[B, N, C] or [B, C, H, W]; the result has its shape.
+            attention_mask: on self-attention, the layer runs on all tokens.
+
+        Raises:
+            UnsupportedModelError: the layer is of another kind: with rotary embeddings, or joint attention.
+        """
+        _refuse_other_kinds(attn, encoder_hidden_states, (image_rotary_emb, rotary_emb, query_rotary_emb))
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)

@@ -46,11 +46,12 @@ class RebuildableProcessor(metaclass=_OneForEach):
 
 
 def _bound(written: type[Processor], args: tuple, kwargs: dict[str, Any]) -> type[Processor]:
-    """A subclass that holds the arguments; what it is called with wins over them."""
+    """A subclass that takes these arguments where it is called without any."""
 
     def initialize(self: Any, *given: Any, **named: Any) -> None:
-        own, own_named = type(self)._made_with
-        written.__init__(self, *(given or own), **({**own_named, **named} if not given else named))
+        if not given and not named:
+            given, named = type(self)._made_with
+        written.__init__(self, *given, **named)
 
     fields: dict[str, Any] = {
         "__init__": initialize,

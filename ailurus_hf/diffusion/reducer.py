@@ -22,10 +22,11 @@ from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
 from ..status import Record
 from .backend import PLAIN_PROCESSORS, modules_of
-from .calls import NetworkCall, argument_names
+from .calls import NetworkCall, argument_names, is_running
 from .checkpointing import drop_state_in_checkpoints
 from .clock import Clock
 from .cluster_tokens import cluster_tokens
+from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import Clusters, Forwards, ForwardState, StackState
 from .frames import Frames, JointClusters
 from .networks import DiffusionNetwork
@@ -101,6 +102,11 @@ class NetworkReducer:
                 layer.set_processor(self.previous_processors[name])
         log.debug("%s: no longer reduced", type(self.network).__name__)
 
+    def is_in_forward(self) -> bool:
+        """Whether another thread is in a forward of the network, or this one."""
+        # An interrupt from the keyboard leaves the state of a forward that is over.
+        return self.forwards.running_elsewhere or (self.forwards.current is not None and is_running(self.network))
+
     def first_reduced(self, stack: Stack) -> int:
         """Which of its blocks is the first on representatives."""
         return 0 if stack.on_maps else self.config.cluster_location
@@ -158,7 +164,8 @@ class NetworkReducer:
         frames = frames_of(self.stacks[0])
         tick = self.clock.tick(call, self.declared.guides_by_halves, None if frames is None else frames.numbers)
         side = max(call.latents.shape[-2:])
-        self.forwards.begin(ForwardState(side, tick.reduce, tick.share_cfg, tick.assignments))
+        traced = torch.compiler.is_compiling()
+        self.forwards.begin(ForwardState(side, tick.reduce, tick.share_cfg, tick.assignments, traced=traced))
 
     def end(self, network: nn.Module, args: tuple, output: Any) -> None:
         """After the network's forward, also where it raised; then there is no output."""
@@ -233,6 +240,7 @@ class NetworkReducer:
             cluster_tokens(self.clustering, joined, (count, *grid), count * num_clusters, share_halves), count
         )
 
+    @eager_in_compiled_blocks
     def assigned(self, tokens: Tensor) -> Assigned | None:
         """For a layer of self-attention that gets Tensor[B, N, C]; None where it runs unreduced."""
         forward = self.running()

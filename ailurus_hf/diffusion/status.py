@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..status import LocationStatus, Status
+from ..status import LocationStatus, Record, Status
 from .backend import modules_of
 from .flops import TEXT_TOKENS, projection_flops
-from .processor import AiluRusProcessor
+from .networks import parts_left_whole
+from .processor import AiluRusProcessor, OwnClusters
 from .reducer import NetworkReducer, reducers_of
 from .stacks import Stack, self_attentions
 
@@ -22,6 +23,9 @@ def status(target: Any) -> Status:
         for path, reducer in found
         for number, stack in enumerate(reducer.stacks)
     ]
+    for part, module in parts_left_whole(target):
+        restored = f"left whole: {type(module).__name__} is not supported"
+        locations.append(LocationStatus(part, 0, restored, None, None, 0, 0, None, None))
     records = [
         record for _, reducer in found for record in reducer.records.values() if record.last_clusters is not None
     ]
@@ -73,14 +77,29 @@ def _flops(
 
 
 def _status_of_processors(target: Any) -> Status:
-    """Processors that `set_attn_processor` put there."""
-    on = [
-        (".".join(filter(None, (part, path))), module.processor)
+    """Processors that `set_attn_processor` put there, a row for each layer of self-attention."""
+    layers: list[tuple[str, Any]] = [
+        (".".join(filter(None, (part, path))), module)
         for part, root in modules_of(target)
         for path, module in root.named_modules()
-        if isinstance(getattr(module, "processor", None), AiluRusProcessor) and not module.is_cross_attention
+        if isinstance(getattr(module, "processor", None), AiluRusProcessor)
+        and not getattr(module, "is_cross_attention", False)
     ]
-    config = on[0][1].config.to_dict() if on else None
+    records = [_record(layer) for _, layer in layers]
     restored = "after self-attention (copy)"
-    locations = [LocationStatus(path, n, restored, None, None, 0, 0, None, None) for n, (path, _) in enumerate(on)]
-    return Status(type(target).__name__, config, locations)
+    last = max(records, key=lambda record: record.last_tokens or 0, default=None)
+    return Status(
+        type(target).__name__,
+        layers[0][1].processor.config.to_dict() if layers else None,
+        [
+            record.location_status(path, number, restored, None, None)
+            for number, ((path, _), record) in enumerate(zip(layers, records, strict=True))
+        ],
+        None if last is None else last.last_clusters,
+        None if last is None else last.last_grid,
+    )
+
+
+def _record(layer: Any) -> Record:
+    source = layer.processor.source
+    return (source.records.get(layer) if isinstance(source, OwnClusters) else None) or Record()

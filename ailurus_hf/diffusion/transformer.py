@@ -21,6 +21,7 @@ from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError, UnsupportedModelError
 from .calls import NetworkCall, with_argument
 from .checkpointing import keep_state_in_checkpoints
+from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import StackState
 from .joint import JointProcessor, JointReduction
 from .networks import DiffusionNetwork, OwnProcessor
@@ -173,6 +174,7 @@ class TransformerReducer(NetworkReducer):
 
     # Around the blocks
 
+    @eager_in_compiled_blocks
     def enter_block(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before a block: merges at the first one, and hands on the bias to those that take it as a mask."""
         forward = self.running()
@@ -201,11 +203,13 @@ class TransformerReducer(NetworkReducer):
         assert running.call is not None and isinstance(running.clusters, TokenClusters)
         return rotary(running.call, running.clusters, running.grid)
 
+    @eager_in_compiled_blocks
     def unmerge_after(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         forward = self.running()
         running, forward.stack = forward.stack, None
         return None if running is None or running.clusters is None else self.unmerged(running, output)
 
+    @eager_in_compiled_blocks
     def unmerge_before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         forward = self.running()
         running, forward.stack = forward.stack, None
@@ -216,6 +220,7 @@ class TransformerReducer(NetworkReducer):
 
     # For the processor
 
+    @eager_in_compiled_blocks
     def joint_reduction(self, tokens: Tensor) -> JointReduction | None:
         """How a layer of joint attention is reduced that gets Tensor[B, L, C]; None where it runs as it is."""
         running = self.running().stack

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import AiluRusError
 from .calls import NetworkCall, with_argument
 from .checkpointing import keep_state_in_checkpoints
+from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState
 from .reducer import NetworkReducer, key_bias, takes_mask
 from .stacks import BLOCK_MASK_POSITION, Stack, self_attentions
@@ -59,6 +60,7 @@ class UNetReducer(NetworkReducer):
 
     # Around a stack
 
+    @eager_in_compiled_blocks
     def arrive(self, stack: Stack, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before a stack: what is to be done with it."""
         forward = self.running()
@@ -99,6 +101,7 @@ class UNetReducer(NetworkReducer):
         forward.stack = running
         return self._merge_map(forward, running, hidden_states, args, kwargs) if self._merges_maps(stack) else None
 
+    @eager_in_compiled_blocks
     def depart(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After a stack, also where it raised."""
         if (forward := self.forwards.current) is not None:
@@ -113,6 +116,7 @@ class UNetReducer(NetworkReducer):
 
     # projections="all"
 
+    @eager_in_compiled_blocks
     def merge_tokens(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         forward = self.running()
         running = forward.stack
@@ -123,12 +127,14 @@ class UNetReducer(NetworkReducer):
         running.key_bias = key_bias(running.clusters, tokens)
         return with_argument(args, kwargs, 0, "hidden_states", representatives)
 
+    @eager_in_compiled_blocks
     def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         running = self.running().stack
         if running is None or running.key_bias is None:
             return None
         return with_argument(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", running.key_bias)
 
+    @eager_in_compiled_blocks
     def unmerge_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         running = self.running().stack
         return None if running is None or running.clusters is None else self.unmerged(running, output)
@@ -147,12 +153,14 @@ class UNetReducer(NetworkReducer):
         args, kwargs = with_argument(args, kwargs, 0, "hidden_states", zeros)
         return with_argument(args, kwargs, running.stack.mask_position, "attention_mask", running.key_bias)
 
+    @eager_in_compiled_blocks
     def give_merged_map(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         forward = self.forwards.current
         running = None if forward is None else forward.stack
         # `_merge_map` calls the norm itself, before there is anything to give.
         return None if running is None or running.key_bias is None else running.start
 
+    @eager_in_compiled_blocks
     def unmerge_map(self, module: nn.Module, args: tuple, output: Any) -> Any:
         running = self.running().stack
         if running is None or running.clusters is None or running.kept is None:

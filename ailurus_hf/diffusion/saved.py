@@ -1,0 +1,32 @@
+"""Settings that travel with a network: in its config, which `save_pretrained` writes and `from_pretrained` reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..config import AiluRusDiffusionConfig
+
+CONFIG_KEY = "ailurus_config"
+
+
+def write_settings(network: nn.Module, config: AiluRusDiffusionConfig) -> None:
+    """Writes the settings into the network's config. Where AiluRus is not used, diffusers keeps them and goes on."""
+    owner: Any = network
+    if hasattr(owner, "register_to_config"):
+        owner.register_to_config(**{CONFIG_KEY: config.to_dict()})
+
+
+def clear_settings(network: nn.Module) -> None:
+    """Takes the settings out of the network's config."""
+    owner: Any = network
+    fields = vars(owner).get("_internal_dict")
+    if fields is not None and CONFIG_KEY in fields:
+        owner._internal_dict = type(fields)({name: value for name, value in fields.items() if name != CONFIG_KEY})
+
+
+def saved_settings(network: nn.Module) -> AiluRusDiffusionConfig | None:
+    """The settings in a network's config, None where there are none."""
+    fields = (vars(network).get("_internal_dict") or {}).get(CONFIG_KEY)
+    return None if fields is None else AiluRusDiffusionConfig.from_dict(fields)
