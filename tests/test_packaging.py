@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import ailurus_hf
 from ailurus_hf.cli.doctor import EXTRAS
@@ -61,6 +62,68 @@ def test_an_installed_wheel_imports_with_its_pipelines_and_command(wheel: Path, 
     assert name == "ailurus_hf.pipelines"
     command = (tmp_path / "site/bin/ailurus-hf").read_text()
     assert "from ailurus_hf.cli import main" in command
+
+
+# What torch and numpy import, and nothing that an extra installs.
+ALONE = ("torch", "torchgen", "functorch", "numpy", "numpy.libs", "typing_extensions.py", "sympy", "mpmath", "networkx")
+ALONE += ("jinja2", "markupsafe", "filelock", "fsspec", "triton", "nvidia")
+
+
+@pytest.fixture(scope="module")
+def empty_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that is all an interpreter sees: the installed wheel, torch and numpy."""
+    site = tmp_path_factory.mktemp("empty") / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target"]
+    subprocess.run([*install, str(site), str(wheel)], check=True, capture_output=True)
+    installed = Path(torch.__file__).parents[1]
+    for name in ALONE:
+        if (installed / name).exists():
+            (site / name).symlink_to(installed / name)
+    return site
+
+
+def in_empty_environment(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+    return subprocess.run([sys.executable, "-S", *command], cwd=site.parent, env=env, capture_output=True, text=True)
+
+
+def test_in_an_empty_environment_torch_is_enough_and_each_extra_is_named(empty_environment: Path) -> None:
+    code = """
+import importlib, torch, ailurus_hf
+ailurus_hf.spatial_density_peaks(torch.rand(1, 12, 4), (3, 4), 5)
+ailurus_hf.AiluRusConfig(cluster_location=1, num_clusters=4)
+for module, name in (
+    ("ailurus_hf", "AiluRusModel"),
+    ("ailurus_hf", "SegmenterConfig"),
+    ("ailurus_hf", "AiluRusProcessor"),
+    ("ailurus_hf.pipelines", "ControlVideoPipeline"),
+    ("ailurus_hf.detection", "mask_rcnn"),
+    ("ailurus_hf.video", "open_clip"),
+    ("ailurus_hf.visualization", "draw_assignment"),
+):
+    try:
+        getattr(importlib.import_module(module), name)
+        print(name, "is there")
+    except ImportError as error:
+        print(name, error)
+"""
+    done = in_empty_environment(empty_environment, "-c", code)
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(" ", 1) for line in done.stdout.strip().splitlines())
+    extras = {"AiluRusModel": "vision", "SegmenterConfig": "vision", "AiluRusProcessor": "diffusion"}
+    extras |= {"ControlVideoPipeline": "video", "open_clip": "video"}
+    for name, extra in extras.items():
+        assert told[name].endswith(f'pip install "ailurus-hf[{extra}]"'), told[name]
+    for name in told.keys() - extras.keys():
+        assert 'pip install "ailurus-hf[' in told[name], told[name]
+
+
+def test_in_an_empty_environment_doctor_tells_what_is_missing(empty_environment: Path) -> None:
+    done = in_empty_environment(empty_environment, str(empty_environment / "bin/ailurus-hf"), "doctor")
+    assert done.returncode == 0, done.stderr
+    for extra in EXTRAS:
+        assert f'pip install "ailurus-hf[{extra}]"' in done.stdout
+    assert f"torch                    {torch.__version__}" in done.stdout and "self-check not run" in done.stdout
 
 
 def test_an_editable_install_imports_the_pipelines_of_the_checkout(tmp_path: Path) -> None:
