@@ -126,6 +126,21 @@ def test_saved_and_loaded(tmp_path):
     torch.testing.assert_close(predict(loaded, x), reduced)
 
 
+def test_timms_own_method_is_reduced_and_its_loops_are_an_error():
+    model, x = make(kind="TimmWrapperModel"), images()
+    with torch.no_grad():
+        plain = model.timm_model.forward_features(x)
+        apply_ailurus(model, **REDUCED)
+        want = model(x).last_hidden_state
+        assert torch.equal(model.timm_model.forward_features(x), want) and not torch.equal(want, plain)
+        with pytest.raises(AiluRusError, match="was called outside of a forward of TimmWrapperModel"):
+            model.timm_model.forward_intermediates(x)
+        assert torch.equal(model(x).last_hidden_state, want)
+        remove_ailurus(model)
+        assert torch.equal(model.timm_model.forward_features(x), plain)
+    assert "forward_features" not in vars(model.timm_model)
+
+
 def test_compiles():
     model, x = apply_ailurus(make(), **REDUCED), images()
     want = predict(model, x)

@@ -85,6 +85,21 @@ def test_weights_that_accelerate_keeps_elsewhere(name):
 
 
 @each_model
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_what_accelerate_wraps_after_it_was_switched_on_stays_wrapped(name, unwrapped):
+    model, x = make(name), images()
+    plain, want = predict(model, x), predict(apply_ailurus(model, **REDUCED), x)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(predict(model, x), want)
+    if unwrapped:
+        accelerate.hooks.remove_hook_from_submodules(model)
+        assert torch.equal(predict(model, x), want)
+    remove_ailurus(model)
+    assert unwrapped != any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert torch.equal(predict(model, x), plain)
+
+
+@each_model
 def test_equals_the_plain_model_on_duplicated_tokens(name):
     model, x = make(name), blocky()
     with torch.no_grad():
