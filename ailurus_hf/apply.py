@@ -19,15 +19,24 @@ Config = AiluRusConfig | AiluRusDiffusionConfig
 
 
 def apply_ailurus(target: Target, config: Config | None = None, **config_fields: Any) -> Target:
-    """Runs a transformers model, or a diffusers pipeline, on representative tokens instead of all. No weights change.
+    """Switches token reduction on: later layers run on representative tokens instead of all. No weights change.
 
-    target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
-        SD3, Flux or Wan transformer; it is changed in place and returned. Applying again replaces.
-    config, config_fields: an `AiluRusConfig` (for diffusers an `AiluRusDiffusionConfig`), or its fields, or both (the
-        fields win); with neither, the settings that the model, or the networks of the pipeline, were saved with.
-    Raises UnsupportedModelError where nothing in the target can be reduced, AiluRusError on wrong settings; the target
-    is then as it was.
+    Args:
+        target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
+            SD3, Flux or Wan transformer. It is changed in place; to apply again replaces.
+        config: an `AiluRusConfig`, for diffusers an `AiluRusDiffusionConfig`. Without one, and without fields, the
+            settings that the model, or the networks of the pipeline, were saved with.
+        config_fields: fields of the config, which win over those of `config`.
 
+    Returns:
+        The target.
+
+    Raises:
+        UnsupportedModelError: nothing in the target can be reduced.
+        AiluRusError: the settings are wrong, or another thread is in the middle of a forward. The target is then as it
+            was.
+
+    Example:
         model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224")
         apply_ailurus(model, cluster_location=2, keep_ratio=0.5)
 
@@ -46,7 +55,20 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
 
 
 def remove_ailurus(target: Target) -> Target:
-    """Takes token reduction off: outputs are bit for bit those from before, and no hook or attribute is left."""
+    """Switches token reduction off.
+
+    Outputs are bit for bit those from before, and no hook, attribute or setting is left. From a copy of a model it
+    removes what is on the copy.
+
+    Args:
+        target: as for `apply_ailurus`; where nothing is on, nothing happens.
+
+    Returns:
+        The target.
+
+    Raises:
+        AiluRusError: another thread is in the middle of a forward.
+    """
     _installation(target).uninstall(target)
     return target
 
@@ -77,7 +99,15 @@ def ailurus_enabled(target: Target, config: Config | None = None, **config_field
 
 
 def ailurus_status(target: Any) -> Status:
-    """What is on, where, N → M in the last forward, how often it clustered and the FLOPs saved; prints as a table."""
+    """What is on and what the last forward did.
+
+    Args:
+        target: as for `apply_ailurus`.
+
+    Returns:
+        A `Status`, which prints as a table: where tokens are reduced, from how many to how many, how often they were
+        clustered, and the FLOPs saved. Its `to_dict()` is JSON.
+    """
     status: Status = _installation(target).status(target)
     return status
 

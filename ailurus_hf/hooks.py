@@ -49,7 +49,7 @@ class Hooks:
         self._undo.append(handle.remove)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute; what somebody else sets there later stays when this is undone."""
+        """Sets an attribute; undoing it leaves what another call has set there since."""
         change = _ReplacedAttribute(owner, name, value)
         change.install()
         self._undo.append(change.undo)

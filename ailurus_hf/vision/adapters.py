@@ -169,7 +169,7 @@ def follow_query_mask(arguments: dict[str, Any], state: ForwardState, reduction:
     return torch.cat([of_queries.to(bias.dtype), of_patches], 2)
 
 
-# Padding after the patches (SigLIP 2): nobody looks at it. The mask that says so is as long as all N patches.
+# Padding after the patches (SigLIP 2): no token attends to it. The mask that says so covers all N patches.
 
 
 def mask_padding(arguments: dict[str, Any], state: ForwardState, reduction: Reduction, bias: Tensor) -> Tensor:

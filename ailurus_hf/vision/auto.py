@@ -31,10 +31,18 @@ class _AiluRusAuto:
     def from_pretrained(
         cls, name_or_path: str, *args: Any, ailurus_config: AiluRusConfig | dict[str, Any] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        """Loads a model as the Auto class does (all its arguments pass through) and switches AiluRus on.
+        """Loads a model as the Auto class does and switches AiluRus on.
 
-        ailurus_config: an AiluRusConfig or its fields; by default the one saved with the model.
-        Raises AiluRusError where neither is there, UnsupportedModelError where nothing can be reduced.
+        Args:
+            name_or_path, args, kwargs: as for the Auto class.
+            ailurus_config: an AiluRusConfig or its fields; by default the one saved with the model.
+
+        Returns:
+            What the Auto class returns, a model with hooks on it.
+
+        Raises:
+            AiluRusError: no settings are given, and none were saved.
+            UnsupportedModelError: nothing in the model can be reduced.
         """
         loaded = cls.auto_class.from_pretrained(name_or_path, *args, **kwargs)
         model, extra = (loaded[0], loaded[1:]) if isinstance(loaded, tuple) else (loaded, ())

@@ -81,7 +81,7 @@ AttentionMaskInterface.register(EAGER_NAME, eager_mask)
 
 
 class AttentionConfig:
-    """A config as an attention module reads it, but for the registered attention in place of the model's.
+    """A config as an attention module reads it, with the registered attention instead of the model's.
 
     The model's own config stays what it is, and what the user sets there later counts: eager attention stays, because
     it alone returns attention maps, and it takes the bias as its mask, or by `eager_as` where layers take no mask.

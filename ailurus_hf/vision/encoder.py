@@ -2,7 +2,7 @@
 
 One forward goes: pre-hook of the encoder (a new ForwardState) -> layers up to L as they are -> pre-hook of layer L
 (cluster, merge) -> each later layer gets the count bias as an argument -> restored after the last layer, at
-`restore_location`, or after the token decoder. Hidden states that somebody reads are unmerged where they leave the
+`restore_location`, or after the token decoder. Hidden states that are read are unmerged where they leave the
 stack of layers. Layers receive everything by argument, so that gradient checkpointing recomputes the same.
 """
 

@@ -63,7 +63,7 @@ class ForwardState:
 
     targets: M of each location, in order; None where the image has no more tokens than that.
     between: layers whose output the model itself reads on the grid before the next layer.
-    wanted: the hidden states that somebody reads, by number; None: all.
+    wanted: the hidden states that are read, by number; None: all.
     training: whether the encoder trains, and may move positions about.
     through_decoder: whether all tokens are back after the token decoder only.
     for_decoder: whether the encoder is done, and its decoder runs on representatives.

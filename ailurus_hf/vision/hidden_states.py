@@ -18,7 +18,7 @@ def asks_for_states(module: nn.Module, kwargs: dict) -> bool:
 
 
 def unmerge_hidden_states(plan: EncoderPlan, state: ForwardState, output: Any) -> Any:
-    """The output with all hidden states that somebody reads N tokens long."""
+    """The output, whose hidden states that are read are N tokens long."""
     if not state.reductions or state.states_unmerged:
         return output
     if isinstance(output, tuple):
