@@ -156,7 +156,7 @@ class GlobalLayerReducer(Reducer):
             return output
         if not state.attended:
             raise AiluRusError(
-                f"the forward of {type(self.attention).__name__} was replaced after apply_ailurus: call apply_ailurus again"
+                f"the forward of {type(self.attention).__name__} was replaced since: call apply_ailurus again"
             )
         hidden = output[0] if isinstance(output, tuple) else output
         representatives = hidden[..., 0].transpose(1, 2) if self.channels_first else hidden[:, :, 0]
