@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import apply_ailurus, remove_ailurus
 
-# An attention that takes the bias as its mask, in adapters, in place of a mask, by its probabilities, in stages, windows.
+# Attention that takes the bias as its mask, by adapters, in place of a mask, by its probabilities; stages; windows.
 NAMES = ("ViTForImageClassification", "BeitModel", "Data2VecVisionModel", "BlipVisionModel", "SegFormer", "SAM")
 WAYS = [(name, "sdpa") for name in NAMES] + [("ViTForImageClassification", "eager")]
 with_attention = pytest.mark.parametrize("name, attention", WAYS)
