@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
 import torch
@@ -24,6 +24,13 @@ from .calls import NetworkCall, calling_pipeline, guides_by_halves
 from .forward_state import Assignments
 
 log = logging.getLogger(__name__)
+
+
+class Scheduler(Protocol):
+    """What the clock reads of diffusers' schedulers; those that count steps have `step_index`, too."""
+
+    timesteps: Tensor
+
 
 # Which of several calls in one step: the shape of the latents, and which frames of a video they are.
 Part = tuple[tuple[int, ...], tuple[int, ...] | None]
@@ -70,7 +77,7 @@ class Generation:
     """
 
     schedule: Tensor | None = None
-    scheduler: Any = None
+    scheduler: Scheduler | None = None
     given: bool = False
     known: bool = True
     step: int = 0
@@ -131,7 +138,7 @@ class Clock:
         return Tick(self._reduces(generation), share, self._assignments(generation, part, call.latents))
 
     @contextmanager
-    def generation(self, scheduler: Any) -> Iterator[None]:
+    def generation(self, scheduler: Scheduler | None) -> Iterator[None]:
         """All calls of this thread within are of one picture or batch."""
         before = self._generations.get()
         self._generations.set(Generation(scheduler=scheduler, given=True))
@@ -247,7 +254,7 @@ def _is_scheduler(part: Any) -> bool:
     return not isinstance(part, nn.Module) and hasattr(part, "timesteps") and hasattr(part, "step")
 
 
-def _step_of(scheduler: Any, timestep: Any) -> Step | None:
+def _step_of(scheduler: Scheduler, timestep: Any) -> Step | None:
     number = index_among(scheduler.timesteps, timestep)
     return _counted_step(scheduler) if number is None else Step(number, scheduler.timesteps)
 

@@ -17,10 +17,11 @@ MODES = ("full", "sparse_causal", "first", "own", "first_two")
 
 @dataclass(frozen=True)
 class Frames:
-    """The F frames that a batch holds, once or once a half of classifier-free guidance.
+    """The F frames that a batch holds, once or, under classifier-free guidance, twice.
 
-    numbers: their numbers in the video.
-    sources: for each, the positions in `numbers` of the frames whose keys and values it takes; of one length.
+    Args:
+        numbers: their numbers in the video.
+        sources: for each frame, which frames it attends to, as indices into `numbers`; the same count for each frame.
     """
 
     numbers: tuple[int, ...]
@@ -53,19 +54,22 @@ class Frames:
         return all(row == tuple(range(self.count)) for row in self.sources)
 
     def videos(self, batch: int) -> int:
-        """How many times the frames are in a batch."""
+        """How many videos of these frames a batch holds; raises AiluRusError where it is no whole number."""
         if batch % self.count:
-            raise AiluRusError(f"a batch of {self.count} frames, once or once a half, was expected, got {batch} images")
+            raise AiluRusError(f"a batch of {self.count} frames, or of twice as many, was expected, got {batch} images")
         return batch // self.count
 
 
 @dataclass(eq=False)
 class JointClusters:
-    """Clusters of whole videos, for a batch of frames: `TokenClusters`' maps, from [B, N, C] to [B, M, C] and back.
+    """Clusters of whole videos, for a batch of frames: merges [B, N, C] to [B, M, C], and unmerges.
 
-    clusters: of each video's F·N tokens, F·M of them. They are laid out as F rows of M, so that what runs on
-    representatives sees a batch of F as before; to which frame a row belongs means nothing, so that whatever differs
-    between the frames of a batch (such as prompts) must not reach them.
+    The F * M representatives of a video are laid out as F rows of M, so that blocks see a batch of F frames as before.
+    A row belongs to no frame: what differs between the frames of a batch (such as prompts) must not reach it.
+
+    Args:
+        clusters: F * M clusters of each video's F * N tokens.
+        frames: F.
     """
 
     clusters: TokenClusters

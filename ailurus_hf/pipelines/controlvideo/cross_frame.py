@@ -3,8 +3,8 @@
     with CrossFrameAttention(unet, Frames.attending("full", range(8))):
         unet(latents, timestep, encoder_hidden_states)      # latents of 8 frames, or of 2 x 8 under guidance
 
-No model code is inflated: only the processors of self-attention are others meanwhile. Under AiluRus the frames'
-representatives are joined, each weighing as many tokens as it stands for.
+No model code is copied: only the processors of self-attention are replaced, for a `with` block. Under AiluRus a frame
+attends to the representatives of other frames, each weighted by its count.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from ...errors import AiluRusError
 
 
 class CrossFrameProcessor(AiluRusProcessor):
-    """Self-attention of a batch of frames on the keys and values that `frames` says; cross-attention as it is.
+    """Self-attention over the frames of a batch; cross-attention stays per frame.
 
-    frames: of each half of the batch. frames_at_once: how many of them ask at a time, None: all; the result is the
-        same. It bounds what attention holds where no fused kernel can be used.
-    stands_for: the AiluRusProcessor that the layer had, whose clusters are used; None: nothing is merged here (merged
-        stacks bring their counts as the attention mask).
+    Args:
+        frames: which frames each half of the batch holds, and which of them a frame attends to.
+        frames_at_once: how many frames are queries at a time; None: all. The result is the same. It limits memory
+            where no fused kernel can be used.
+        stands_for: the AiluRusProcessor that the layer had, whose clusters are used; None: nothing is merged here
+            (stacks that run merged give their counts as the attention mask).
     """
 
     def __init__(
@@ -113,7 +115,7 @@ def attend_frames(
     for first in range(0, count, at_once or count):
         chunk = slice(first, first + (at_once or count))
         rows = frames.sources[chunk]
-        # Frames that take the same keys ask as one sequence.
+        # Frames with the same keys are one sequence of queries.
         rows = rows[:1] if len(set(rows)) == 1 else rows
         asking = query[:, chunk].reshape(videos * len(rows), -1, heads, query.shape[-1])
         answer = attend(
@@ -128,9 +130,9 @@ def attend_frames(
 
 
 class CrossFrameAttention:
-    """A context, to be entered as often as one likes, in which a UNet's or ControlNet's self-attention is over frames.
+    """Context manager: inside it, self-attention of a UNet or ControlNet is over frames. Reusable, not reentrant.
 
-    Leaving it puts back the processors that were there. Not to be entered twice at once.
+    On exit the layers get the processors that they had.
     """
 
     def __init__(self, network: nn.Module, frames: Frames, *, frames_at_once: int | None = None) -> None:

@@ -10,8 +10,12 @@ from ...diffusion.frames import Frames
 
 @dataclass(frozen=True)
 class Part:
-    """Frames that are denoised together. frames: their numbers and whom they attend to. kept: indices of its own
-    frames."""
+    """Frames that are denoised together.
+
+    Args:
+        frames: their numbers, and which of them a frame attends to.
+        kept: indices into `frames.numbers` of the frames whose prediction is used.
+    """
 
     frames: Frames
     kept: list[int]
@@ -20,8 +24,11 @@ class Part:
 def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[Part]:
     """A whole video, or its key frames and then, for each two, those two and the frames between them.
 
-    clip_length: frames of a clip with both its key frames. A clip's frames take the keys and values of the two, which
-    stay as they came from among the key frames.
+    Args:
+        count: frames of the video.
+        cross_frame: what frames that are denoised together attend to.
+        clip_length: frames of a clip, its two key frames included; None: no clips. The frames of a clip attend to its
+            two key frames, whose own prediction is the one made among the key frames.
     """
     if clip_length is None or count <= clip_length:
         return [Part(Frames.attending(cross_frame, range(count)), list(range(count)))]

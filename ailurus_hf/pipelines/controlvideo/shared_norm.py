@@ -12,8 +12,8 @@ from ...hooks import Hooks
 class SharedGroupNorm:
     """A context in which a network's ResNet blocks and last norm take statistics over (frames, H, W).
 
-    Each norm sees the frames of a video above one another in one image: hooks lay them out before and after it. Other
-    norms stay as they are. It may be entered again, but not twice at once.
+    Hooks stack the frames of a video into one tall image before each norm, and split it after. Other norms stay as they
+    are. Reusable, not reentrant.
     """
 
     def __init__(self, network: nn.Module, frames: Frames) -> None:

@@ -26,9 +26,13 @@ def smoothed(
     decode: Callable[[Tensor], Tensor],
     encode: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Predicted clean latents Tensor[F, C, h, w] with every second frame made of its neighbors' pictures.
+    """Replaces every second frame by what an interpolator makes of its neighbors; the others keep their latents.
 
-    decode, encode: between latents and pictures in [0, 1]. The other frames keep their latents.
+    Args:
+        clean: predicted clean latents, Tensor[F, C, h, w].
+        step: the denoising step, which says whether odd or even frames are replaced.
+        interpolator: the frame half way between two.
+        decode, encode: between latents and pictures in [0, 1].
     """
     replaced = interleaved(len(clean), step)
     if not replaced:
