@@ -59,10 +59,12 @@ def agree(got, want):
 def test_on_changed_and_off_before_and_after_compiling(name, attention, compiled_by):
     every, model, x = made(name, attention)
     torch.compiler.reset()
-    other = compiled_by(copy.deepcopy(model), True)
+    # A plain SegFormer's blocks have hooks of transformers' own by now, which do not compile.
+    fullgraph = name != "SegFormer" or compiled_by is whole
+    other = compiled_by(copy.deepcopy(model), fullgraph)
     every.predict(other, x)  # a plain model of the class, compiled before
     eager = copy.deepcopy(model)
-    compiled, outputs = compiled_by(model, True), []
+    compiled, outputs = compiled_by(model, fullgraph), []
     for settings in (None, {"keep_ratio": 0.25}, None, {"keep_ratio": 0.5}):
         for each in (model, eager):
             if settings is None:
