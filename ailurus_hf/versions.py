@@ -11,7 +11,8 @@ import re
 
 from .errors import AiluRusError
 
-# The oldest releases that the whole suite has passed with, as pyproject.toml declares them (constraints-oldest.txt).
+# The oldest releases that were tried, as pyproject.toml declares them (constraints-oldest.txt). Large parts of the suite have
+# run with them, and not yet the whole.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "diffusers": "0.39", "accelerate": "1.13"}
 
 
