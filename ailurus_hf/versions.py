@@ -11,8 +11,8 @@ import re
 
 from .errors import AiluRusError
 
-# The oldest releases that were tried, as pyproject.toml declares them (constraints-oldest.txt). Large parts of the suite have
-# run with them, and not yet the whole.
+# The oldest releases that were tried, as pyproject.toml declares them (constraints-oldest.txt). Large parts of the
+# suite have run with them, and not yet the whole.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "diffusers": "0.39", "accelerate": "1.13"}
 
 
@@ -49,10 +49,12 @@ def check_versions(*distributions: str) -> None:
 
 def torchvision_problem() -> str | None:
     """What is wrong where a torchvision is installed that does not load beside this torch; None where all is well."""
-    if importlib.util.find_spec("torchvision") is None:
-        return None
     try:
+        if importlib.util.find_spec("torchvision") is None:
+            return None
         importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return None
     except (ImportError, RuntimeError) as error:  # RuntimeError: its operators were built for another torch
         return torchvision_advice(error)
     return None

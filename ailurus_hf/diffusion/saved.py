@@ -13,20 +13,27 @@ CONFIG_KEY = "ailurus_config"
 
 def write_settings(network: nn.Module, config: AiluRusDiffusionConfig) -> None:
     """Writes the settings into the network's config. Where AiluRus is not used, diffusers keeps them and goes on."""
-    owner: Any = network
-    if hasattr(owner, "register_to_config"):
-        owner.register_to_config(**{CONFIG_KEY: config.to_dict()})
+    fields = vars(network).get("_internal_dict")
+    if fields is not None:
+        _replace(network, {**fields, CONFIG_KEY: config.to_dict()})
 
 
 def clear_settings(network: nn.Module) -> None:
     """Takes the settings out of the network's config."""
-    owner: Any = network
-    fields = vars(owner).get("_internal_dict")
+    fields = vars(network).get("_internal_dict")
     if fields is not None and CONFIG_KEY in fields:
-        owner._internal_dict = type(fields)({name: value for name, value in fields.items() if name != CONFIG_KEY})
+        _replace(network, {name: value for name, value in fields.items() if name != CONFIG_KEY})
 
 
 def saved_settings(network: nn.Module) -> AiluRusDiffusionConfig | None:
     """The settings in a network's config, None where there are none."""
     fields = (vars(network).get("_internal_dict") or {}).get(CONFIG_KEY)
     return None if fields is None else AiluRusDiffusionConfig.from_dict(fields)
+
+
+def _replace(network: nn.Module, fields: dict[str, Any]) -> None:
+    owner: Any = network
+    before = owner._internal_dict
+    owner._internal_dict = type(before)(fields)
+    # Loading an IP-Adapter writes to the config's attributes and not to its items, so those are not the same.
+    vars(owner._internal_dict).update({name: value for name, value in vars(before).items() if name != CONFIG_KEY})

@@ -65,7 +65,7 @@ def test_methods_take_turns_and_are_undone(tmp_path, monkeypatch, capsys):
     benchmark.main()
 
     assert [traces(part) for part in (pipe.unet, pipe.controlnet)] == before
-    (file,) = tmp_path.glob("*.json")
+    (file,) = tmp_path.glob("cpu/*.json")
     result = json.loads(file.read_text())
     assert result["frames"] == 3 and result["steps"] == 4
     for kind, number in (("shapes", 2), ("square", 1)):

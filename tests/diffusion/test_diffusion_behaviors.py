@@ -11,7 +11,7 @@ from traces import traces
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, Level, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clustering import local_kmeans
-from ailurus_hf.diffusion.apply import install, reducers_of
+from ailurus_hf.diffusion.apply import denoising, install, reducers_of
 from ailurus_hf.diffusion.forward_state import ForwardState
 
 
@@ -274,8 +274,8 @@ def test_each_stack_clusters_its_own_tokens():
     assert not torch.equal(first.assignment, last.assignment)
     assert not torch.allclose(by_stack, by_resolution)
     apply_ailurus(network, **SETTINGS, cluster_per="stack", refresh_every=2)
-    for timestep in (9, 8, 7):
-        with torch.no_grad():
+    with torch.no_grad(), denoising(network):
+        for timestep in (9, 8, 7):
             network(x, timestep, **NETWORKS["UNet"].conditions(2))
     assert {location.clusterings for location in ailurus_status(network).locations} == {2}
 

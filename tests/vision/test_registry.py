@@ -24,6 +24,7 @@ from ailurus_hf import (
     register_token_decoder,
     remove_ailurus,
 )
+from ailurus_hf.vision import registry
 
 
 class PlainConfig(PreTrainedConfig):
@@ -81,7 +82,19 @@ class PlainViT(PreTrainedModel):
         return hidden_states
 
 
-FAMILY = register_family(Family("plain ViT", PlainViT, prefix=1))
+FAMILY = Family("plain ViT", PlainViT, prefix=1)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """The family is there for these tests alone: tables of what the package declares are made in the same process."""
+    tables = registry.FAMILIES, registry.TOKEN_DECODERS, registry.READERS
+    before = [dict(table) for table in tables]
+    register_family(FAMILY)
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 class Undeclared(PlainViT):
