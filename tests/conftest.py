@@ -1,5 +1,6 @@
 """What every test starts from."""
 
+import logging
 import sys
 
 import numpy as np
@@ -10,6 +11,9 @@ from PIL import Image
 
 # Before transformers is imported, which imports torchvision where it is there.
 torchvision_ops.prepare()
+
+# pytest hears every logger that does not propagate, and torch writes a trace of each compilation where somebody hears.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)

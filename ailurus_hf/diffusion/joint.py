@@ -74,6 +74,8 @@ class JointProcessor(RebuildableProcessor):
             hidden_states: the image's, Tensor[B, L, C], or text and image together where encoder_hidden_states is None.
             grid: read at the start of a forward, and passed on to every layer by the network.
         """
+        if image_rotary_emb is not None:
+            image_rotary_emb = self._by_token(image_rotary_emb)
         order, reduction = self.source.token_order, self.source.reduction(attn, hidden_states)
         if reduction is not None and not reduction.merges:
             image_rotary_emb = reduction.rotary
@@ -95,6 +97,10 @@ class JointProcessor(RebuildableProcessor):
             of_text, of_image = order.split(out, reduction.clusters.num_clusters)
             out = order.join(of_text, reduction.clusters.unmerge(of_image))
         return self._output(attn, out, encoder_hidden_states)
+
+    def _by_token(self, rotary: Rotary) -> Rotary:
+        """The network's embedding as Tensor[1, N, D] twice: for subclasses whose network has another form."""
+        return rotary
 
     def _projected(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
         """Query, key and value of all tokens in the network's order, Tensor[B, L, heads, D]."""

@@ -44,18 +44,9 @@ def refuse_timesteps_of_tokens(call: NetworkCall) -> None:
 class WanProcessor(JointProcessor):
     """Wan's self-attention whose keys are weighted by how many tokens they stand for; else as WanAttnProcessor."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Rotary | None = None,
-        grid: Any = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """image_rotary_emb: Tensor[1, N, 1, D] twice, given by its position."""
-        rotary = None if image_rotary_emb is None else (image_rotary_emb[0].squeeze(2), image_rotary_emb[1].squeeze(2))
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+    def _by_token(self, rotary: Rotary) -> Rotary:
+        """Wan gives Tensor[1, N, 1, D] twice."""
+        return rotary[0].squeeze(2), rotary[1].squeeze(2)
 
     def _projected(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
         parts = (attn.norm_q(attn.to_q(image)), attn.norm_k(attn.to_k(image)), attn.to_v(image))
