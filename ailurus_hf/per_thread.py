@@ -9,16 +9,16 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class _Slot:
+class _Slot(Generic[T]):
     """Where one thread's value lies. It dies with the thread."""
 
     def __init__(self) -> None:
-        self.value: Any = None
+        self.value: T | None = None
 
 
-class _Slots(threading.local):
-    def __init__(self, every: weakref.WeakSet[_Slot]) -> None:
-        self.mine = _Slot()
+class _Slots(threading.local, Generic[T]):
+    def __init__(self, every: weakref.WeakSet[_Slot[T]]) -> None:
+        self.mine: _Slot[T] = _Slot()
         every.add(self.mine)
 
 
@@ -31,12 +31,11 @@ class PerThread(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._every: weakref.WeakSet[_Slot] = weakref.WeakSet()
-        self._slots = _Slots(self._every)
+        self._every: weakref.WeakSet[_Slot[T]] = weakref.WeakSet()
+        self._slots: _Slots[T] = _Slots(self._every)
 
     def get(self) -> T | None:
-        value: T | None = self._slots.mine.value
-        return value
+        return self._slots.mine.value
 
     def set(self, value: T) -> None:
         self._slots.mine.value = value
@@ -44,8 +43,7 @@ class PerThread(Generic[T]):
     def pop(self) -> T | None:
         """The value, which is gone from here then."""
         slot = self._slots.mine
-        value: T | None = slot.value
-        slot.value = None
+        value, slot.value = slot.value, None
         return value
 
     def is_busy_elsewhere(self) -> bool:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TypeGuard
 from weakref import ReferenceType, ref
 
 import torch
@@ -32,6 +32,8 @@ class Scheduler(Protocol):
     timesteps: Tensor
 
 
+# As networks take it: a tensor on the schedulers' device, or a number.
+Timestep = Tensor | float
 # Which of several calls in one step: the shape of the latents, and which frames of a video they are.
 Part = tuple[tuple[int, ...], tuple[int, ...] | None]
 
@@ -155,7 +157,7 @@ class Clock:
         if generation is not None:
             generation.assignments = {}
 
-    def _generation(self, call: NetworkCall, pipeline: Any) -> Generation | None:
+    def _generation(self, call: NetworkCall, pipeline: object) -> Generation | None:
         """This thread's generation, moved to the step of this call, or a new one; None where nothing is known."""
         timestep, state = call.argument("timestep"), self._generations.get()
         if state is not None and state.given:
@@ -174,7 +176,7 @@ class Clock:
         self._generations.set(state)
         return state
 
-    def _move_given(self, state: Generation, timestep: Any) -> None:
+    def _move_given(self, state: Generation, timestep: Timestep) -> None:
         step = None if state.scheduler is None else _step_of(state.scheduler, timestep)
         if step is not None:
             state.schedule = step.schedule
@@ -235,7 +237,7 @@ class Clock:
         return generation.halves[part]
 
 
-def _step_of_pipeline(pipeline: Any, timestep: Any, network: nn.Module) -> Step | None:
+def _step_of_pipeline(pipeline: object, timestep: Timestep, network: nn.Module) -> Step | None:
     """The step at which a pipeline makes a call, by its schedulers, or by the cache context that is set."""
     found = [] if pipeline is None else [part for part in vars(pipeline).values() if _is_scheduler(part)]
     for scheduler in found:
@@ -250,20 +252,20 @@ def _step_of_pipeline(pipeline: Any, timestep: Any, network: nn.Module) -> Step 
     return step
 
 
-def _is_scheduler(part: Any) -> bool:
+def _is_scheduler(part: object) -> TypeGuard[Scheduler]:
     return not isinstance(part, nn.Module) and hasattr(part, "timesteps") and hasattr(part, "step")
 
 
-def _step_of(scheduler: Scheduler, timestep: Any) -> Step | None:
+def _step_of(scheduler: Scheduler, timestep: Timestep) -> Step | None:
     number = index_among(scheduler.timesteps, timestep)
     return _counted_step(scheduler) if number is None else Step(number, scheduler.timesteps)
 
 
-def _counted_step(scheduler: Any) -> Step | None:
+def _counted_step(scheduler: Scheduler) -> Step | None:
     """The step that a scheduler has counted to, where it counts."""
     if not hasattr(scheduler, "step_index") or not isinstance(scheduler.timesteps, Tensor):
         return None
-    number = scheduler.step_index
+    number: int | None = scheduler.step_index
     if number is None:
         number = getattr(scheduler, "begin_index", None) or 0
     return Step(int(number), scheduler.timesteps) if number < len(scheduler.timesteps) else None
@@ -294,11 +296,11 @@ def _told_by_timesteps(state: Generation | None, value: float) -> Generation:
     return state
 
 
-def _value_of(timestep: Any) -> float:
+def _value_of(timestep: Timestep) -> float:
     return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
 
 
-def index_among(timesteps: Any, timestep: Any) -> int | None:
+def index_among(timesteps: object, timestep: object) -> int | None:
     """Which of a scheduler's timesteps this is a view of, without asking the device for its value; None: of none."""
     if not isinstance(timesteps, Tensor) or not isinstance(timestep, Tensor) or timesteps.ndim != 1:
         return None

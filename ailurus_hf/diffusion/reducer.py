@@ -32,7 +32,7 @@ from .frames import Frames, JointClusters
 from .networks import DiffusionNetwork
 from .processor import AiluRusProcessor, Assigned
 from .rebuildable import RebuildableProcessor
-from .stacks import AttentionLayer, Stack, find_stacks, self_attentions
+from .stacks import AttentionLayer, Processor, Stack, find_stacks, self_attentions
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class NetworkReducer:
         self.records = {stack.name: Record() for stack in self.stacks}
         self.hooks, self.forwards = Hooks(), Forwards()
         self.clock = Clock(config, type(network).__name__)
-        self.processor: Any = None
-        self.previous_processors: dict[str, Any] = {}
+        self.processor: Processor | None = None
+        self.previous_processors: dict[str, Processor] = {}
         self.last_levels: dict[str, int] = {}
         self.left_whole: dict[str, str] = {}
         self.text_tokens: int | None = None
@@ -111,7 +111,7 @@ class NetworkReducer:
         """Which of its blocks is the first on representatives."""
         return 0 if stack.on_maps else self.config.cluster_location
 
-    def set_processor(self, processor: Any, layers: Mapping[str, AttentionLayer]) -> None:
+    def set_processor(self, processor: Processor, layers: Mapping[str, AttentionLayer]) -> None:
         """Runs layers of self-attention on one processor; `remove` puts back what was there."""
         self.processor = processor
         for name, layer in layers.items():
@@ -136,7 +136,7 @@ class NetworkReducer:
             )
         self.set_processor(AiluRusProcessor(source=SharedClusters(self)), known)
 
-    def owns(self, processor: Any) -> bool:
+    def owns(self, processor: Processor) -> bool:
         """Whether a processor asks this reducer for clusters: ours, one its class made, or one that stands for it."""
         processor = getattr(processor, "stands_for", processor)
         return getattr(getattr(processor, "source", None), "reducer", None) is self
@@ -336,7 +336,7 @@ def key_bias(clusters: Clusters | None, tokens: Tensor) -> Tensor:
     return clusters.log_counts()[:, None, :].to(tokens.dtype)
 
 
-def takes_mask(layer: Any) -> bool:
+def takes_mask(layer: AttentionLayer) -> bool:
     """Whether a layer of self-attention is known to run the whole batch and to take a bias on its keys as a mask."""
     return type(layer.processor) in PLAIN_PROCESSORS or isinstance(layer.processor, RebuildableProcessor)
 

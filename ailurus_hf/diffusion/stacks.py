@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .networks import DiffusionNetwork, declaration_of
+
+# Called by an attention layer with itself and with what it got.
+Processor = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 class AttentionLayer(Protocol):
     """What diffusers' attention layers have in common."""
 
-    processor: Any
+    processor: Processor
 
-    def set_processor(self, processor: Any) -> None: ...
+    def set_processor(self, processor: Processor) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from ailurus_hf.evaluation.loading import LoadedModel, load_model
 
 from ..harness import environment, markdown, save
 from ..harness.datasets import CLASSIFICATION, DATASETS, ClassificationData, SegmentationData, evenly
-from ..methods import EVERY, PAPER, Setting
+from ..methods import EVERY, PAPER, Amount
 from ..methods.variants import CLUSTERINGS, OF_MODEL
 from ..vision import quality, similarity
 from ..vision.classification_quality import classification
@@ -66,15 +66,15 @@ def measure(
     task: quality.Task,
     inputs: list[dict[str, Tensor]],
     methods: list[str],
-    setting: Setting,
+    amount: Amount,
     repeats: int,
 ) -> list[dict[str, Any]]:
     """A row a method, after one for the plain model. inputs: images of which clusters and features are looked at."""
     plain = [similarity.hidden_states(loaded, each) for each in inputs]
     seen = {
-        m: similarity.measure_one(loaded, m, setting, inputs, plain, repeats) for m in tqdm(methods, desc="clusters")
+        m: similarity.measure_one(loaded, m, amount, inputs, plain, repeats) for m in tqdm(methods, desc="clusters")
     }
-    contenders = {m: (m, setting.location, setting.keep, None) for m in methods}
+    contenders = {m: (m, amount.location, amount.keep, None) for m in methods}
     first, *rows = quality.scored(loaded.model, task, contenders)[0]
     for row in rows:
         found = seen[row["method"]]
@@ -114,7 +114,7 @@ def main() -> None:
     for location in args.locations:
         for keep in args.keep:
             names = args.methods or chosen_methods(args.restore, location, keep, depth, task.batch_size)
-            found = measure(loaded, task, inputs, names, Setting(location, keep), args.repeats)
+            found = measure(loaded, task, inputs, names, Amount(location, keep), args.repeats)
             rows += found[1:] if rows else found
     about = {"dataset": args.dataset, "images": len(data), "looked_at": len(inputs), "size": args.size}
     save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), **about})

@@ -29,7 +29,7 @@ from ..peers.hooks import Applied
 from . import variants
 
 # A call of the model on one input, without arguments.
-Run = Callable[[], Any]
+Call = Callable[[], Any]
 PAPER = "density peaks, copy (the paper)"
 RESTORED = ("copy", "smooth", "residual")
 OTHER_CLUSTERINGS = {"local k-means": "local_kmeans", "k-means": "kmeans", "pairs": "pairs", "Ward": "ward"}
@@ -38,7 +38,7 @@ STEPS = 8
 
 
 @dataclass(frozen=True)
-class Setting:
+class Amount:
     """After layer `location` `keep` of the tokens, after `restore_location` all tokens again (ours only)."""
 
     location: int
@@ -46,20 +46,20 @@ class Setting:
     restore_location: int | None = None
 
 
-class Reduction(Protocol):
+class AppliedMethod(Protocol):
     """A method that is on a model. `settings`: what it was given; the rest is of the last forward or of `run`."""
 
     settings: dict[str, Any]
 
     def num_clusters(self) -> int | None: ...
 
-    def flops(self, full: int, run: Run) -> float: ...
+    def flops(self, full: int, run: Call) -> float: ...
 
     def undo(self) -> None: ...
 
 
 @dataclass
-class OurReduction:
+class AppliedConfig:
     """`ailurus_hf` on a model."""
 
     model: nn.Module
@@ -69,7 +69,7 @@ class OurReduction:
         """After the last location."""
         return ailurus_status(self.model).locations[-1].num_clusters
 
-    def flops(self, full: int, run: Run) -> float:
+    def flops(self, full: int, run: Call) -> float:
         """By the layers alone: what clustering costs is no part of the ideal. Of the last forward, or of `run`."""
         if ailurus_status(self.model).locations[0].flops is None:
             run()
@@ -80,7 +80,7 @@ class OurReduction:
 
 
 @dataclass
-class PeerReduction:
+class AppliedPeer:
     """A peer on a model."""
 
     applied: Applied
@@ -90,7 +90,7 @@ class PeerReduction:
         """Tokens after the last layer."""
         return self.applied.peers[0].token_counts[-1]
 
-    def flops(self, full: int, run: Run) -> float:
+    def flops(self, full: int, run: Call) -> float:
         return model_flops(run)
 
     def undo(self) -> None:
@@ -107,13 +107,13 @@ class Ours:
     of_model: Callable[[nn.Module, int], ClusterFunction] | None = None
     takes_restore_location: bool = True
 
-    def apply(self, model: nn.Module, setting: Setting, runs: Sequence[Run], given: dict[str, Any]) -> Reduction:
+    def apply(self, model: nn.Module, amount: Amount, runs: Sequence[Call], given: dict[str, Any]) -> AppliedMethod:
         fields = {
-            "cluster_location": setting.location,
-            "keep_ratio": setting.keep,
+            "cluster_location": amount.location,
+            "keep_ratio": amount.keep,
             "clustering": self.clustering,
             "restore": self.restore,
-            "restore_location": setting.restore_location,
+            "restore_location": amount.restore_location,
         }
         if "num_clusters" in given:
             del fields["keep_ratio"]
@@ -123,7 +123,7 @@ class Ours:
         config = AiluRusConfig(**{**fields, **{name: value for name, value in given.items() if name not in own}})
         control = self.control if self.of_model is None else self.of_model(model, config.locations[0])
         install(model, config, control)
-        return OurReduction(model, config.to_dict())
+        return AppliedConfig(model, config.to_dict())
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ class Direct:
     """A peer whose settings follow from L, the keep ratio and the grid."""
 
     module: ModuleType
-    settings: Callable[[Setting, tuple[int, int]], dict[str, Any]]
+    settings: Callable[[Amount, tuple[int, int]], dict[str, Any]]
     takes_restore_location: bool = False
 
-    def apply(self, model: nn.Module, setting: Setting, runs: Sequence[Run], given: dict[str, Any]) -> Reduction:
-        settings = {**self.settings(setting, token_grid(model, runs)), **given}
-        return PeerReduction(self.module.apply(model, **settings), settings)
+    def apply(self, model: nn.Module, amount: Amount, runs: Sequence[Call], given: dict[str, Any]) -> AppliedMethod:
+        settings = {**self.settings(amount, token_grid(model, runs)), **given}
+        return AppliedPeer(self.module.apply(model, **settings), settings)
 
 
 @dataclass(frozen=True)
@@ -152,18 +152,18 @@ class Matched:
     adaptive: bool = False
     takes_restore_location: bool = False
 
-    def apply(self, model: nn.Module, setting: Setting, runs: Sequence[Run], given: dict[str, Any]) -> Reduction:
+    def apply(self, model: nn.Module, amount: Amount, runs: Sequence[Call], given: dict[str, Any]) -> AppliedMethod:
         settings = {**self.fixed, **given}
         grid = token_grid(model, runs)
         turn = functools.partial(self.knob, num_tokens=math.prod(grid))
         if not turn(0.0).keys() & given.keys():
             runs = runs if self.adaptive else runs[:1]
-            goal = flops_with(METHODS[PAPER], model, setting, runs[:1], {})
+            goal = flops_with(METHODS[PAPER], model, amount, runs[:1], {})
             settings |= self._turned(model, goal, runs, settings, turn)
-        return PeerReduction(self.module.apply(model, **settings), settings)
+        return AppliedPeer(self.module.apply(model, **settings), settings)
 
     def _turned(
-        self, model: nn.Module, goal: float, runs: Sequence[Run], settings: dict[str, Any], turn: Callable
+        self, model: nn.Module, goal: float, runs: Sequence[Call], settings: dict[str, Any], turn: Callable
     ) -> dict[str, Any]:
         """The least turn whose FLOPs are at most the goal; all of it where none is."""
         low, high = 0.0, 1.0
@@ -175,16 +175,16 @@ class Matched:
         return turn(high)
 
 
-def flops_with(method: Any, model: nn.Module, setting: Setting, runs: Sequence[Run], given: dict[str, Any]) -> float:
+def flops_with(method: Any, model: nn.Module, amount: Amount, runs: Sequence[Call], given: dict[str, Any]) -> float:
     """Mean FLOPs of the runs with a method on; it is off again afterwards."""
-    reduction = method.apply(model, setting, runs, given)
+    reduction = method.apply(model, amount, runs, given)
     try:
         return sum(model_flops(run) for run in runs) / len(runs)
     finally:
         reduction.undo()
 
 
-def token_grid(model: nn.Module, runs: Sequence[Run]) -> tuple[int, int]:
+def token_grid(model: nn.Module, runs: Sequence[Call]) -> tuple[int, int]:
     """The patch grid of the first run, seen by a peer that does nothing."""
     with tome.apply(model, r=0) as applied:
         runs[0]()
@@ -192,10 +192,10 @@ def token_grid(model: nn.Module, runs: Sequence[Run]) -> tuple[int, int]:
     return height, width
 
 
-def _cells(setting: Setting, grid: tuple[int, int]) -> dict[str, Any]:
+def _cells(amount: Amount, grid: tuple[int, int]) -> dict[str, Any]:
     """About keep · N cells of the grid's own shape."""
-    cells = tuple(max(round(side * math.sqrt(setting.keep)), 1) for side in grid)
-    return {"location": setting.location, "cells": cells}
+    cells = tuple(max(round(side * math.sqrt(amount.keep)), 1) for side in grid)
+    return {"location": amount.location, "cells": cells}
 
 
 def _pairs(turn: float, num_tokens: int) -> dict[str, Any]:
@@ -218,7 +218,7 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     "grid pooling, residual": Ours("density_peaks", "residual", grid_pooling),
     "Expedite": Direct(expedite, _cells),
     "CTM": Direct(
-        ctm, lambda setting, grid: {"location": setting.location, "keep": setting.keep, "restore_at": "decoder"}
+        ctm, lambda amount, grid: {"location": amount.location, "keep": amount.keep, "restore_at": "decoder"}
     ),
     "ToMe": Matched(tome, _pairs, {"restore_at": "decoder"}),
     "ToMe, backbone": Matched(tome, _pairs),
@@ -255,7 +255,7 @@ def _value(node: ast.expr) -> Any:
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
-def apply_method(model: nn.Module, text: str, setting: Setting, runs: Sequence[Run]) -> Reduction:
+def apply_method(model: nn.Module, text: str, amount: Amount, runs: Sequence[Call]) -> AppliedMethod:
     """Puts the method "NAME" or "NAME:key=value,…" on a model. runs: calls of that model, to match FLOPs on."""
     name, given = parsed(text)
-    return EVERY[name].apply(model, setting, runs, given)
+    return EVERY[name].apply(model, amount, runs, given)

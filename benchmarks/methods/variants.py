@@ -192,7 +192,7 @@ CLUSTERINGS: dict[str, ClusterFunction] = {
     "peaks, then k-means": peaks_then_kmeans,
     "edges weighted": edges_weighted,
     "by distance": by_distance,
-    "places as features": positions_as_features,
+    "positions as features": positions_as_features,
     "exact Ward": exact_ward,
 }
 OF_MODEL: dict[str, Callable[[nn.Module, int], ClusterFunction]] = {

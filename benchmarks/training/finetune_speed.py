@@ -23,7 +23,7 @@ import torch
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation
 
 from ..harness import environment, interleaved, log, markdown, model_flops, save
-from ..methods import METHODS, PAPER, Setting, apply_method
+from ..methods import METHODS, PAPER, Amount, apply_method
 
 # Image size and classes of the paper's tables, and the model's sizes; CamVid: those of the Segmenter that is shipped.
 # The decoder has two layers of the encoder's width.
@@ -79,7 +79,7 @@ def measure(
         optimizer.step()
         optimizer.zero_grad()
 
-    settings = {f"{m}, {ratio}": (m, Setting(location, ratio)) for ratio in keep for m in methods}
+    settings = {f"{m}, {ratio}": (m, Amount(location, ratio)) for ratio in keep for m in methods}
 
     def forward() -> Any:
         return model(images[0, :1])
@@ -95,9 +95,9 @@ def measure(
 
     full = model_flops(forward)
     rows = [{"model": name, "method": "plain", "tflops": 3 * full * batch_size / 1e12, "ideal_share": 1.0}]
-    for key, (method, setting) in settings.items():
+    for key, (method, amount) in settings.items():
         with torch.no_grad():
-            reduction = apply_method(model, method, setting, [forward])
+            reduction = apply_method(model, method, amount, [forward])
             flops = reduction.flops(full, forward)
             forward()
         rows.append(
@@ -105,7 +105,7 @@ def measure(
                 "model": name,
                 "method": method,
                 "location": location,
-                "keep_ratio": setting.keep,
+                "keep_ratio": amount.keep,
                 "num_clusters": reduction.num_clusters(),
                 "tflops": 3 * flops * batch_size / 1e12,
                 "ideal_share": flops / full,

@@ -61,7 +61,7 @@ TABLE_4 = [(3, 1296), (3, 1764), (6, 1444), (7, 1444)]
 ROWS = {name: TABLE_3 if "ViT-L" in name else TABLE_4 for name in MODELS}
 COLUMNS = {
     "model": "model",
-    "place": "location, tokens",
+    "reduction": "location, tokens",
     "plain_ms": "plain|{:.0f} ms",
     "reduced_ms": "reduced|{:.0f} ms",
     "speed_up": "speed-up|{:.2f}×",
@@ -95,7 +95,7 @@ def measure(
         {
             "model": name,
             "part": part,
-            "place": f"{location}, {row['tokens']}",
+            "reduction": f"{location}, {row['tokens']}",
             "location": location,
             "num_clusters": clusters,
             **row,

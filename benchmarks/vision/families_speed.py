@@ -122,7 +122,7 @@ GEOMETRIES = {
 }
 COLUMNS = {
     "model": "model",
-    "place": "reduced",
+    "reduction": "reduced",
     "plain_ms": "plain|{:.0f} ms",
     "reduced_ms": "reduced|{:.0f} ms",
     "speed_up": "speed-up|{:.2f}×",
@@ -150,7 +150,7 @@ def measure(
         model, lambda image: [geometry.prediction(model(image))], images, [AiluRusConfig(**f) for f in fields], repeats
     )
     return [
-        {"model": name, "place": f"{row['tokens']}, {given['clustering']}", **row, **given}
+        {"model": name, "reduction": f"{row['tokens']}, {given['clustering']}", **row, **given}
         for row, given in zip(rows, fields, strict=True)
     ]
 

@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..harness import interleaved, model_flops
-from ..methods import EVERY, METHODS, Reduction, Setting, apply_method, parsed
+from ..methods import EVERY, METHODS, Amount, AppliedMethod, apply_method, parsed
 
 # Method, L, keep ratio, restore_location.
 Contender = tuple[str, int, float, int | None]
 
 
-def reduced_copy(model: nn.Module, method: str, setting: Setting, inputs: list[Tensor]) -> tuple[nn.Module, Reduction]:
+def reduced_copy(
+    model: nn.Module, method: str, amount: Amount, inputs: list[Tensor]
+) -> tuple[nn.Module, AppliedMethod]:
     """A copy of the model with the method on, and the handle on it; inputs: to match FLOPs on."""
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    return twin, apply_method(twin, method, setting, [lambda x=x: twin(x) for x in inputs])
+    return twin, apply_method(twin, method, amount, [lambda x=x: twin(x) for x in inputs])
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def scored(
 ) -> tuple[list[dict[str, Any]], dict[str, nn.Module]]:
     """One row a contender, after one for the plain model, and the models; nothing is timed."""
     full = model_flops(lambda: model(task.samples[0]))
-    reduced = {name: reduced_copy(model, m, Setting(*rest), task.samples) for name, (m, *rest) in contenders.items()}
+    reduced = {name: reduced_copy(model, m, Amount(*rest), task.samples) for name, (m, *rest) in contenders.items()}
     models = {"plain": model, **{name: twin for name, (twin, _) in reduced.items()}}
     found = scores(task, models)
     plain, _ = found["plain"]

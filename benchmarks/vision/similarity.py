@@ -33,7 +33,7 @@ from ailurus_hf.images import read_image
 from ailurus_hf.vision.discovery import find_encoders
 
 from ..harness import environment, markdown, save
-from ..methods import METHODS, OurReduction, PeerReduction, Reduction, Setting, apply_method, parsed
+from ..methods import METHODS, Amount, AppliedConfig, AppliedMethod, AppliedPeer, apply_method, parsed
 from ..peers import act, algm, ctm, evit, expedite, tome
 from .segmenter_quality import SHIPPED
 
@@ -58,15 +58,15 @@ def hidden_states(loaded: LoadedModel, inputs: dict[str, Tensor]) -> list[Tensor
         return list(loaded.model(**inputs, output_hidden_states=True).hidden_states)
 
 
-def similarity_at_location(reduction: Reduction, tokens: Tensor) -> float | None:
+def similarity_at_location(reduction: AppliedMethod, tokens: Tensor) -> float | None:
     """Mean cosine of the tokens at L, Tensor[B, N, C], and the same tokens unmerged at once; None: it has no L."""
-    if isinstance(reduction, OurReduction):
+    if isinstance(reduction, AppliedConfig):
         clusters = ailurus_status(reduction.model).last_clusters
         if clusters is None:
             return 1.0
         rebuilt = clusters.unmerge(clusters.merge(tokens))
     else:
-        assert isinstance(reduction, PeerReduction)
+        assert isinstance(reduction, AppliedPeer)
         peer = reduction.applied.peers[0]
         if not isinstance(peer, expedite.Expedite | ctm.CTM):
             return None
@@ -78,7 +78,7 @@ def similarity_at_location(reduction: Reduction, tokens: Tensor) -> float | None
 def measure_one(
     loaded: LoadedModel,
     method: str,
-    setting: Setting,
+    amount: Amount,
     inputs: list[dict[str, Tensor]],
     plain: list[list[Tensor]],
     repeats: int,
@@ -86,15 +86,15 @@ def measure_one(
     """The row of one method and setting."""
     prefix = find_encoders(loaded.model)[0].prefix
     runs = [lambda each=each: loaded.model(**each) for each in inputs]
-    reduction = apply_method(loaded.model, method, setting, runs[:2])
+    reduction = apply_method(loaded.model, method, amount, runs[:2])
     try:
         by_layer, at_location, assigned = [], [], defaultdict(list)
         sizes: Counter[int] = Counter()
         for each, before in zip(inputs, plain, strict=True):
             by_layer.append(reconstruction_similarity(before, hidden_states(loaded, each), prefix))
-            tokens = before[setting.location][:, prefix:]
+            tokens = before[amount.location][:, prefix:]
             at_location.append(similarity_at_location(reduction, tokens))
-            if isinstance(reduction, OurReduction):
+            if isinstance(reduction, AppliedConfig):
                 status = ailurus_status(loaded.model)
                 if status.last_clusters is not None and status.last_grid is not None:
                     found = assignment_statistics(status.last_clusters, tokens, status.last_grid)
@@ -102,7 +102,7 @@ def measure_one(
                     for name in STATISTICS:
                         assigned[name].append(getattr(found, name))
         timed = list(STEPS.get(parsed(method)[0], ()))
-        if isinstance(reduction, PeerReduction):
+        if isinstance(reduction, AppliedPeer):
             timed += [(peer, "back", "unmerge") for peer in reduction.applied.peers]
         split = latency_split(loaded.model, runs[0], repeats, timed=timed)
         num_clusters = reduction.num_clusters()
@@ -112,8 +112,8 @@ def measure_one(
     known = [value for value in at_location if value is not None]
     return {
         "method": method,
-        "location": setting.location,
-        "keep_ratio": setting.keep,
+        "location": amount.location,
+        "keep_ratio": amount.keep,
         "settings": reduction.settings,
         "num_clusters": num_clusters,
         "layers": layers,
@@ -126,20 +126,20 @@ def measure_one(
 
 
 def measure(
-    loaded: LoadedModel, paths: list[Path], methods: list[str], settings: list[Setting], repeats: int
+    loaded: LoadedModel, paths: list[Path], methods: list[str], settings: list[Amount], repeats: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows by method and setting, and rows of pair preservation by location."""
+    """Rows by method and amount, and rows of pair preservation by location."""
     inputs = [loaded.prepare(read_image(path)) for path in paths]
     plain = [hidden_states(loaded, each) for each in tqdm(inputs, desc="plain")]
     prefix = find_encoders(loaded.model)[0].prefix
     pairs = []
-    for location in sorted({setting.location for setting in settings}):
+    for location in sorted({amount.location for amount in settings}):
         counted = [pair_preservation(s[location][:, prefix:], s[-1][:, prefix:]) for s in plain]
         total = counted[0]
         for other in counted[1:]:
             total = total + other
         pairs.append({"location": location, **dataclasses.asdict(total), "probability": total.probability})
-    jobs = [(method, setting) for setting in settings for method in methods]
+    jobs = [(method, amount) for amount in settings for method in methods]
     rows = [measure_one(loaded, m, s, inputs, plain, repeats) for m, s in tqdm(jobs, desc="methods")]
     return rows, pairs
 
@@ -192,7 +192,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     paths = find_images(args.images)[: args.limit]
     loaded = load_model(args.model, None, args.device, "float32", None)
-    settings = [Setting(location, keep) for location in args.locations for keep in args.keep]
+    settings = [Amount(location, keep) for location in args.locations for keep in args.keep]
     rows, pairs = measure(loaded, paths, args.methods, settings, args.repeats)
     save(args.name, rows, {**environment(loaded.device, "fp32"), "images": len(paths), "pairs": pairs})
     print(tables(rows, pairs))

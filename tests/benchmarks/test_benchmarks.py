@@ -61,7 +61,7 @@ def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
     geometry = families_speed.Geometry(tiny, 64, lambda out: out.last_hidden_state, families_speed.STAGE)
     monkeypatch.setitem(families_speed.GEOMETRIES, "tiny", geometry)
     rows = families_speed.measure("tiny", ["local_kmeans"], repeats=1, stages=[(3,), (2, 3)])
-    assert [row["place"] for row in rows] == ["16 → 4, local_kmeans", "64 → 16, 16 → 4, local_kmeans"]
+    assert [row["reduction"] for row in rows] == ["16 → 4, local_kmeans", "64 → 16, 16 → 4, local_kmeans"]
     assert 1 < rows[0]["ideal"] < rows[1]["ideal"] and rows[0]["cosine"] > rows[1]["cosine"]
 
 
@@ -83,7 +83,7 @@ def test_speed_of_detectors(monkeypatch, make, part):
     monkeypatch.setattr(detection_speed, "SIZE", (96, 128))
     monkeypatch.setitem(detection_speed.MODELS, "tiny", make({**SIZES, "image_size": 96, "patch_size": 16}))
     rows = detection_speed.measure("tiny", [(1, 12), (2, 24)], repeats=1, size=(96, 128), part=part)
-    assert [row["place"] for row in rows] == ["1, 48 → 12", "2, 48 → 24"]
+    assert [row["reduction"] for row in rows] == ["1, 48 → 12", "2, 48 → 24"]
     assert rows[0]["ideal"] > rows[1]["ideal"] > 1 and -1 <= rows[0]["cosine"] <= 1
     assert rows[0]["share_of_ideal"] == pytest.approx(rows[0]["speed_up"] / rows[0]["ideal"])
 
@@ -128,14 +128,14 @@ def test_methods_read_their_settings():
 @pytest.mark.parametrize("name", ["ToMe", "EViT", "EViT, fused", "ALGM"])
 def test_peers_with_a_knob_are_turned_to_the_flops_of_the_paper(name):
     model, x = make_model("ViTModel"), images(1)
-    setting, runs = methods.Setting(1, 0.5), [lambda: run(model, x)]
-    goal = methods.flops_with(methods.METHODS[methods.PAPER], model, setting, runs, {})
+    amount, runs = methods.Amount(1, 0.5), [lambda: run(model, x)]
+    goal = methods.flops_with(methods.METHODS[methods.PAPER], model, amount, runs, {})
     full = harness.model_flops(runs[0])
-    reduction = methods.apply_method(model, name, setting, runs)
+    reduction = methods.apply_method(model, name, amount, runs)
     # As near below as a step of r, or one threshold, allows.
     assert 0.9 * goal < reduction.flops(full, runs[0]) <= goal < 0.75 * full
     reduction.undo()
-    given = methods.apply_method(model, "ToMe:r=3", setting, runs)
+    given = methods.apply_method(model, "ToMe:r=3", amount, runs)
     runs[0]()
     assert given.num_clusters() == 96 - 4 * 3 and given.settings == {"r": 3, "restore_at": "decoder"}
     given.undo()
@@ -260,7 +260,7 @@ def test_similarity_of_every_method_on_two_images(tmp_path):
     gradual = ["ToMe:r=5", "EViT:keep=0.5", "ALGM:sigmas=0.5", "ACT:interval=9.0"]
     ours = [methods.PAPER, "local k-means, residual"]
     names = [*ours, "Expedite", "CTM", *gradual, "Expedite:cells=(8, 12)"]
-    rows, pairs = similarity.measure(loaded, paths, names, [methods.Setting(1, 0.25)], repeats=1)
+    rows, pairs = similarity.measure(loaded, paths, names, [methods.Amount(1, 0.25)], repeats=1)
     assert [row["method"] for row in rows] == names and len(pairs) == 1
     for row in rows[:-1]:
         assert len(row["layers"]) == 5 and row["layers"][0] == pytest.approx(1) and row["last"] < 0.9999

@@ -99,7 +99,7 @@ def test_a_spatial_form_of_no_weight_is_none():
 
 def test_keys_of_the_layer_behind_the_location():
     model, x = make_model("ViTModel"), images(1)
-    reduction = methods.apply_method(model, "peaks of keys, copy", methods.Setting(1, 0.25), [lambda: run(model, x)])
+    reduction = methods.apply_method(model, "peaks of keys, copy", methods.Amount(1, 0.25), [lambda: run(model, x)])
     seen = []
     layer = find_encoders(model)[0].layers[1]
     hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=True)
@@ -124,13 +124,13 @@ def test_flops_and_clusters_of_two_reductions():
     model, x = make_model("ViTModel"), images(1)
     two = "density peaks, copy (the paper):cluster_location=(1,2),keep_ratio=(0.5,0.25)"
     shares, full = {}, model_flops(lambda: run(model, x))
-    for name, setting in ((two, methods.Setting(1, 0.5)), (methods.PAPER, methods.Setting(1, 0.5))):
-        reduction = methods.apply_method(model, name, setting, [lambda: run(model, x)])
+    for name, amount in ((two, methods.Amount(1, 0.5)), (methods.PAPER, methods.Amount(1, 0.5))):
+        reduction = methods.apply_method(model, name, amount, [lambda: run(model, x)])
         run(model, x)
         shares[name] = reduction.flops(full, lambda: run(model, x)), reduction.num_clusters()
         reduction.undo()
         counted = methods.flops_with(
-            methods.EVERY[methods.PAPER], model, setting, [lambda: run(model, x)], methods.parsed(name)[1]
+            methods.EVERY[methods.PAPER], model, amount, [lambda: run(model, x)], methods.parsed(name)[1]
         )
         # Counted by torch, clustering and all; the FLOPs of the layers alone are somewhat less.
         assert 0.8 * counted < shares[name][0] <= counted
@@ -151,7 +151,7 @@ def test_rows_hold_what_clusters_are_like_and_what_the_model_makes_of_them(tmp_p
     task = segmenter_quality.segmentation(loaded.model, loaded.processor, data)
     names = [methods.PAPER, "exact Ward, copy", "local k-means, copy:restore_location=3"]
     inputs = [loaded.prepare(data.image(0))]
-    plain, *rows = clusterings.measure(loaded, task, inputs, names, methods.Setting(1, 0.25), 1)
+    plain, *rows = clusterings.measure(loaded, task, inputs, names, methods.Amount(1, 0.25), 1)
     assert plain["method"] == "plain" and [r["method"] for r in rows] == names
     for row in rows:
         assert row["num_clusters"] == 96 and row["lost"] == pytest.approx(plain["miou"] - row["miou"])
