@@ -37,21 +37,74 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="ailurus_output", help="folder for the pictures (default: %(default)s)")
+def add_output(
+    parser: argparse.ArgumentParser, what: str = "folder for the pictures", default: str | None = "ailurus_output"
+) -> None:
+    """Where results go, and what becomes of those that are there."""
+    shown = " (default: %(default)s)" if default else ""
+    parser.add_argument("--output", default=default, help=what + shown)
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="replace results that are there (default: refuse)")
+    there.add_argument("--resume", action="store_true", help="skip what the output has already, of the same settings")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, lines: bool = False) -> None:
     parser.add_argument("--model", required=True, help="model folder or Hub name")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the first there is)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s"
     )
-    add_json(parser)
+    add_json(parser, lines)
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def add_compare(parser: argparse.ArgumentParser, metric: str, labels: str) -> None:
+    """Plain beside reduced, and what both are scored against."""
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help=f"run plain beside reduced: times, agreement, one picture; {metric} with --labels",
+    )
+    parser.add_argument("--labels", help=f"{labels} (with --compare)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each (default: %(default)s)")
+
+
+def check_compare(args: argparse.Namespace) -> None:
+    """Raises BadInputError where options of `add_compare` do not go with the others."""
+    from ..evaluation.bad_input import BadInputError
+
+    if args.labels and not args.compare:
+        raise BadInputError("--labels is for --compare: without it nothing is scored")
+    if args.compare and args.no_ailurus:
+        raise BadInputError("--compare and --no-ailurus do not go together: nothing to compare")
+
+
+def add_labels_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels-text",
+        nargs="+",
+        metavar="TEXT",
+        help="classes in words, for models that compare images with texts (CLIP, SigLIP)",
+    )
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="B",
+        help="images of one size that run at once (default: %(default)s)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser, lines: bool = False) -> None:
+    """--json, and for commands that go through images --json-lines."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print JSON, at the end")
+    if lines:
+        group.add_argument(
+            "--json-lines", action="store_true", help="print a line of JSON for each image as it is done"
+        )
 
 
 def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> None:
@@ -151,8 +204,9 @@ def load(args: argparse.Namespace, task: str | None) -> LoadedModel:
 
     given = {name: getattr(args, name) for name in AILURUS_FIELDS if getattr(args, name) is not None}
     settings = given_clustering(args)
+    texts = getattr(args, "labels_text", None)
     if not getattr(args, "no_ailurus", False):
-        return load_model(args.model, task, args.device, args.dtype, given, args.preset, settings)
+        return load_model(args.model, task, args.device, args.dtype, given, args.preset, settings, texts)
     if named := [*given, *settings, *(["preset"] if args.preset else [])]:
         raise BadInputError(f"--no-ailurus and --{named[0].replace('_', '-')} do not go together")
-    return load_model(args.model, task, args.device, args.dtype, None)
+    return load_model(args.model, task, args.device, args.dtype, None, labels_text=texts)

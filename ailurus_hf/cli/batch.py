@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,16 @@ from ..errors import AiluRusError
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
+    from ..evaluation.writing import Existing, ResultFolder, ResultLines
+
+# Options that decide nothing about a result.
+NO_SETTINGS = {
+    *("run", "images", "recursive", "strict", "output", "overwrite", "resume", "json", "json_lines"),
+    *("device", "batch_size", "repeats"),
+}
+
+# What differs from run to run, and is not written down with a result.
+TIMES = {"ms"}
 
 Item = TypeVar("Item")
 
@@ -26,24 +37,49 @@ class FailedImageError(AiluRusError):
 class Batch:
     """The images of a command.
 
-    images: those that are not known to fail. Headers are read at once, so that a file that holds no image is told
-        before a model is loaded.
+    images: those to do: not known to fail, and not done already. Headers are read at once, so that a file that holds no
+        image is told before a model is loaded.
     names: for each image the relative name of its results, without suffix.
     results, failed: one entry for each image that is done, {"image", …}, and for each that failed, {"image", "error"}.
+    skipped: images whose results were there already (--resume).
+    folder: where results are written, for a command that has `endings`; lines: the file of results, where one is given.
+
+    Args:
+        args: of the command.
+        endings: of an image's result files, as of `ResultFolder`.
+        to_lines: --output is a file of JSON lines, and may be left out.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, endings: Sequence[str] = (), to_lines: bool = False) -> None:
+        from ..evaluation import writing
         from ..evaluation.folders import find_images, result_names, subfolders
         from ..images import READING_ERRORS, Image, why
 
         self.command, self.strict, self.json = args.command, args.strict, args.json
-        self.names = result_names(args.images, args.recursive)
+        self.json_lines = getattr(args, "json_lines", False)
+        output = Path(args.output) if endings else None
+        paths = find_images(args.images, args.recursive, leave_out=output)
+        self.names = result_names(args.images, args.recursive, leave_out=output)
         self.results: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
+        self.skipped: list[Path] = []
         self.images: list[Path] = []
+        self.folder: ResultFolder | None = None
+        self.lines: ResultLines | None = None
+        self._left = len(paths)
+        if endings:
+            self.folder = writing.ResultFolder(args.output, endings, existing(args), result_settings(args))
+            done = self.folder.check(self.names.values(), paths)
+            self.skipped = [path for path in paths if self.names[path] in done]
+        elif to_lines and args.output:
+            self.lines = writing.ResultLines(args.output, existing(args), result_settings(args))
+            self.skipped = [path for path in paths if str(path) in self.lines.done]
         if not args.recursive and (left_out := subfolders(args.images)):
             tell(f"{len(left_out)} subfolders are left out ({left_out[0]} …): --recursive looks into them")
-        for path in find_images(args.images, args.recursive):
+        skipped = set(self.skipped)
+        for path in paths:
+            if path in skipped:
+                continue
             try:
                 with Image.open(path):
                     self.images.append(path)
@@ -61,25 +97,47 @@ class Batch:
             WritingError: a result cannot be written, which would be so for the next one too.
             FailedImageError: an image failed, with --strict.
         """
-        from ..evaluation.writing import WritingError
-
-        try:
+        with self.told():
             for path in progress(self.images):
-                try:
-                    result = {"image": str(path), **work(path)}
-                except WritingError:
-                    raise
-                except Exception as error:  # processors and models refuse an image in as many ways as there are of them
-                    own = isinstance(error, AiluRusError)
-                    self.fail(path, str(error) if own else f"{path}: {type(error).__name__}: {error}")
-                    continue
-                self.results.append(result)
-                if not self.json and (line := show(result)) is not None:
-                    tell(line, sys.stdout)
-        except BaseException as error:  # an interrupt, a signal, a full disk
+                self.attempt(path, work, show)
+
+    def attempt(
+        self, path: Path, work: Callable[[Path], dict[str, Any]], show: Callable[[dict[str, Any]], str | None]
+    ) -> None:
+        """Does the work for one image: its result, or the reason why it failed. As in `run`."""
+        try:
+            result = {"image": str(path), **work(path)}
+        except Exception as error:
+            self.fail_with(path, error)
+            return
+        self.results.append(result)
+        if self.lines is not None:
+            self.lines.add({name: value for name, value in result.items() if name not in TIMES})
+        if self.json_lines:
+            tell(json.dumps(result), sys.stdout)
+        elif not self.json and (line := show(result)) is not None:
+            tell(line, sys.stdout)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Says what is done where something ends the run: an interrupt, a signal, a full disk."""
+        try:
+            yield
+        except BaseException as error:
             if not isinstance(error, (FailedImageError, BrokenPipeError)):
                 tell(self._summary())
             raise
+
+    @property
+    def result_folder(self) -> ResultFolder:
+        """The folder of results; there is one where endings were given."""
+        assert self.folder is not None
+        return self.folder
+
+    def say(self, line: str) -> None:
+        """A line on stdout for people, where something was done."""
+        if self.results and not (self.json or self.json_lines):
+            tell(line, sys.stdout)
 
     def fail(self, path: Path, reason: str) -> None:
         """Names an image that failed. Raises FailedImageError with --strict."""
@@ -90,6 +148,17 @@ class Batch:
             raise FailedImageError(reason)
         self.failed.append({"image": str(path), "error": reason})
         tell(f"ailurus-hf {self.command}: error: {reason}")
+        if self.json_lines:
+            tell(json.dumps(self.failed[-1]), sys.stdout)
+
+    def fail_with(self, path: Path, error: Exception) -> None:
+        """Names an image that failed for this error. Raises errors that the next image would meet as well."""
+        from ..evaluation.writing import WritingError
+
+        if isinstance(error, (WritingError, FailedImageError)):
+            raise error
+        # Processors and models refuse an image in as many ways as there are of them.
+        self.fail(path, str(error) if isinstance(error, AiluRusError) else f"{path}: {type(error).__name__}: {error}")
 
     def finish(self, loaded: LoadedModel | None, **fields: Any) -> int:
         """Prints the JSON, if it was asked for, and what was done; returns the exit code.
@@ -98,15 +167,32 @@ class Batch:
             loaded: the model that ran; None where no image was left to run it on.
             fields: what the JSON tells beside the model and the images that failed.
         """
-        if self.json:
-            print_json(loaded, **fields, failed=self.failed)
-        if self.failed and len(self.names) > 1:
+        if self.json_lines:
+            pass
+        elif self.json:
+            skipped = {"skipped": [str(path) for path in self.skipped]} if self.skipped else {}
+            print_json(loaded, **fields, **skipped, failed=self.failed)
+        if (self.failed and len(self.names) > 1) or self.skipped:
             tell(self._summary())
         return 1 if self.failed else 0
 
     def _summary(self) -> str:
-        left = len(self.names) - len(self.results) - len(self.failed)
-        return f"{len(self.results)} done, {len(self.failed)} failed" + (f", {left} not begun" if left else "")
+        left = self._left - len(self.results) - len(self.failed) - len(self.skipped)
+        parts = [f"{len(self.results)} done"]
+        parts += [f"{len(self.skipped)} skipped (their results are there)"] if self.skipped else []
+        parts += [f"{len(self.failed)} failed"] + ([f"{left} not begun"] if left else [])
+        return ", ".join(parts)
+
+
+def existing(args: argparse.Namespace) -> Existing:
+    """What becomes of results that are there already."""
+    return "overwrite" if args.overwrite else "resume" if args.resume else "refuse"
+
+
+def result_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what a result is: those that were given or have a default, but not where images come
+    from, where results go, and how they are told."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in NO_SETTINGS and v not in (None, False)}
 
 
 def progress(items: Sequence[Item]) -> Iterable[Item]:
@@ -121,6 +207,7 @@ def tell(line: str, file: Any = None) -> None:
     from tqdm import tqdm
 
     tqdm.write(line, file=file or sys.stderr)
+    (file or sys.stderr).flush()  # a reader behind a pipe sees each as it comes
 
 
 def print_json(loaded: LoadedModel | None, **fields: Any) -> None:

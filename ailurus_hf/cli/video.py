@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="what the video shows")
     parser.add_argument("--negative-prompt", help="what it shall not show")
     parser.add_argument("--output", required=True, help=".mp4, .mov, .gif, or a new folder for PNGs")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there (default: refuse)")
     parser.add_argument("--compare", action="store_true", help="run plain too: times, PSNR, and both side by side")
 
     clip = parser.add_argument_group("clip")
@@ -119,6 +120,9 @@ def run(args: argparse.Namespace) -> int:
     config = with_clustering(preset(**given), settings)
     output = media.check_output(args.output, source=args.video)
     beside = media.check_output(_beside(output), source=args.video) if args.compare else None
+    for path in (output, beside):
+        if path is not None and path.is_file() and not args.overwrite:
+            raise BadInputError(f"{path} is there already: --overwrite replaces it, --output names another file")
     clip = media.open_clip(
         args.video,
         every=args.every,

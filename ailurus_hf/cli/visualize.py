@@ -8,10 +8,14 @@ from typing import Any
 
 from .arguments import add_ailurus, add_images, add_model, add_output, load
 
+EXAMPLES = """
+  ailurus-hf visualize street.jpg --model facebook/dinov2-small --keep-ratio 0.25 --output out
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
-    add_model(parser)
+    add_model(parser, lines=True)
     add_output(parser)
     parser.add_argument(
         "--fill", choices=("mean", "distinct"), default="mean", help="color of a cluster (default: %(default)s)"
@@ -20,25 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.writing import make_folder, save_picture
     from ..images import ImageError, read_image
     from .batch import Batch
 
-    batch = Batch(args)
+    batch = Batch(args, ("_assignment.png", "_rebuilt.png"))
     if not batch.images:
         return batch.finish(None, images=[])
-    output = make_folder(args.output)
     loaded = load(args, None)
     loaded.switch_on()
+    folder = batch.result_folder
 
     def visualize(path: Path) -> dict[str, Any]:
         pictures = loaded.draw_clusters(loaded.prepare(read_image(path)), args.fill)
         if pictures.assignment is None or pictures.rebuilt is None:
             raise ImageError(f"{path.name} has {pictures.num_tokens} tokens and none are to be merged")
-        name = batch.names[path]
-        files = [output / f"{name}_assignment.png", output / f"{name}_rebuilt.png"]
-        save_picture(pictures.assignment, files[0])
-        save_picture(pictures.rebuilt, files[1])
+        files = folder.files(batch.names[path])
+        for picture, file in zip((pictures.assignment, pictures.rebuilt), files, strict=True):
+            folder.save(picture, file)
         return {"tokens": [pictures.num_tokens, pictures.num_clusters], "files": [str(file) for file in files]}
 
     def drawn(result: dict[str, Any]) -> str:

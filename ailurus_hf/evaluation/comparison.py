@@ -6,7 +6,7 @@ Used by `ailurus-hf segment` and examples/segment_image.py.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,15 @@ from PIL import Image
 
 from ..apply import ailurus_enabled
 from ..visualization import class_palette, compare_predictions, overlay_labels
-from .timing import interleaved
+from .paired import run_pair
 from .writing import save_picture
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
+
+Save = Callable[[Image.Image, Path], None]
+# Scores of classes, four bytes each, that a label map may take: half a GiB.
+MAX_SCORES = 2**27
 
 
 def confusion(prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
@@ -50,27 +54,39 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def segment(loaded: LoadedModel, inputs: dict[str, torch.Tensor], image: Image.Image) -> np.ndarray:
+def segment(loaded: LoadedModel, inputs: dict[str, Any], image: Image.Image) -> np.ndarray:
     """The model's label map of an image, [H, W]."""
-    outputs = loaded(inputs)
-    size = (image.height, image.width)
-    return loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0].cpu().numpy()
+    return label_map(loaded, loaded(inputs), image)
 
 
-def segment_image(loaded: LoadedModel, path: Path, image: Image.Image, results: Path) -> dict[str, Any]:
-    """Writes the label map and its overlay; returns their paths and each class's share of the image, largest first.
+def label_map(loaded: LoadedModel, outputs: Any, image: Image.Image) -> np.ndarray:
+    """The label map, [H, W], of the model's outputs for one image.
 
-    Args:
-        results: what the names of the files begin with, such as output/street.
+    Scores of all classes at a large photograph's size would fill the memory: above `MAX_SCORES` labels are found at a
+    smaller size and enlarged.
     """
-    names = loaded.class_names()
-    labels = segment(loaded, loaded.prepare(image), image)
-    files = [results.with_name(f"{results.name}_{kind}.png") for kind in ("labels", "overlay")]
-    save_picture(Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.int32)), files[0])
-    save_picture(overlay_labels(image, labels, class_palette(names)), files[1])
+    size = (image.height, image.width)
+    scores = len(loaded.class_names()) * size[0] * size[1]
+    logits = getattr(outputs, "logits", None)
+    there = logits is not None and logits.shape[-2] >= size[0] and logits.shape[-1] >= size[1]
+    scale = 1.0 if there else min(1.0, (MAX_SCORES / scores) ** 0.5)
+    small = (max(int(size[0] * scale), 1), max(int(size[1] * scale), 1))
+    labels = loaded.processor.post_process_semantic_segmentation(outputs, target_sizes=[small])[0]
+    if small != size:
+        rows = torch.arange(size[0], device=labels.device) * small[0] // size[0]
+        columns = torch.arange(size[1], device=labels.device) * small[1] // size[1]
+        labels = labels[rows][:, columns]
+    return labels.cpu().numpy()
+
+
+def save_segmentation(
+    image: Image.Image, labels: np.ndarray, names: Sequence[str], files: Sequence[Path], save: Save = save_picture
+) -> dict[str, float]:
+    """Writes a label map and its overlay to the two files; returns each class's share of the image, largest first."""
+    save(Image.fromarray(labels.astype(np.uint8 if len(names) <= 256 else np.int32)), files[0])
+    save(overlay_labels(image, labels, class_palette(names)), files[1])
     shares = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
-    classes = {names[i]: round(float(shares[i]), 4) for i in np.argsort(-shares, kind="stable") if shares[i] > 0}
-    return {"image": str(path), "classes": classes, "files": [str(file) for file in files]}
+    return {names[i]: round(float(shares[i]), 4) for i in np.argsort(-shares, kind="stable") if shares[i] > 0}
 
 
 @dataclass
@@ -103,31 +119,28 @@ class Comparison:
 
 
 def compare_image(
-    loaded: LoadedModel, path: Path, image: Image.Image, truth: np.ndarray | None, repeats: int, results: Path
+    loaded: LoadedModel,
+    path: Path,
+    image: Image.Image,
+    truth: np.ndarray | None,
+    repeats: int,
+    file: Path,
+    save: Save = save_picture,
 ) -> Comparison:
     """Times plain and reduced forwards in turn on one image and writes the comparison picture.
 
     Args:
-        results: what the name of the picture begins with, such as output/street.
+        file: where the picture goes.
     """
     inputs = loaded.prepare(image)
-    configs = {"plain": None, "reduced": loaded.ailurus}
-    seconds = interleaved(
-        {name: lambda _: loaded(inputs) for name in configs},
-        repeats,
-        warmup=1,
-        device=loaded.device,
-        around=lambda name: ailurus_enabled(loaded.model, configs[name]),
-    )
-    plain_ms, reduced_ms = 1e3 * seconds["plain"], 1e3 * seconds["reduced"]
-    plain = segment(loaded, inputs, image)
+    pair = run_pair(loaded, inputs, repeats)
+    plain_ms, reduced_ms = pair.plain_ms, pair.reduced_ms
+    plain, reduced = label_map(loaded, pair.plain, image), label_map(loaded, pair.reduced, image)
     with ailurus_enabled(loaded.model, loaded.ailurus):
-        reduced = segment(loaded, inputs, image)
         pictures = loaded.draw_clusters(inputs)
     names = loaded.class_names()
     matrices = [None if truth is None else confusion(labels, truth, len(names)) for labels in (plain, reduced)]
     scores = ["" if matrix is None else f", mIoU {mean_iou(matrix):.1%}" for matrix in matrices]
-    file = results.with_name(f"{results.name}_comparison.png")
     picture = compare_predictions(
         image,
         plain,
@@ -139,7 +152,7 @@ def compare_image(
         reduced_title=f"AiluRus on: {reduced_ms:.0f} ms ({plain_ms / reduced_ms:.2f}x){scores[1]}",
         assignment_title=f"{pictures.num_tokens} tokens in {pictures.num_clusters} clusters",
     )
-    save_picture(picture, file)
+    save(picture, file)
     agreement = float((plain == reduced).mean())
     return Comparison(
         str(path), str(file), plain_ms, reduced_ms, agreement, pictures.num_tokens, pictures.num_clusters, *matrices
@@ -158,25 +171,6 @@ def summarize(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "plain_miou": _rounded_miou(_total(c.plain_confusion for c in comparisons)),
         "reduced_miou": _rounded_miou(_total(c.reduced_confusion for c in comparisons)),
     }
-
-
-def format_comparison(comparisons: Sequence[Comparison]) -> str:
-    """The table of the command line: a line an image, and one for all where there are several."""
-    rows = [(Path(c.image).name, c.to_dict()) for c in comparisons]
-    if len(rows) > 1:
-        rows.append(("all", summarize(comparisons)))
-    header = ["image", "off ms", "on ms", "speed-up", "agreement"]
-    scored = any(r["plain_miou"] is not None for _, r in rows)
-    cells = [
-        [name, f"{r['plain_ms']:.1f}", f"{r['reduced_ms']:.1f}", f"{r['speedup']:.2f}x", f"{r['agreement']:.2%}"]
-        + ([_percent(r["plain_miou"]), _percent(r["reduced_miou"])] if scored else [])
-        for name, r in rows
-    ]
-    return format_table(header + (["off mIoU", "on mIoU"] if scored else []), cells)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
 
 
 def _total(matrices: Iterable[np.ndarray | None]) -> np.ndarray | None:

@@ -9,30 +9,36 @@ from pathlib import Path
 import numpy as np
 
 from ..images import IMAGE_SUFFIXES, READING_ERRORS, ImageError, why
-from .loading import BadInputError
+from .bad_input import BadInputError
 
 
-def find_images(paths: Sequence[str | Path], recursive: bool = False) -> list[Path]:
+def find_images(
+    paths: Sequence[str | Path], recursive: bool = False, leave_out: str | Path | None = None
+) -> list[Path]:
     """The files given, and the images in the folders given, in order of name; each once.
 
     Whatever a folder holds under the name of an image is among them, also what cannot be read: reading says so.
 
     Args:
         recursive: look into the folders' subfolders too.
+        leave_out: a folder for results: what lies there is no input, unless it is given itself.
 
     Raises:
-        BadInputError: a path that does not exist, or a folder without an image.
+        BadInputError: a path that does not exist, or a folder without an image; or results would go into a folder that
+            is given, and be taken for images the next time.
     """
-    return list(_found(paths, recursive))
+    return list(_found(paths, recursive, leave_out))
 
 
-def result_names(paths: Sequence[str | Path], recursive: bool = False) -> dict[Path, Path]:
+def result_names(
+    paths: Sequence[str | Path], recursive: bool = False, leave_out: str | Path | None = None
+) -> dict[Path, Path]:
     """A relative name without suffix for the results of each image that `find_images` finds: no two are equal.
 
     It is the image's name, in subfolders its path from the folder given. Where two folders hold equal names, results
     lie in a subfolder for each folder; where two images of a folder differ in their suffix alone, it stays in the name.
     """
-    found = _found(paths, recursive)
+    found = _found(paths, recursive, leave_out)
     roots_of = defaultdict(set)
     for file, root in found.items():
         roots_of[_inside(file, root).with_suffix("")].add(root)
@@ -87,13 +93,24 @@ def read_labels(image_path: Path, labels: str | Path, size: tuple[int, int], num
     return truth
 
 
-def _found(paths: Sequence[str | Path], recursive: bool) -> dict[Path, Path]:
+def _found(paths: Sequence[str | Path], recursive: bool, leave_out: str | Path | None) -> dict[Path, Path]:
     """Each file, and the folder that was given or the file's own."""
+    results = None if leave_out is None else Path(leave_out).resolve()
     found: dict[Path, Path] = {}
     seen: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            files = list(_in_folder(path, recursive))
+            if path.resolve() == results:
+                raise BadInputError(
+                    f"images are read from {path} and results would be written there, to be taken for images the next "
+                    "time: choose another --output"
+                )
+            inside = results is not None and path.resolve() in results.parents
+            files = [
+                f
+                for f in _in_folder(path, recursive)
+                if not (inside and results in (f.parent.resolve() / f.name).parents)
+            ]
             if not files:
                 inner = subfolders([path])
                 hint = f"; it has {len(inner)} subfolders, which --recursive looks into" if inner else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,10 +21,12 @@ import torch
 from ..apply import ailurus_status, apply_ailurus, remove_ailurus
 from ..clustering import get_clustering
 from ..config import AiluRusConfig, AiluRusDiffusionConfig
-from ..errors import AiluRusError
 from ..extras import needs_extra, require
 from ..visualization import draw_assignment, reconstruct_image
+from .bad_input import BadInputError
 from .image_size import check_processed_size
+from .tasks import has_text_tower, model_class, task_of
+from .zero_shot import ZeroShotClassifier
 
 with needs_extra("vision", "Loading a model"):
     from PIL import Image
@@ -33,14 +36,11 @@ AnyConfig = TypeVar("AnyConfig", AiluRusConfig, AiluRusDiffusionConfig)
 DEFAULT_FIELDS: dict[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
 
 
-class BadInputError(AiluRusError):
-    """Something the user gave cannot be used. The command line prints it as one line and exits with 2."""
-
-
 def noise_image(loaded: LoadedModel) -> Image.Image:
     """An image of the size the model was made for, for commands that need some image."""
     config = loaded.model.config
-    size = getattr(getattr(config, "encoder_config", config), "image_size", 224)
+    parts = [config, *(getattr(config, name, None) for name in ("encoder_config", "vision_config", "backbone_config"))]
+    size = next((found for part in reversed(parts) if (found := getattr(part, "image_size", None))), 224)
     height, width = (size, size) if isinstance(size, int) else size
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -69,6 +69,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     ailurus: AiluRusConfig | None
+    task: str | None = None
 
     def switch_on(self) -> None:
         if self.ailurus is not None:
@@ -78,7 +79,7 @@ class LoadedModel:
         if self.ailurus is not None:
             remove_ailurus(self.model)
 
-    def prepare(self, image: Image.Image) -> dict[str, torch.Tensor]:
+    def prepare(self, image: Image.Image) -> dict[str, Any]:
         """The model's inputs for one RGB image, on the model's device and in its precision.
 
         Raises:
@@ -86,10 +87,17 @@ class LoadedModel:
         """
         check_processed_size(self.processor, image.size)
         inputs = self.processor(images=image, return_tensors="pt")
-        return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        if "pixel_mask" not in inspect.signature(self.model.forward).parameters:  # DETR's processors make one
+            inputs.pop("pixel_mask", None)
+        return {name: self._placed(value) for name, value in inputs.items()}
+
+    def _placed(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+        return [self._placed(each) for each in value] if isinstance(value, list | tuple) else value
 
     @torch.inference_mode()
-    def __call__(self, inputs: dict[str, torch.Tensor]) -> Any:
+    def __call__(self, inputs: dict[str, Any]) -> Any:
         """The model's output; of a Segmenter whose processor names a window, the windows' averaged logits."""
         if getattr(self.processor, "window_size", None) is None:
             return self.model(**inputs)
@@ -97,8 +105,10 @@ class LoadedModel:
 
         return windowed_outputs(self.model, self.processor, inputs["pixel_values"])
 
-    def one_sequence(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inputs as the encoder gets them: of an image that is seen in windows, the first one."""
+    def one_sequence(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs as the encoder gets them: of an image that is seen in windows or patches, the first one."""
+        if inputs.get("patch_offsets"):
+            return {"pixel_values": inputs["pixel_values"][:1]}
         if getattr(self.processor, "window_size", None) is None:
             return inputs
         from ..segmenter import first_window
@@ -106,11 +116,13 @@ class LoadedModel:
         return inputs | {"pixel_values": first_window(self.processor, inputs["pixel_values"])}
 
     def class_names(self) -> list[str]:
+        if isinstance(self.model, ZeroShotClassifier):
+            return self.model.labels
         labels = self.model.config.id2label
         return [str(labels[i]) for i in sorted(labels)]
 
     @torch.inference_mode()
-    def draw_clusters(self, inputs: dict[str, torch.Tensor], fill: str = "mean") -> ClusterPictures:
+    def draw_clusters(self, inputs: dict[str, Any], fill: str = "mean") -> ClusterPictures:
         """Runs the image, or of one seen in windows the first window, and draws its clusters on the pixels seen."""
         inputs = self.one_sequence(inputs)
         self.model(**inputs)
@@ -158,16 +170,20 @@ def load_model(
     ailurus: dict[str, Any] | None,
     preset: str | None = None,
     clustering: dict[str, Any] | None = None,
+    labels_text: Sequence[str] | None = None,
 ) -> LoadedModel:
     """Loads a model folder or Hub name.
 
     Args:
-        task: "segment" or "classify"; None takes what the model's config says it is.
+        task: "segment", "classify", "depth" or "detect"; None takes what the model's architecture is for. The model's
+            class is its own architecture.
         device, dtype: "auto" is the first accelerator that is there; "float32", "float16" or "bfloat16".
         ailurus: fields of AiluRusConfig that replace those of the preset, or of the settings saved with the model; None
             runs it unreduced.
         preset: a name of `AiluRusConfig.preset`.
         clustering: settings that replace the clustering's own.
+        labels_text: classes in words, for models that compare images with texts (CLIP, SigLIP); without them such a
+            model is its vision tower.
 
     Raises:
         BadInputError: no such model, one of another task, or a device that cannot be used.
@@ -189,9 +205,24 @@ def load_model(
     if ailurus is not None:
         saved = getattr(config, "ailurus_config", None) if preset is None else None
         reduced = with_clustering(_ailurus_config(saved, preset, ailurus), clustering or {})
+    texts = has_text_tower(config)
+    if labels_text and not texts:
+        raise BadInputError(
+            f"--labels-text is for models that compare images with texts (CLIP, SigLIP), not for {name}"
+        )
+    if texts and task == "classify" and not labels_text:
+        raise BadInputError(f"{name} has no classes of its own: --labels-text gives them, as words")
+    cls = transformers.AutoModel if texts and task in (None, "classify") else model_class(config, name, task)
     processor = read_pretrained(name, AutoImageProcessor.from_pretrained)
-    model = read_pretrained(name, _auto_class(config, task).from_pretrained, dtype=getattr(torch, dtype))
-    loaded = LoadedModel(name, model.to(target).eval(), processor, target, getattr(torch, dtype), reduced)
+    model = read_pretrained(name, cls.from_pretrained, dtype=getattr(torch, dtype)).to(target).eval()
+    if labels_text:
+        model = ZeroShotClassifier(
+            model, read_pretrained(name, transformers.AutoTokenizer.from_pretrained), labels_text
+        )
+    elif texts:
+        model = model.vision_model
+    task = "classify" if labels_text else task or task_of(config)
+    loaded = LoadedModel(name, model, processor, target, getattr(torch, dtype), reduced, task)
     loaded.switch_on()  # a model or a location that cannot be reduced is refused before the first image
     loaded.switch_off()
     return loaded
@@ -230,17 +261,6 @@ def with_clustering(config: AnyConfig, settings: Mapping[str, Any]) -> AnyConfig
                 f"{', '.join(known) or 'none'}: choose the clustering that has it"
             )
     return dataclasses.replace(config, clustering=dataclasses.replace(clustering, **settings))
-
-
-def _auto_class(config: Any, task: str | None) -> Any:
-    import transformers
-
-    architecture = (config.architectures or [""])[0]
-    if task == "segment" or (task is None and architecture.endswith("ForSemanticSegmentation")):
-        return transformers.AutoModelForSemanticSegmentation
-    if task == "classify" or (task is None and architecture.endswith("ForImageClassification")):
-        return transformers.AutoModelForImageClassification
-    return transformers.AutoModel
 
 
 def check_name(name: str, file: str = "config.json") -> None:

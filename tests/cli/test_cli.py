@@ -73,7 +73,7 @@ def test_segment_writes_label_maps_and_overlays(capsys: pytest.CaptureFixture[st
     labels = np.asarray(Image.open(tmp_path / "a_labels.png"))
     assert labels.shape == (37, 53) and labels.max() < 3
     assert Image.open(tmp_path / "a_overlay.png").size == (53, 37)
-    assert main(arguments) == 0
+    assert main([*arguments, "--overwrite"]) == 0
     assert "a.png: " in capsys.readouterr().out
 
 
@@ -105,7 +105,7 @@ def test_compare_reports_times_agreement_and_miou(capsys: pytest.CaptureFixture[
     assert first["plain_miou"] == pytest.approx(mean_iou(matrix), abs=1e-5)
     assert set(found["all"]) == {"plain_ms", "reduced_ms", "speedup", "agreement", "plain_miou", "reduced_miou"}
     assert (tmp_path / "b_comparison.png").is_file()
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--output", str(tmp_path), "--overwrite"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["image", "off", "ms", "on", "ms", "speed-up", "agreement", "off", "mIoU", "on", "mIoU"]
     assert [line.split()[0] for line in table[1:4]] == ["a.png", "b.png", "all"]
@@ -197,7 +197,7 @@ def test_the_configuration_saved_with_a_model_is_the_default(
     for file in (folder / "segmenter").iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     (model / "config.json").write_text(json.dumps(saved))
-    arguments = ["visualize", "images/a.png", "--model", str(model), "--output", str(tmp_path)]
+    arguments = ["visualize", "images/a.png", "--model", str(model), "--output", str(tmp_path), "--overwrite"]
     assert run_json(capsys, *arguments)["images"][0]["tokens"] == [35, 12]
     assert run_json(capsys, *arguments, "--keep-ratio", "0.2")["images"][0]["tokens"] == [35, 7]
 
