@@ -2,7 +2,8 @@
 # make test    the whole test suite
 # make test-oldest, test-newest    the suite with the oldest versions allowed, and with the newest of the package index
 # make tables  every table and figure of the paper that the data and weights here allow (TABLES_FLAGS=--list: only says which)
-# make check   format, lint, types
+# make docs    the documentation as a site, in site/
+# make check   format, lint, types, and the documentation with warnings as errors
 # Each makes .venv first, from nothing but python3 and a package index, and keeps it until its ingredients change.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # One thread a worker: two workers of two threads each on two cores are slower than one.
 TEST_FLAGS ?= -n auto --maxprocesses 4
 
-.PHONY: demo test test-oldest test-newest tables check format clean
+.PHONY: demo docs test test-oldest test-newest tables check format clean
 .DEFAULT_GOAL := test
 
 # Written last, so an install that was cut off is done again.
@@ -45,10 +46,14 @@ check: $(VENV)/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.complete
+	$(BIN)/mkdocs build --quiet
 
 format: $(VENV)/.complete
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache demo
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache demo site

@@ -37,8 +37,10 @@ from .vision import (
 DOCUMENTS = (
     "README.md",
     "benchmarks/results/README.md",
+    "docs/evidence.md",
     "docs/method.md",
     "docs/results.md",
+    "docs/supported-models.md",
     "docs/tables.md",
     "docs/training.md",
 )
@@ -185,7 +187,52 @@ def pictures_table(task: str) -> Callable[[], str]:
     return table
 
 
+def row_of(name: str, method: str, **fields: Any) -> dict[str, Any]:
+    """The one row of a result file that is of a method, with these values."""
+    rows = [row for row in load(name)["rows"] if row["method"] == method]
+    (row,) = (row for row in rows if all(row.get(key) == value for key, value in fields.items()))
+    return row
+
+
+def presets_table() -> str:
+    """What each preset gains and loses, where it was measured: one line each."""
+    ours, wider, small = "cpu/tab1_camvid-fp32", "cpu/segmenter_quality_s_like-fp32", "cpu/tab8_cifar10_all-fp32"
+    pairs = "pairs, copy:cluster_location=(1,3),keep_ratio=(0.65,0.37)"
+    lines = []
+    for preset, keep, name, where in (
+        ("dense", 0.22, ours, "shipped Segmenter, CamVid"),
+        ("dense", 0.45, wider, "twice as wide, CamVid"),
+        ("dense", 0.12, wider, "twice as wide, CamVid"),
+        ("paper", 0.22, ours, "shipped Segmenter, CamVid"),
+    ):
+        method = {"dense": "Ward, smooth", "paper": "density peaks, copy (the paper)"}[preset]
+        row, plain = row_of(name, method, location=2, keep_ratio=keep), row_of(name, "plain")["miou"]
+        lines.append((f'`"{preset}"`, {keep:.0%}', where, row["speed_up"], f"{plain:.2f} → {row['miou']:.2f} mIoU"))
+    row, plain = row_of(small, pairs), row_of(small, "plain")["accuracy"]
+    where = "6-layer classifier, CIFAR-10"
+    lines.append(('`"classification"`', where, row["speed_up"], f"{plain:.2f} → {row['accuracy']:.2f} % accuracy"))
+    for preset, method in (
+        ("fast", "blocks of each stack 0.25"),
+        ("balanced", "keys 0.0625 at full size, blocks 0.35 at half, halves apart"),
+        ("faithful", "keys 0.0625 at full size, k-means"),
+    ):
+        speed = row_of("cpu/diffusion_speed_methods_sd15-bf16", method)["speed_up"]
+        psnr = row_of("cpu/diffusion_quality_text-fp32", method)["psnr"]
+        lines.append(
+            (f'`"{preset}"`', "Stable Diffusion 1.5, 512²", speed, f"PSNR {psnr:.1f} dB to the plain pictures ¹")
+        )
+    heads = ("preset, tokens kept", "measured on", "speed-up", "without → with")
+    rows = [dict(zip(heads, (*line[:2], f"{line[2]:.2f}×", line[3]))) for line in lines]
+    result = load(ours)
+    note = (
+        f"\n{result['device']}; fp32, Stable Diffusion bf16. ¹ The pictures are of a small Stable Diffusion "
+        "that was trained here; a higher PSNR is nearer."
+    )
+    return markdown(rows, {head: head for head in heads}) + "\n" + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets_table,
     "index": index,
     "parts": parts_table,
     "measured": measured_tables,
