@@ -78,11 +78,14 @@ def ailurus_enabled(target: Target, config: Config | None = None, **config_field
     """Switches token reduction on for a `with` block and off after it, also when the block raises.
 
     Args:
-        target: as for `apply_ailurus`.
+        target: as for `apply_ailurus`, with nothing on: the block leaves it as it came.
         config, config_fields: as for `apply_ailurus`; with neither, the block runs with the target as it is.
 
     Yields:
         The target.
+
+    Raises:
+        AiluRusError: AiluRus is on already, or the settings are wrong.
 
     Example:
         with ailurus_enabled(model, cluster_location=2, keep_ratio=0.5):
@@ -90,6 +93,11 @@ def ailurus_enabled(target: Target, config: Config | None = None, **config_field
     """
     switched = config is not None or bool(config_fields)
     if switched:
+        if ailurus_status(target).active:
+            raise AiluRusError(
+                f"AiluRus is on in {type(target).__name__}, and would be off after the block: call remove_ailurus "
+                "first, or apply_ailurus to replace its settings"
+            )
         apply_ailurus(target, config, **config_fields)
     try:
         yield target

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
+from diffusion_models import make_network
 from model_parts import DEPTH, GRID
 from models import images, make_model, predict, run
 from torch import nn
@@ -19,6 +20,7 @@ from ailurus_hf import (
     AiluRusError,
     AiluRusModel,
     UnsupportedModelError,
+    ailurus_enabled,
     ailurus_status,
     apply_ailurus,
     remove_ailurus,
@@ -164,6 +166,26 @@ def test_config_and_fields_combine():
     assert (got["keep_ratio"], got["num_clusters"], got["restore"]) == (0.5, None, "residual")
     with pytest.raises(AiluRusError, match="config must be an AiluRusConfig, got dict"):
         apply_ailurus(model, {"keep_ratio": 0.5})
+
+
+def test_on_within_a_block_also_when_it_raises():
+    model, x = make_model(NAME), images()
+    plain, before = predict(model, NAME, x), traces(model)
+    with pytest.raises(RuntimeError), ailurus_enabled(model, cluster_location=1, keep_ratio=0.3) as same:
+        assert same is model and not torch.equal(predict(model, NAME, x), plain)
+        raise RuntimeError
+    assert torch.equal(predict(model, NAME, x), plain) and traces(model) == before
+    with ailurus_enabled(model):
+        assert not ailurus_status(model).active
+
+
+@pytest.mark.parametrize("make", [lambda: make_model(NAME), lambda: make_network("UNet")])
+def test_a_block_does_not_switch_off_what_was_on(make):
+    model = apply_ailurus(make(), keep_ratio=0.5)
+    config = ailurus_status(model).config
+    with pytest.raises(AiluRusError, match="remove_ailurus first"), ailurus_enabled(model, keep_ratio=0.25):
+        pass
+    assert ailurus_status(model).active and ailurus_status(model).config == config
 
 
 def test_an_encoder_inside_a_model():

@@ -68,7 +68,7 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
     grid = check_input(features, grid, num_clusters, check_finite)
     sizes = torch.ones(features.shape[:2], device=features.device)
     itself = torch.arange(math.prod(grid), device=features.device).expand(features.shape[:2])
-    assignment = _joined(features.float(), sizes, itself, grid, num_clusters)
+    assignment = _joined(features.float(), sizes, itself, adjacent_clusters(itself, grid), grid, num_clusters)
     return TokenClusters.from_assignment(assignment, num_clusters)
 
 
@@ -76,10 +76,10 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
 def join_regions(
     clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
 ) -> TokenClusters:
-    """Joins the M clusters that `ward` made to fewer in the same way, by their representatives.
+    """Joins M clusters to fewer in the same way as `ward`, by their representatives.
 
     Args:
-        clusters: of the grid's N tokens.
+        clusters: of the grid's N tokens, made by any clustering; empty ones join whatever comes first.
         representatives: Tensor[B, M, C], of the clusters.
         tokens: not used.
         grid: of the N tokens.
@@ -89,7 +89,8 @@ def join_regions(
         TokenClusters of the N tokens: each of the old clusters lies in one new cluster.
     """
     check_num_clusters(num_clusters, clusters.num_clusters)
-    assignment = _joined(representatives.float(), clusters.counts, clusters.assignment, grid, num_clusters)
+    edges = torch.cat([adjacent_clusters(clusters.assignment, grid), _edges_of_empty(clusters.counts)], 1)
+    assignment = _joined(representatives.float(), clusters.counts, clusters.assignment, edges, grid, num_clusters)
     return TokenClusters.from_assignment(assignment, num_clusters)
 
 
@@ -110,11 +111,25 @@ def adjacent_clusters(owner: Tensor, grid: Grid) -> Tensor:
     return torch.stack([owner[..., None].expand_as(there), there], -1).flatten(1, 2)
 
 
-def _joined(means: Tensor, sizes: Tensor, owner: Tensor, grid: Grid, num_clusters: int) -> Tensor:
-    """The new cluster of each token, LongTensor[B, N], from its old one (`owner`), whose means are Tensor[B, n, C]."""
+def _edges_of_empty(counts: Tensor) -> Tensor:
+    """Empty clusters touch none: edges to the next and the previous number, LongTensor[B, M - 1, 2]; the rest loops."""
+    number = torch.arange(counts.shape[1], device=counts.device).expand(counts.shape)
+    is_empty = counts == 0
+    following = torch.where(is_empty[:, :-1] | is_empty[:, 1:], number[:, 1:], number[:, :-1])
+    return torch.stack([number[:, :-1], following], -1)
+
+
+def _joined(means: Tensor, sizes: Tensor, owner: Tensor, edges: Tensor, grid: Grid, num_clusters: int) -> Tensor:
+    """The new cluster of each token, LongTensor[B, N].
+
+    Args:
+        means, sizes: of the old clusters, Tensor[B, n, C] and Tensor[B, n].
+        owner: the old cluster of each token, LongTensor[B, N].
+        edges: pairs of old clusters that may join, LongTensor[B, P, 2]; loops say nothing.
+    """
     # Relative to the image's mean, for precision.
     means = means - means.mean(1, keepdim=True)
-    count, edges = means.shape[1], adjacent_clusters(owner, grid)
+    count = means.shape[1]
     is_planar = sum(side > 1 for side in grid) <= 2
     for unions in _rounds(count, num_clusters, SHARE, LEAST_SHARE):
         # A planar graph has fewer than three edges a cluster, and any graph at most one a pair.

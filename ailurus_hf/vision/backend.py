@@ -188,7 +188,7 @@ def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
     for name in BIAS_PARAMETERS:
         if name in parameters:
             return name
-    if getattr(encoder, "_supports_sdpa", False) and attention_behind(layer) is not None:
+    if getattr(encoder, "_supports_sdpa", False) and attention_of_layer(layer) is not None:
         return KEY_BIAS
     if _takes_any(layer):
         attention = [module for module in layer.modules() if module is not layer]
@@ -205,7 +205,7 @@ def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
     )
 
 
-def attention_behind(layer: nn.Module) -> nn.Module | None:
+def attention_of_layer(layer: nn.Module) -> nn.Module | None:
     """The one attention that would take a bias of a layer that takes none itself (relayed_bias.py); None elsewhere."""
     if any(name in parameters_of(layer) for name in BIAS_PARAMETERS) or _takes_any(layer):
         return None

@@ -31,7 +31,7 @@ class Reducer(ABC):
 
     - **find** -- the modules in a model that it can reduce, each checked against the settings before any hook is
     placed.
-    - **place_hooks** -- the hooks, put on by `self.hooks`, so that `remove` can take them off.
+    - **put_hooks** -- the hooks, put on by `self.hooks`, so that `remove` can take them off.
     - **status** -- a row of the status table for each location.
 
     What one forward keeps from hook to hook lies in a `PerThread` named in `per_forward`, and is taken from there by a
@@ -73,7 +73,7 @@ class Reducer(ABC):
         """
 
     @abstractmethod
-    def place_hooks(self) -> None:
+    def put_hooks(self) -> None:
         """Puts hooks on by `self.hooks`; raises nothing that `find` could have raised."""
 
     @abstractmethod
@@ -82,7 +82,7 @@ class Reducer(ABC):
 
     def install(self) -> None:
         """Switches the reduction on."""
-        self.place_hooks()
+        self.put_hooks()
         logger.debug("%s on: %s", self, self.config)
 
     def remove(self) -> None:

@@ -71,7 +71,7 @@ class EncoderReducer(Reducer):
     def status(self) -> list[LocationStatus]:
         return encoder_status(self.plan, self.records)
 
-    def place_hooks(self) -> None:
+    def put_hooks(self) -> None:
         plan, found, hooks = self.plan, self.plan.found, self.hooks
         if found.reader is not None:
             hooks.pre_forward(found.reader[0], self.note_reader)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..hooks import Hooks
 from ..per_thread import PerThread
-from .backend import KEY_BIAS, attention_behind, unwrapped
+from .backend import KEY_BIAS, attention_of_layer, unwrapped
 
 
 class RelayedBias:
@@ -41,5 +41,5 @@ class RelayedBias:
 
 def relayed_biases(layers: Iterable[nn.Module]) -> list[RelayedBias]:
     """One for each layer that needs it."""
-    found = [(layer, attention_behind(unwrapped(layer))) for layer in layers]
+    found = [(layer, attention_of_layer(unwrapped(layer))) for layer in layers]
     return [RelayedBias(layer, attention) for layer, attention in found if attention is not None]

@@ -106,7 +106,7 @@ class StageReducer(Reducer):
                 )
         return [cls(stages[number - 1], number, config, clustering) for stages in lists for number in wanted]
 
-    def place_hooks(self) -> None:
+    def put_hooks(self) -> None:
         reduced = list(self.blocks[self.first : self.last])
         hooks = self.hooks
         hooks.pre_forward(self.module, self.begin)

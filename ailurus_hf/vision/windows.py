@@ -100,7 +100,7 @@ class GlobalLayerReducer(Reducer):
             found += [cls(layers[n - 1], n, config, clustering) for n in chosen]
         return found
 
-    def place_hooks(self) -> None:
+    def put_hooks(self) -> None:
         self.hooks.pre_forward(self.module, self.enter)
         self.hooks.post_forward(self.module, self.leave, prepend=True)
         self.hooks.post_forward(self.module, self.forget, always_call=True)

@@ -97,7 +97,7 @@ def test_a_spatial_form_of_no_weight_is_none():
     assert (cells - near.unmerge(near.merge(cells))).norm(dim=-1).max() < 3
 
 
-def test_keys_of_the_layer_behind_the_location():
+def test_keys_of_the_layer_after_the_location():
     model, x = make_model("ViTModel"), images(1)
     reduction = methods.apply_method(model, "peaks of keys, copy", methods.Amount(1, 0.25), [lambda: run(model, x)])
     seen = []

@@ -37,7 +37,7 @@ def test_equals_plain_loops(grid, num_clusters, seed):
         assert partition(found.assignment[image]) == want
 
 
-def test_a_second_place_goes_on_where_the_first_ended():
+def test_a_second_location_goes_on_where_the_first_ended():
     x = torch.randn(1, 60, 5, generator=torch.Generator().manual_seed(3))
     first = pairs(x, (6, 10), 40)
     second = join_clusters(first, first.merge(x), x, (6, 10), 14)

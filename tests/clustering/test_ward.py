@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from models import images, make_model, predict
 from oracle import GRIDS, partition, slow_unions
 
-from ailurus_hf import ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
-from ailurus_hf.clustering import neighbors
+from ailurus_hf import TokenClusters, ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
+from ailurus_hf.clustering import get_clustering, neighbors
 from ailurus_hf.clustering.ward import LEAST_SHARE, SHARE, adjacent_clusters, join_regions, ward
 from benchmarks.methods.variants import exact_ward
 
@@ -62,13 +62,30 @@ def test_edges_in_chunks_make_the_same_clusters(chunk_bytes, monkeypatch):
     assert torch.equal(ward(x, (8, 12), 20).assignment, whole.assignment)
 
 
-def test_a_second_place_goes_on_where_the_first_ended():
+def test_a_second_location_goes_on_where_the_first_ended():
     grid = (6, 10)
     x = torch.randn(1, 60, 5, generator=torch.Generator().manual_seed(3))
     first = ward(x, grid, 40)
     second = join_regions(first, first.merge(x), x, grid, 14)
     want, fragile = slow_ward(x[0].double(), grid, 14, sorted(partition(first.assignment[0]), key=min))
     assert not fragile and partition(second.assignment[0]) == want
+
+
+@pytest.mark.parametrize("name", ["local_kmeans", "kmeans", "density_peaks"])
+def test_joins_clusters_of_any_clustering_also_empty_ones(name):
+    x = tokens((6, 8), batch=3)
+    # Half of the tokens are the same, so that local k-means leaves clusters empty.
+    x[:, :24] = x[:, :1]
+    first = get_clustering(name)(x, (6, 8), 20)
+    second = get_clustering("ward").join(first, first.merge(x), x, (6, 8), 7)
+    assert second.counts.sum(1).tolist() == [48] * 3
+    for old, new in zip(first.assignment, second.assignment, strict=True):
+        assert all(len(new[old == cluster].unique()) == 1 for cluster in old.unique())
+    alone = TokenClusters.from_assignment(first.assignment[1:2], 20)
+    alone = get_clustering("ward").join(alone, alone.merge(x[1:2]), x[1:2], (6, 8), 7)
+    assert torch.equal(alone.assignment, second.assignment[1:2])
+    if name == "local_kmeans":
+        assert (first.counts == 0).any()
 
 
 @settings(max_examples=60, deadline=None)

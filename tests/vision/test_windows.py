@@ -171,6 +171,6 @@ def test_wrong_settings_are_named(fields, message):
         apply_ailurus(make("SAM"), **fields)
 
 
-def test_convolutions_behind_a_global_layer_are_refused():
+def test_convolutions_after_a_global_layer_are_refused():
     with pytest.raises(AiluRusError, match="layer 4 ends in convolutions"):
         apply_ailurus(make("VitDet", residual_block_indices=[3]), **REDUCED)
