@@ -91,6 +91,19 @@ def running_network() -> nn.Module | None:
     return found
 
 
+def calling_block(layer: nn.Module) -> nn.Module | None:
+    """The module whose forward called a layer that this thread is in a call of; None where other code did."""
+    frame: FrameType | None = sys._getframe(1)
+    inside = False
+    while frame is not None:
+        owner = _first_argument(frame)
+        inside = inside or owner is layer
+        if inside and owner is not layer and isinstance(owner, nn.Module):
+            return owner
+        frame = frame.f_back
+    return None
+
+
 def _is_plumbing(frame: FrameType) -> bool:
     module = str(frame.f_globals.get("__name__", ""))
     return frame.f_code.co_name in COMPREHENSIONS or any(

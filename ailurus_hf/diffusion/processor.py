@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from ..clustering import get_clustering
@@ -25,12 +26,14 @@ from ..config_base import refuse_moved_fields
 from ..errors import AiluRusError, UnsupportedModelError
 from ..status import Record
 from .backend import attend, is_attention
-from .calls import running_network
+from .calls import calling_block, running_network
 from .cluster_tokens import cluster_tokens
 from .frames import JointClusters
 from .rebuildable import RebuildableProcessor
 
 log = logging.getLogger(__name__)
+
+TRANSFORMERS = "diffusers.models.transformers."
 
 
 class Assigned(NamedTuple):
@@ -69,6 +72,8 @@ class OwnClusters:
         return OwnClusters, (self.config, self.grid)
 
     def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
+        if layer not in self.records and not torch.compiler.is_compiling():
+            _refuse_other_blocks(layer)
         num_tokens = tokens.shape[1]
         num_clusters = self.config.clusters_for(num_tokens, level=1)
         if num_clusters == num_tokens:
@@ -133,8 +138,23 @@ def _refuse_other_kinds(layer: Any, text: Any, rotary: tuple) -> None:
         reason = "its attention is over image and text at once"
     else:
         return
+    raise _misfit(reason)
+
+
+def _refuse_other_blocks(layer: nn.Module) -> None:
+    """Raises UnsupportedModelError where nothing says that the layer's attention is a plain one, as in Sana's blocks.
+
+    Its own processor, which would say so, is gone. Other transformers than those of BasicTransformerBlocks have blocks
+    and processors of their own.
+    """
+    block = calling_block(layer)
+    if not isinstance(block, BasicTransformerBlock) and type(block).__module__.startswith(TRANSFORMERS):
+        raise _misfit(f"its {type(block).__name__} may have attention of its own kind")
+
+
+def _misfit(reason: str) -> UnsupportedModelError:
     network = running_network()
-    raise UnsupportedModelError(
+    return UnsupportedModelError(
         f"AiluRusProcessor does not fit {'this network' if network is None else type(network).__name__}: {reason}. Use "
         "apply_ailurus, which refuses or knows it; AiluRusProcessor is for layers whose self-attention stands alone"
     )

@@ -9,6 +9,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     LTXVideoTransformer3DModel,
+    SanaTransformer2DModel,
     StableDiffusionPAGPipeline,
     StableDiffusionXLPAGPipeline,
     WanTransformer3DModel,
@@ -182,7 +183,14 @@ def cogvideo():
     return network, lambda: network(latents((1, 4, 8, 12), 1), text(1), torch.tensor([5]))
 
 
-@pytest.mark.parametrize("make", [hunyuan, wan, ltx, cogvideo])
+def sana():
+    sizes = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    sizes |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    network = SanaTransformer2DModel(**sizes, caption_channels=TEXT, sample_size=16)
+    return network, lambda: network(latents((4, 8, 12), 1), encoder_hidden_states=text(1), timestep=torch.tensor([5]))
+
+
+@pytest.mark.parametrize("make", [hunyuan, wan, ltx, cogvideo, sana])
 def test_a_processor_on_a_network_that_it_does_not_fit_is_refused(make):
     network, run = make()
     with torch.no_grad():
