@@ -88,8 +88,7 @@ class Clustering(ABC):
         if clusters.assignment.shape != features.shape[:2] or clusters.num_clusters > num_clusters:
             raise AiluRusError(
                 f"{type(self).__name__}.cluster must assign {tuple(features.shape[:2])} tokens to {num_clusters} "
-                "clusters, "
-                f"got {tuple(clusters.assignment.shape)} and {clusters.num_clusters}"
+                f"clusters, got {tuple(clusters.assignment.shape)} and {clusters.num_clusters}"
             )
         return clusters
 
@@ -206,9 +205,8 @@ def get_clustering(value: str | Clustering | Mapping[str, Any] | ClusterFunction
     if callable(value) and not isinstance(value, type):
         return FromFunction(value)
     raise AiluRusError(
-        f"clustering must be one of {', '.join(map(repr, clustering_names()))}, a Clustering, or a mapping of its name "
-        "and "
-        f"settings, got {value!r}"
+        f"clustering must be one of {', '.join(map(repr, clustering_names()))}, a Clustering, or a mapping of its "
+        f"name and settings, got {value!r}"
     )
 
 

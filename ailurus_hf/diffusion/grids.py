@@ -106,6 +106,5 @@ def grid_from_ids(ids: Tensor) -> tuple[int, int]:
             return height, width
     raise AiluRusError(
         f"the {len(positions)} img_ids are not the rows and columns of one image: reference images beside it (Flux "
-        "Kontext) "
-        "cannot be reduced"
+        "Kontext) cannot be reduced"
     )

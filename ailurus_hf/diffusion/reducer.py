@@ -186,8 +186,7 @@ class NetworkReducer:
         if forward is None:
             raise AiluRusError(
                 f"a part of {type(self.network).__name__} was called outside a forward of the network, where AiluRus "
-                "does not "
-                "know its tokens' grid: call the network, or remove_ailurus first"
+                "does not know its tokens' grid: call the network, or remove_ailurus first"
             )
         return forward
 
@@ -306,8 +305,7 @@ class NetworkReducer:
             log.warning(
                 "%d of %d self-attention layers of %s no longer have the processor of apply_ailurus and run as they "
                 "are now, on %s: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace "
-                "processors. "
-                "Call apply_ailurus again",
+                "processors. Call apply_ailurus again",
                 len(lost),
                 len(layers),
                 type(self.network).__name__,

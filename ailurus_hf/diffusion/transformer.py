@@ -128,8 +128,7 @@ class TransformerReducer(NetworkReducer):
         other = type(others[0].processor).__name__
         self.say_once(
             "runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs the "
-            "whole "
-            "batch and takes a mask",
+            "whole batch and takes a mask",
             other,
         )
         return f"left whole: {other}"
@@ -167,9 +166,8 @@ class TransformerReducer(NetworkReducer):
                 )
         if getattr(network, "is_cache_enabled", False):
             raise AiluRusError(
-                "a cache of diffusers keeps what blocks did to another step's representatives: disable_cache() first, "
-                "or "
-                "use scope='attention'"
+                "a cache of diffusers keeps what blocks did to another step's representatives: disable_cache() "
+                "first, or use scope='attention'"
             )
 
     # Around the blocks

@@ -85,9 +85,8 @@ class UNetReducer(NetworkReducer):
             return None
         if (other := self._other_processor(stack)) is not None:
             self.say_once(
-                "%s runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs "
-                "the "
-                "whole batch and takes a mask",
+                "%s runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it "
+                "runs the whole batch and takes a mask",
                 stack.name,
                 other,
             )

@@ -200,8 +200,7 @@ def bias_parameter(encoder: nn.Module, layer: nn.Module) -> str:
             return KEY_BIAS
     raise UnsupportedModelError(
         f"{type(layer).__name__}.forward takes no attention_mask, only {', '.join(parameters)}, and its attention is "
-        "not "
-        "one of transformers' registry: there is no way to tell it how many tokens a representative stands for"
+        "not one of transformers' registry: there is no way to tell it how many tokens a representative stands for"
     )
 
 

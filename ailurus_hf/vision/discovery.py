@@ -93,8 +93,7 @@ def _unsupported(target: nn.Module) -> str:
             if base.__name__ in known:
                 return (
                     f"{type(module).__name__} is a subclass of {base.__name__} that nobody declared: what it does "
-                    "between "
-                    f"its layers is not known. {_supported()} (CONTRIBUTING.md tells how to add one)"
+                    f"between its layers is not known. {_supported()} (CONTRIBUTING.md tells how to add one)"
                 )
     for module in target.modules():
         for refused, reason in REFUSED.items():

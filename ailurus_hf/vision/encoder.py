@@ -220,9 +220,8 @@ class EncoderReducer(Reducer):
         if kept is None:
             raise AiluRusError(
                 f"layer {planned.index + 1} of {self.plan.name} ({type(layer).__name__}) was called outside of a "
-                "forward of "
-                f"{self.plan.name}, so nothing says what its tokens are: call the whole model, or switch off with "
-                "remove_ailurus"
+                f"forward of {self.plan.name}, so nothing says what its tokens are: call the whole model, or switch "
+                "off with remove_ailurus"
             )
         if kept.reductions and not self.recompute.is_kept_on(given):
             raise AiluRusError(
@@ -278,8 +277,7 @@ class EncoderReducer(Reducer):
         if length not in (patches, patches + joined):
             raise AiluRusError(
                 f"a grid of {state.grid} has {state.num_tokens} tokens, {patches} of which should come to location "
-                f"{location}, "
-                f"but there are {length}"
+                f"{location}, but there are {length}"
             )
 
     def leave_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
@@ -306,8 +304,7 @@ class EncoderReducer(Reducer):
         if not state.reductions and any(target is not None for target in state.targets):
             raise UnsupportedModelError(
                 f"{type(encoder).__name__} ran without calling its layers as modules, so their hooks saw no token and "
-                "nothing "
-                "was reduced; this version of transformers runs them in a way that is not known here"
+                "nothing was reduced; this version of transformers runs them in a way that is not known here"
             )
         output = unmerge_hidden_states(self.plan, state, output)
         state.for_decoder = state.through_decoder and state.reduction is not None

@@ -48,8 +48,7 @@ def in_grid_order(encoder: Any, arguments: dict[str, Any]) -> None:
     if encoder.config.mask_ratio != 0:
         raise AiluRusError(
             f"{type(encoder).__name__} drops mask_ratio = {encoder.config.mask_ratio} of its tokens, which leaves no "
-            "grid "
-            "to cluster on: set config.mask_ratio = 0"
+            "grid to cluster on: set config.mask_ratio = 0"
         )
     noise = arguments.get("noise")
     if noise is None:
@@ -82,8 +81,7 @@ def one_size(encoder: Any, arguments: dict[str, Any]) -> None:
     if arguments.get("image_grid_hw") is not None:
         raise AiluRusError(
             f"{type(encoder).__name__} was given images packed into one sequence (image_grid_hw), which is no grid: "
-            "give "
-            "images of one size together, or one at a time"
+            "give images of one size together, or one at a time"
         )
 
 

@@ -156,8 +156,7 @@ class StageReducer(Reducer):
         if state is None:
             raise AiluRusError(
                 f"{type(block).__name__} was called outside of a forward of stage {self.number} of SegFormer, so "
-                "nothing says "
-                "how its tokens are clustered: call the whole model, or switch off with remove_ailurus"
+                "nothing says how its tokens are clustered: call the whole model, or switch off with remove_ailurus"
             )
         return args, kwargs if state.clusters is None else {**kwargs, CLUSTERS: state.clusters}
 
