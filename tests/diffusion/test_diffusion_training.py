@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from diffusion_models import NETWORKS, SETTINGS, latents, make_network, packed, predict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from ailurus_hf import AiluRusError, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.apply import reducers_of
@@ -44,6 +45,19 @@ def test_gradients_are_the_same_where_blocks_are_checkpointed(name, reduce):
     remove_ailurus(network)
     assert not any("ailurus" in str(type(getattr(m, "_gradient_checkpointing_func", None))) for m in network.modules())
     gradients(network, name)
+
+
+@pytest.mark.parametrize("name", ["UNet", "PixArt", "Flux"])
+@in_both_scopes
+def test_a_checkpoint_of_torchs_around_a_block_is_refused_in_words(name, scope):
+    network = apply_ailurus(make_network(name), **SETTINGS, scope=scope).train()
+    for stack in reducers_of(network)[0][1].stacks:
+        apply_activation_checkpointing(stack.module, check_fn=lambda module, stack=stack: module in stack.blocks)
+    with pytest.raises(AiluRusError, match="enable_gradient_checkpointing"):
+        gradients(network, name)
+    # And the next forward is right.
+    want = predict(apply_ailurus(make_network(name), **SETTINGS, scope=scope), name, latents(NETWORKS[name].shape))
+    torch.testing.assert_close(predict(network.eval(), name, latents(NETWORKS[name].shape)), want)
 
 
 class Stop(Exception):

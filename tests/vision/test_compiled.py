@@ -1,6 +1,10 @@
-"""torch.compile is never silently plain: on, changed and off, before and after compiling, whole or layer by layer."""
+"""torch.compile is never silently plain: on, changed and off, before and after compiling, whole or layer by layer.
+
+A few of all models, as each compiles for seconds; AILURUS_TEST_EVERY=1 tests them all, with either attention.
+"""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -10,21 +14,16 @@ from torch._dynamo.testing import CompileCounter
 from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import apply_ailurus, remove_ailurus
+from ailurus_hf.vision.discovery import find_encoders
 
 # Attention that takes the bias as its mask, by adapters, in place of a mask, by its probabilities; stages; windows.
 NAMES = ("ViTForImageClassification", "BeitModel", "Data2VecVisionModel", "BlipVisionModel", "SegFormer", "SAM")
 WAYS = [(name, "sdpa") for name in NAMES] + [("ViTForImageClassification", "eager")]
+if os.environ.get("AILURUS_TEST_EVERY"):
+    WAYS = [(name, attention) for name in EVERY for attention in ("sdpa", "eager")]
 with_attention = pytest.mark.parametrize("name, attention", WAYS)
-LAYERS = (
-    "ViTLayer",
-    "BeitLayer",
-    "Data2VecVisionLayer",
-    "BlipEncoderLayer",
-    "YolosLayer",
-    "SegformerLayer",
-    "SamVisionLayer",
-)
-LAYERS += ("DPTViTLayer", "DPTLayer", "SegformerBlock")
+# Of models whose layers are in stages.
+STAGE_LAYERS = ("SegformerLayer", "SegformerBlock", "SamVisionLayer", "VitDetLayer")
 
 
 def whole(model, fullgraph):
@@ -32,7 +31,8 @@ def whole(model, fullgraph):
 
 
 def layer_by_layer(model, fullgraph):
-    found = [module for module in model.modules() if type(module).__name__ in LAYERS]
+    found = [module for module in model.modules() if type(module).__name__ in STAGE_LAYERS]
+    found = found or [layer for encoder in find_encoders(model) for layer in encoder.layers]
     assert len(found) >= 4
     for module in found:
         module.compile(backend="eager", fullgraph=fullgraph)
@@ -44,9 +44,8 @@ def made(name, attention):
     model, x = every.make(), every.images()
     if attention == "eager":
         model.set_attn_implementation("eager")
-    every.predict(
-        model, x
-    )  # transformers places hooks of its own in the first forward, under a lock that does not compile
+    # transformers puts hooks of its own on in the first forward, under a lock that does not compile.
+    every.predict(model, x)
     return every, model, x
 
 
@@ -84,7 +83,7 @@ def test_layers_wrapped_by_the_compiler_before(name):
     for module in list(model.modules()):
         if isinstance(module, torch.nn.ModuleList):
             for index, layer in enumerate(module):
-                if type(layer).__name__ in LAYERS:
+                if type(layer).__name__ in ("ViTLayer", "BeitLayer", "BlipEncoderLayer"):
                     module[index] = torch.compile(layer, backend="eager")
     plain = every.predict(model, x)
     apply_ailurus(model, cluster_location=1, keep_ratio=0.25)
