@@ -186,8 +186,8 @@ class NetworkReducer:
         if forward is None:
             raise AiluRusError(
                 f"a part of {type(self.network).__name__} was called outside a forward of the network, where AiluRus "
-                "does not know its tokens' grid: call the network, or remove_ailurus first. Where a checkpoint around a "
-                "block runs it again in the backward: enable_gradient_checkpointing() instead, with scope='attention'"
+                "does not know its tokens' grid: call the network, or remove_ailurus first. Where a checkpoint around "
+                "a block runs it again in the backward: enable_gradient_checkpointing() instead, with scope='attention'"
             )
         return forward
 
