@@ -68,6 +68,9 @@ def remove_ailurus(target: Target) -> Target:
 
     Raises:
         AiluRusError: another thread is in the middle of a forward.
+
+    Example:
+        remove_ailurus(model)
     """
     _installation(target).uninstall(target)
     return target
@@ -115,6 +118,11 @@ def ailurus_status(target: Any) -> Status:
     Returns:
         A `Status`, which prints as a table: where tokens are reduced, from how many to how many, how often they were
         clustered, and the FLOPs saved. Its `to_dict()` is JSON.
+
+    Example:
+        status = ailurus_status(model)
+        print(status)  # the table
+        status.locations[0].num_clusters  # M of the last forward
     """
     status: Status = _installation(target).status(target)
     return status

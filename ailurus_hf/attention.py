@@ -16,7 +16,7 @@ from .errors import AiluRusError
 def count_weighted_attention(
     query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *, scale: float | None = None, form: str = "auto"
 ) -> Tensor:
-    """softmax(q k · scale + log counts) · v, on top of torch's scaled_dot_product_attention.
+    """softmax(q k · scale + log counts) · v, on top of torch's scaled_dot_product_attention (Eq. 5).
 
     Args:
         query: Tensor[B, heads, L, D].
@@ -30,6 +30,11 @@ def count_weighted_attention(
 
     Raises:
         AiluRusError: counts do not match the keys, or the form is none of these.
+
+    Example:
+        >>> query, key = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 3, 8)
+        >>> count_weighted_attention(query, key, key, counts=torch.tensor([[4.0, 1.0, 2.0]])).shape
+        torch.Size([1, 2, 7, 8])
     """
     if counts.shape != (key.shape[0], key.shape[2]):
         raise AiluRusError(f"counts must have shape {(key.shape[0], key.shape[2])}, got {tuple(counts.shape)}")

@@ -25,5 +25,10 @@ CLUSTERING_CLASSES: dict[str, type[Any]] = {}
 
 
 def clustering_names() -> tuple[str, ...]:
-    """The names that `clustering=` takes: those that come with the package, then those that were registered."""
+    """The names that `clustering=` takes: those that come with the package, then those that were registered.
+
+    Example:
+        >>> clustering_names()[:2]
+        ('density_peaks', 'local_kmeans')
+    """
     return tuple(dict.fromkeys((*CLUSTERINGS, *CLUSTERING_CLASSES)))

@@ -51,7 +51,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class AiluRusConfig(Config):
-    """How a vision transformer's tokens are reduced; checked when made.
+    """How a vision transformer's tokens are reduced; checked when made (arXiv:2311.01197).
 
     Args:
         cluster_location: L, cluster at the output of the L-th layer (0: of the embeddings), as in the paper's tables.
@@ -195,6 +195,13 @@ class Level:
 
     Args:
         keep_ratio, scope, reduce: as in `AiluRusDiffusionConfig`.
+
+    Raises:
+        AiluRusError: a value is wrong.
+
+    Example:
+        >>> Level(scope="attention", reduce="kv").to_dict()
+        {'scope': 'attention', 'reduce': 'kv'}
     """
 
     keep_ratio: float | None = None

@@ -46,6 +46,10 @@ class Clustering(ABC):
     A subclass writes `cluster`, and `join` where it joins clusters in another way than by density peaks. Fields are
     checked against their types when an object is made; a subclass that overrides `__post_init__` to check more calls
     `super().__post_init__()` first.
+
+    Example:
+        >>> DensityPeaks(alpha=0.8)(torch.randn(1, 12, 4), (3, 4), 5).num_clusters
+        5
     """
 
     name: ClassVar[str] = ""
@@ -138,7 +142,18 @@ class Clustering(ABC):
 
 @dataclass(frozen=True)
 class FromFunction(Clustering):
-    """A function as a clustering, to compare with; it has no name, and so cannot be saved."""
+    """A function as a clustering, to compare with; it has no name, and so cannot be saved.
+
+    Args:
+        function: from features Tensor[B, N, C], the grid and M to TokenClusters.
+
+    Example:
+        >>> def halves(features, grid, num_clusters):
+        ...     index = torch.arange(features.shape[1]) * num_clusters // features.shape[1]
+        ...     return TokenClusters.from_assignment(index.expand(len(features), -1), num_clusters)
+        >>> FromFunction(halves)(torch.randn(1, 12, 4), (3, 4), 2).counts
+        tensor([[6., 6.]])
+    """
 
     function: ClusterFunction
 
@@ -153,10 +168,14 @@ def register_clustering(name: str) -> Callable[[Kind], Kind]:
     Args:
         name: what no other clustering is called.
 
+    Returns:
+        The decorator, which hands the class on as it is.
+
     Raises:
         AiluRusError: the name is taken, or the class is no frozen dataclass that derives from `Clustering`.
 
     Example:
+        >>> from dataclasses import dataclass
         >>> @register_clustering("one_of_all")
         ... @dataclass(frozen=True)
         ... class OneOfAll(Clustering):
@@ -193,8 +212,15 @@ def get_clustering(value: str | Clustering | Mapping[str, Any] | ClusterFunction
         value: a registered name (default settings), a `Clustering`, or a mapping of "name" and settings. A function of
             features, grid and M counts as a clustering, too; it cannot be saved.
 
+    Returns:
+        The object; it is called with features, grid and M.
+
     Raises:
         AiluRusError: it is none of these; the message has the names that there are.
+
+    Example:
+        >>> get_clustering({"name": "density_peaks", "alpha": 0.8})
+        DensityPeaks(alpha=0.8, num_spatial_neighbors=50, num_density_neighbors=1)
     """
     if isinstance(value, Clustering):
         return value

@@ -24,12 +24,15 @@ __all__ = ["DensityPeaks", "density_peaks", "spatial_density_peaks"]
 @register_clustering("density_peaks")
 @dataclass(frozen=True)
 class DensityPeaks(Clustering):
-    """The paper's clustering, by `spatial_density_peaks`; the defaults are the paper's settings.
+    """The paper's clustering, by `spatial_density_peaks`; the defaults are the paper's settings (section 3.2).
 
     Args:
         alpha: α of Eq. 2, in [0, 1]: how much a near neighbor's distance is discounted (1: not at all).
         num_spatial_neighbors: λ of Eq. 2; 0 compares all pairs without a spatial term, in O(N²) memory.
         num_density_neighbors: k of Eq. 1, at least 1.
+
+    Example:
+        >>> config = AiluRusConfig(keep_ratio=0.5, clustering=DensityPeaks(alpha=0.8))
     """
 
     alpha: float = 0.9

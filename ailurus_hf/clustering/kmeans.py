@@ -32,6 +32,9 @@ class KMeans(Clustering):
 
     Args:
         num_rounds: rounds of assignment, at least 1.
+
+    Example:
+        >>> config = AiluRusConfig(keep_ratio=0.5, clustering=KMeans(num_rounds=5))
     """
 
     num_rounds: int = 3
@@ -50,6 +53,8 @@ def kmeans(
 ) -> TokenClusters:
     """Assigns each token to the most similar of M means, for a few rounds of N * M distances each.
 
+    Source: Lloyd, Least squares quantization in PCM, 1982.
+
     Args:
         features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
         grid: (H, W), or (T, H, W) for video; its product is N.
@@ -62,6 +67,11 @@ def kmeans(
 
     Raises:
         AiluRusError: the grid does not match N, or a setting is out of range.
+
+    Example:
+        >>> clusters = kmeans(torch.randn(2, 6 * 8, 16), grid=(6, 8), num_clusters=12)
+        >>> clusters.assignment.shape, clusters.num_clusters
+        (torch.Size([2, 48]), 12)
     """
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
     means = features[:, middles(grid, num_clusters, features.device)]

@@ -28,6 +28,9 @@ class LocalKMeans(Clustering):
 
     Args:
         num_rounds: rounds of assignment, at least 1.
+
+    Example:
+        >>> config = AiluRusConfig(keep_ratio=0.5, clustering=LocalKMeans(num_rounds=5))
     """
 
     num_rounds: int = 3
@@ -60,6 +63,11 @@ def local_kmeans(
 
     Raises:
         AiluRusError: the grid does not match N, or a setting is out of range.
+
+    Example:
+        >>> clusters = local_kmeans(torch.randn(2, 6 * 8, 16), grid=(6, 8), num_clusters=12)
+        >>> clusters.assignment.shape, clusters.num_clusters
+        (torch.Size([2, 48]), 12)
     """
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
     batch = features.shape[0]

@@ -44,6 +44,12 @@ def merge_clusters(
 
     Raises:
         AiluRusError: num_clusters is out of range.
+
+    Example:
+        >>> tokens = torch.randn(1, 6 * 8, 16)
+        >>> first = spatial_density_peaks(tokens, (6, 8), 12)
+        >>> merge_clusters(first, first.merge(tokens), tokens, (6, 8), 5).num_clusters
+        5
     """
     channels = tokens.shape[2]
     count = clusters.num_clusters

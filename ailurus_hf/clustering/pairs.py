@@ -24,7 +24,11 @@ from .neighbors import Grid, check_input
 @register_clustering("pairs")
 @dataclass(frozen=True)
 class Pairs(Clustering):
-    """Joins what is cheapest to join, wherever it is on the grid, by `pairs`."""
+    """Joins what is cheapest to join, wherever it is on the grid, by `pairs`.
+
+    Example:
+        >>> config = AiluRusConfig(keep_ratio=0.5, clustering=Pairs())
+    """
 
     def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
         return pairs(features, grid, num_clusters)
@@ -54,6 +58,11 @@ def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fin
 
     Raises:
         AiluRusError: the grid does not match N, or M is out of range.
+
+    Example:
+        >>> clusters = pairs(torch.randn(2, 6 * 8, 16), grid=(6, 8), num_clusters=12)
+        >>> clusters.assignment.shape, clusters.num_clusters
+        (torch.Size([2, 48]), 12)
     """
     check_input(features, grid, num_clusters, check_finite)
     sizes = torch.ones(features.shape[:2], device=features.device)
@@ -74,6 +83,12 @@ def join_clusters(
 
     Returns:
         TokenClusters of the N tokens: each of the old clusters lies in one new cluster.
+
+    Example:
+        >>> tokens = torch.randn(1, 6 * 8, 16)
+        >>> first = ward(tokens, (6, 8), 12)
+        >>> join_clusters(first, first.merge(tokens), tokens, (6, 8), 5).num_clusters
+        5
     """
     check_num_clusters(num_clusters, clusters.num_clusters)
     joined = _joined(representatives.float(), clusters.counts, num_clusters)

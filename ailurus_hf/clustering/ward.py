@@ -32,7 +32,11 @@ MUCH_FEWER = 0.8
 @register_clustering("ward")
 @dataclass(frozen=True)
 class Ward(Clustering):
-    """Joins adjacent clusters by Ward's criterion, by `ward`."""
+    """Joins adjacent clusters by Ward's criterion, by `ward`.
+
+    Example:
+        >>> config = AiluRusConfig(keep_ratio=0.5, clustering=Ward())
+    """
 
     def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
         return ward(features, grid, num_clusters)
@@ -64,6 +68,11 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
 
     Raises:
         AiluRusError: the grid does not match N, or M is out of range.
+
+    Example:
+        >>> clusters = ward(torch.randn(2, 6 * 8, 16), grid=(6, 8), num_clusters=12)
+        >>> clusters.assignment.shape, clusters.num_clusters
+        (torch.Size([2, 48]), 12)
     """
     grid = check_input(features, grid, num_clusters, check_finite)
     sizes = torch.ones(features.shape[:2], device=features.device)
@@ -87,6 +96,12 @@ def join_regions(
 
     Returns:
         TokenClusters of the N tokens: each of the old clusters lies in one new cluster.
+
+    Example:
+        >>> tokens = torch.randn(1, 6 * 8, 16)
+        >>> first = ward(tokens, (6, 8), 12)
+        >>> join_regions(first, first.merge(tokens), tokens, (6, 8), 5).num_clusters
+        5
     """
     check_num_clusters(num_clusters, clusters.num_clusters)
     edges = torch.cat([adjacent_clusters(clusters.assignment, grid), _edges_of_empty(clusters.counts)], 1)

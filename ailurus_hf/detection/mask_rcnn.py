@@ -31,6 +31,13 @@ class ViTWithFPN(nn.Module):
 
     Maps from four layers are joined from the coarsest to the finest (FPN, Lin et al. 2017); those from one layer hold
     the same already and are only brought to one width (ViTDet, Li et al. 2022, section 3).
+
+    Args:
+        pyramid: makes four maps of images.
+        out_channels: of every map.
+
+    Example:
+        backbone = ViTWithFPN(ViTPyramid(encoder))
     """
 
     def __init__(self, pyramid: ViTPyramid, out_channels: int = OUT_CHANNELS) -> None:
@@ -65,12 +72,20 @@ class SameWidth(nn.Module):
 
 
 def mask_rcnn(encoder: PreTrainedModel, num_classes: int, taps: Sequence[int] | None = None, **fields: Any) -> MaskRCNN:
-    """Mask R-CNN on a ViT or BEiT, for images of any size, padded to whole patches.
+    """Mask R-CNN on a ViT or BEiT, for images of any size, padded to whole patches (AiluRus, section 4.2).
 
-    encoder, taps: as in `ViTPyramid`; four taps at each quarter of the depth by default, `taps=(depth,)` reads the last
-    alone.
-    num_classes: with the background, which is class 0 (91 for COCO's category numbers).
-    fields: of torchvision's MaskRCNN (min_size=800 and max_size=1333 pixels, image_mean, image_std, …).
+    Args:
+        encoder: as in `ViTPyramid`.
+        num_classes: with the background, which is class 0 (91 for COCO's category numbers).
+        taps: as in `ViTPyramid`; four, at each quarter of the depth, by default. `taps=(depth,)` reads the last alone.
+        fields: of torchvision's MaskRCNN (min_size=800 and max_size=1333 pixels, image_mean, image_std, …).
+
+    Returns:
+        torchvision's MaskRCNN.
+
+    Example:
+        encoder = BeitModel.from_pretrained("microsoft/beit-base-patch16-224", add_pooling_layer=False)
+        detector = apply_ailurus(mask_rcnn(encoder, num_classes=91), cluster_location=3, num_clusters=1296)
     """
     backbone = ViTWithFPN(ViTPyramid(encoder, taps))
     return MaskRCNN(backbone, num_classes, **{"size_divisible": backbone.pyramid.patch_size, **fields})

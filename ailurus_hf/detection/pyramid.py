@@ -31,13 +31,19 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ViTPyramid(nn.Module):
-    """Four maps from a plain ViT: images Tensor[B, 3, H, W] to {"0": Tensor[B, C0, 4H/P, 4W/P], …, "3"} for patches of
-    P.
+    """Four maps from a plain ViT with patches of P: Tensor[B, 3, H, W] to {"0": Tensor[B, C0, 4H/P, 4W/P], …, "3"}.
 
-    encoder: a transformers model of flat tokens with CLS or other prefix tokens only (ViTModel, BeitModel, DeiTModel,
-        Dinov2Model, …), for any image size: ViT and BEiT resize their position embeddings.
-    taps: the layers that are read, by number: four, finest map first, or one for all maps. None: four, at each quarter.
-    Raises AiluRusError on other taps, and on patches that are no power of two, which the heads' strides have to be.
+    Args:
+        encoder: a transformers model of flat tokens with CLS or other prefix tokens only (ViTModel, BeitModel,
+            DeiTModel, Dinov2Model, …), for any image size: ViT and BEiT resize their position embeddings.
+        taps: the layers that are read, by number: four, finest map first, or one for all maps. None: four, at each
+            quarter.
+
+    Raises:
+        AiluRusError: other taps, or patches that are no power of two, which the heads' strides have to be.
+
+    Example:
+        maps = ViTPyramid(encoder)(images)
     """
 
     def __init__(self, encoder: PreTrainedModel, taps: Sequence[int] | None = None) -> None:

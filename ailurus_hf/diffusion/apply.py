@@ -96,12 +96,15 @@ def uninstall(target: Any) -> None:
 def denoising(target: Any, scheduler: Any = None) -> Iterator[None]:
     """Says that all calls of this thread within the block are of one picture, or one batch of them.
 
-    For loops of one's own with `refresh_every`, `unreduced_first_steps` or `unreduced_last_steps`; a pipeline of
-    diffusers needs no such block.
+    For loops of one's own with `refresh_every` or `unreduced_first_steps` and, applied to a pipeline,
+    `unreduced_last_steps`; a pipeline of diffusers that is called needs no such block.
 
     Args:
         target: what `apply_ailurus` was called with, or a network of it.
         scheduler: the one whose timesteps the network is called with; None: another timestep is another step.
+
+    Yields:
+        Nothing.
 
     Raises:
         AiluRusError: where AiluRus is not on.

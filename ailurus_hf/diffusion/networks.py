@@ -48,6 +48,9 @@ class OwnProcessor:
         stands_in_for: the processors that it does the same as, by class.
         kwargs: the argument of the network's forward that processors are given more with.
         rotary: the rotary embedding of text and representatives; None: the network has none.
+
+    Example:
+        DiffusionNetwork(MyTransformer, token_order=IMAGE_FIRST, attention=OwnProcessor())
     """
 
     processor: type[JointProcessor] = JointProcessor
@@ -76,6 +79,12 @@ class DiffusionNetwork:
         guides_by_halves: False where the pipelines guide by a second call of the network, and not by a batch of two
             halves.
         flops: FLOPs of one block; see `flops.py`.
+
+    Raises:
+        AiluRusError: the network is no class of modules, or layout and attention do not go together.
+
+    Example:
+        DiffusionNetwork(MyTransformer, blocks=("layers",))
     """
 
     network: type
@@ -112,8 +121,11 @@ def register_network(declaration: DiffusionNetwork) -> DiffusionNetwork:
     Args:
         declaration: replaces an earlier one of the same class.
 
+    Returns:
+        The declaration.
+
     Example:
-        `register_network(DiffusionNetwork(MyTransformer, blocks=("layers",)))`
+        register_network(DiffusionNetwork(MyTransformer, blocks=("layers",)))
     """
     _DECLARED[declaration.network] = declaration
     return declaration

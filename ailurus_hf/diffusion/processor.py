@@ -169,7 +169,13 @@ class AiluRusProcessor(RebuildableProcessor):
             that fits none of them is an error. None: grids are square, and a number of tokens that is no square is an
             error.
         source: gives the clusters, instead of the settings here.
-        min_tokens, reduce, clustering, check_finite: as in `AiluRusDiffusionConfig`.
+        config_fields: min_tokens, reduce, clustering, check_finite, as in `AiluRusDiffusionConfig`.
+
+    Raises:
+        AiluRusError: a setting is wrong, or is one for each resolution, which a processor does not know.
+
+    Example:
+        pipe.unet.set_attn_processor(AiluRusProcessor(keep_ratio=0.5))
     """
 
     FIELDS = ("keep_ratio", "min_tokens", "reduce", "clustering", "check_finite")

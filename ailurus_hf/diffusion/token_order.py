@@ -16,6 +16,11 @@ class TokenOrder:
 
     Args:
         text_first: whether text tokens stand before the image's. With no text tokens it makes no difference.
+
+    Example:
+        >>> text, image = torch.zeros(1, 2, 4), torch.ones(1, 3, 4)
+        >>> TEXT_FIRST.join(text, image)[0, :, 0]
+        tensor([0., 0., 1., 1., 1.])
     """
 
     text_first: bool = False

@@ -16,17 +16,24 @@ from ..errors import AiluRusError
 
 @dataclass(frozen=True)
 class AssignmentStatistics:
-    """Of all images of a batch together.
+    """Statistics of the clusters of all images of a batch together (the paper's figure 7).
 
-    sizes: clusters by their number of tokens, {1: 210, 2: 64, …} (figure 7b; divided by the sum, 7a). Empty ones are in
-    0.
-    singletons: share of the clusters that hold one token.
-    variance: mean squared distance of a token to its cluster's mean, over channels; unexplained: its share of the
-        variance of all tokens of the image (0: clusters of equal tokens, 1: no better than one mean). NaN where all are
-        equal.
-    similarity: mean cosine between a token and its cluster's mean.
-    reach: largest distance on the grid, in tokens, between a token and its own center; gap: between a cell and the
-        nearest center, whoever's it is. Where centers are no tokens, the mean position of a cluster stands for one.
+    Args:
+        sizes: clusters by their number of tokens, {1: 210, 2: 64, …} (figure 7b; divided by the sum, 7a); empty ones
+            are in 0.
+        singletons: share of the clusters that hold one token.
+        variance: mean squared distance of a token to its cluster's mean, over channels.
+        unexplained: its share of the variance of all tokens of the image (0: clusters of equal tokens, 1: no better
+            than one mean). NaN where all are equal.
+        similarity: mean cosine between a token and its cluster's mean.
+        reach: largest distance on the grid, in tokens, between a token and its own center.
+        gap: the same between a cell and the nearest center, whoever's it is. Where centers are no tokens, the mean
+            position of a cluster stands for one.
+
+    Example:
+        >>> tokens = torch.randn(1, 6 * 8, 16)
+        >>> assignment_statistics(local_kmeans(tokens, (6, 8), 12), tokens, (6, 8)).gap < 6
+        True
     """
 
     sizes: dict[int, int]
@@ -40,9 +47,24 @@ class AssignmentStatistics:
 
 @torch.no_grad()
 def assignment_statistics(clusters: TokenClusters, tokens: Tensor, grid: Sequence[int]) -> AssignmentStatistics:
-    """Statistics of an assignment. tokens: what was clustered, Tensor[B, N, C]; grid: (H, W) or (T, H, W).
+    """Statistics of an assignment: sizes, spread inside clusters, distances to centers (the paper's figure 7).
 
-    Raises AiluRusError on a grid or tokens that do not match the assignment.
+    Args:
+        clusters: the assignment.
+        tokens: what was clustered, Tensor[B, N, C].
+        grid: (H, W) or (T, H, W); its product is N.
+
+    Returns:
+        Statistics of all images together.
+
+    Raises:
+        AiluRusError: the grid or the tokens do not match the assignment.
+
+    Example:
+        >>> tokens = torch.randn(1, 6 * 8, 16)
+        >>> statistics = assignment_statistics(local_kmeans(tokens, (6, 8), 12), tokens, (6, 8))
+        >>> sum(statistics.sizes.values())
+        12
     """
     if math.prod(grid) != clusters.num_tokens:
         raise AiluRusError(f"grid {tuple(grid)} has {math.prod(grid)} cells, the assignment {clusters.num_tokens}")

@@ -14,17 +14,25 @@ ENCODER_TYPES = ("vit", "deit")
 class SegmenterConfig(PreTrainedConfig):
     """Configuration of `SegmenterForSemanticSegmentation` (Strudel et al. 2021, arXiv:2105.05633).
 
-    encoder_config: a `ViTConfig`, a `DeiTConfig` (with distillation token), or a dict with "model_type" "vit" or
-        "deit"; default ViT-B/16 for 512 x 512 images. `image_size` is (height, width) of the position embeddings'
-        grid: they are resized bilinearly for any other image.
-    decoder_type: "mask_transformer" (default) or "linear".
-    decoder_config: a `ViTConfig` giving the mask transformer's hidden_size, num_hidden_layers, num_attention_heads
-        and intermediate_size; default 2 layers as wide as the encoder. None with the linear decoder.
-    semantic_loss_ignore_index: label that counts in no loss; default 255.
-    num_labels / id2label: as in every transformers config.
+    Args:
+        encoder_config: a `ViTConfig`, a `DeiTConfig` (with distillation token), or a dict with "model_type" "vit" or
+            "deit"; default ViT-B/16 for 512 x 512 images. `image_size` is (height, width) of the position embeddings'
+            grid: they are resized bilinearly for any other image.
+        decoder_type: "mask_transformer" (default) or "linear".
+        decoder_config: a `ViTConfig` giving the mask transformer's hidden_size, num_hidden_layers, num_attention_heads
+            and intermediate_size; default 2 layers as wide as the encoder. None with the linear decoder.
+        semantic_loss_ignore_index: label that counts in no loss; default 255.
+        initializer_range: standard deviation of new weights.
+        num_labels, id2label: as in every transformers config.
 
-    Raises ValueError for an encoder that is neither ViT nor DeiT, an unknown decoder, a decoder_config with the linear
-    decoder, or a width that its number of heads does not divide.
+    Raises:
+        ValueError: an encoder that is neither ViT nor DeiT, an unknown decoder, a decoder_config with the linear
+            decoder, or a width that its number of heads does not divide.
+
+    Example:
+        >>> config = SegmenterConfig(encoder_config={"model_type": "vit", "hidden_size": 192, "num_attention_heads": 3})
+        >>> config.patch_size, config.decoder_config.num_hidden_layers
+        (16, 2)
     """
 
     model_type = "segmenter"

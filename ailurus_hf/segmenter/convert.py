@@ -43,12 +43,23 @@ FUSED_QKV = re.compile(r"(encoder|decoder)\.blocks\.(\d+)\.attn\.qkv\.(weight|bi
 def convert_segmenter_checkpoint(
     checkpoint_path: str | Path, output_dir: str | Path
 ) -> SegmenterForSemanticSegmentation:
-    """Writes model and image processor of an official checkpoint to output_dir and returns the model, in eval mode.
+    """Writes model and image processor of an official checkpoint (github.com/rstrudel/segmenter) to a folder.
 
-    checkpoint_path: the .pth file; variant.yml lies beside it. Every weight is used exactly once, apart from the
-    ImageNet classifiers (`encoder.head`), which are dropped. Raises ValueError, before anything is written, where a
-    file is missing or is not what it should be, or where weights are missing, left over or of another shape: all are
-    named.
+    Every weight is used exactly once, apart from the ImageNet classifiers (`encoder.head`), which are dropped.
+
+    Args:
+        checkpoint_path: the .pth file; variant.yml lies beside it.
+        output_dir: the folder.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: before anything is written, where a file is missing or is not what it should be, or where weights
+            are missing, left over or of another shape: all are named.
+
+    Example:
+        model = convert_segmenter_checkpoint("seg_large_mask/checkpoint.pth", "segmenter-large")
     """
     checkpoint_path = Path(checkpoint_path)
     variant = _read_variant(checkpoint_path.parent / "variant.yml")

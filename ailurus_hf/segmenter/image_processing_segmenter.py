@@ -53,6 +53,12 @@ class SegmenterImageProcessor(PilBackend):
     Defaults: no resizing (the model takes any size), RGB, scaled to 0..1, "vit" mean and std (for a DeiT pass
     `image_mean` and `image_std` of `NORMALIZATION["deit"]`), images of a batch padded right and bottom to the largest
     with 0 after normalizing, labels with 255. `do_resize=True` resizes to `size`, shortest edge 512 if not given.
+
+    Example:
+        processor = SegmenterImageProcessor.from_pretrained("examples/assets/segmenter-camvid")
+        inputs = processor(images=photo, return_tensors="pt")
+        outputs = model(**inputs)
+        labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[photo.size[::-1]])[0]
     """
 
     valid_kwargs = SegmenterImageProcessorKwargs
@@ -175,13 +181,27 @@ def sliding_window_logits(
     window_stride: int | tuple[int, int] | None = None,
     batch_size: int = 8,
 ) -> Tensor:
-    """Logits of overlapping windows, averaged: Tensor[B, 3, H, W] -> Tensor[B, labels, H, W] in float32.
+    """Logits of overlapping windows, averaged, as the original Segmenter's inference does it.
 
-    window_size, window_stride: pixels, one number or (height, width); stride defaults to the window. The last window
-    of a row or column is flush with the border. An image smaller than the window is first enlarged bilinearly, aspect
-    kept, and its logits brought back to H x W. batch_size: windows a forward pass. Follows the original Segmenter's
-    inference; take softmax or argmax of the result. Raises ValueError for a stride that is < 1 or leaves gaps, and for
-    an image that is so narrow that enlarging it would fill the memory.
+    The last window of a row or column is flush with the border. An image smaller than the window is first enlarged
+    bilinearly, aspect kept, and its logits brought back to H x W.
+
+    Args:
+        model: from images to an output with `logits`.
+        pixel_values: Tensor[B, 3, H, W].
+        window_size: pixels, one number or (height, width).
+        window_stride: the same; defaults to the window.
+        batch_size: windows a forward pass.
+
+    Returns:
+        Tensor[B, labels, H, W] in float32; take softmax or argmax of it.
+
+    Raises:
+        ValueError: a stride that is < 1 or leaves gaps, or an image that is so narrow that enlarging it would fill the
+            memory.
+
+    Example:
+        logits = sliding_window_logits(model, inputs["pixel_values"], window_size=512, window_stride=256)
     """
     window = _pair(window_size, "window_size")
     stride = window if window_stride is None else _pair(window_stride, "window_stride")
@@ -218,7 +238,18 @@ def sliding_window_logits(
 
 
 def first_window(processor: SegmenterImageProcessor, pixel_values: Tensor) -> Tensor:
-    """What the encoder sees at once: of images seen in windows, the first one; else all. Tensor[B, 3, H, W] -> same."""
+    """What the encoder sees at once: of images that are seen in windows, the first window; else all.
+
+    Args:
+        processor: says whether there are windows.
+        pixel_values: Tensor[B, 3, H, W].
+
+    Returns:
+        Tensor[B, 3, h, w].
+
+    Example:
+        seen = first_window(processor, inputs["pixel_values"])
+    """
     if processor.window_size is None:
         return pixel_values
     height, width = _pair(processor.window_size, "window_size")
@@ -228,7 +259,19 @@ def first_window(processor: SegmenterImageProcessor, pixel_values: Tensor) -> Te
 def windowed_outputs(
     model: torch.nn.Module, processor: SegmenterImageProcessor, pixel_values: Tensor
 ) -> SemanticSegmenterOutput:
-    """The model's output as its processor says: of whole images, or averaged over windows."""
+    """The model's output as its processor says: of whole images, or averaged over windows.
+
+    Args:
+        model: from images to an output with `logits`.
+        processor: says whether there are windows.
+        pixel_values: Tensor[B, 3, H, W].
+
+    Returns:
+        An output whose logits are Tensor[B, labels, H, W].
+
+    Example:
+        outputs = windowed_outputs(model, processor, inputs["pixel_values"])
+    """
     if processor.window_size is None:
         return model(pixel_values)
     logits = sliding_window_logits(model, pixel_values, processor.window_size, processor.window_stride)

@@ -123,7 +123,12 @@ class MaskTransformerDecoder(ViTPreTrainedModel):
 
 
 class SegmenterPreTrainedModel(PreTrainedModel):
-    """What transformers may do with the model: attention functions, checkpointing, compilation."""
+    """What transformers may do with the model: attention functions, checkpointing, compilation.
+
+    Example:
+        >>> issubclass(SegmenterForSemanticSegmentation, SegmenterPreTrainedModel)
+        True
+    """
 
     config_class = SegmenterConfig
     base_model_prefix = "encoder"
@@ -144,7 +149,14 @@ class SegmenterPreTrainedModel(PreTrainedModel):
 class SegmenterForSemanticSegmentation(SegmenterPreTrainedModel):
     """Semantic segmentation with a plain ViT: `encoder` (ViTModel or DeiTModel) and `decoder`.
 
-    Built from a `SegmenterConfig`; the decoder is a `MaskTransformerDecoder` or a `LinearDecoder`.
+    Source: Strudel et al. 2021, arXiv:2105.05633.
+
+    Args:
+        config: says which encoder and decoder: a `MaskTransformerDecoder` or a `LinearDecoder`.
+
+    Example:
+        model = SegmenterForSemanticSegmentation.from_pretrained("examples/assets/segmenter-camvid")
+        logits = model(pixel_values).logits  # Tensor[B, num_labels, H, W]
     """
 
     def __init__(self, config: SegmenterConfig):

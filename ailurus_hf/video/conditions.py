@@ -56,10 +56,19 @@ def load_condition(
         name: "canny"; "depth", "openpose", "softedge", "lineart", "normal" or "scribble"; "none" leaves frames as they
             are, for a clip that already shows conditions.
         annotators: folder or Hub name with the detectors' weights.
+        device: where detectors run.
         low_threshold, high_threshold: of canny's gradients, as in OpenCV.
         detect_resolution: shorter side that a detector sees, in pixels.
 
-    Raises AiluRusError for another name, and where a detector or its weights cannot be loaded.
+    Returns:
+        The function.
+
+    Raises:
+        AiluRusError: another name, or a detector or its weights that cannot be loaded.
+
+    Example:
+        draw_edges = load_condition("canny")
+        edges = [draw_edges(frame) for frame in open_clip("walk.mp4")]
     """
     if name == "none":
         return to_rgb

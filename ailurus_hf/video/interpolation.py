@@ -31,6 +31,9 @@ class FlowInterpolator:
 
     The two flows are carried to the middle frame, where several arrive the one whose colors agree best stays (Baker et
     al. 2011, section 3.3.2); holes take the flow of their nearest neighbor. Raises AiluRusError without OpenCV.
+
+    Example:
+        middle = FlowInterpolator()(before, after)  # Tensor[B, 3, H, W] in [0, 1] each
     """
 
     def __init__(self) -> None:
@@ -47,8 +50,13 @@ class FlowInterpolator:
 class NetworkInterpolator:
     """A network (before, after) -> middle, such as RIFE, run pair by pair on sides that it can halve.
 
-    network: a module or callable on Tensor[1, 3, H, W] in [0, 1]. multiple: sides are padded to multiples of this, and
-    the result is cropped. device: where the network is.
+    Args:
+        network: a module or callable on Tensor[1, 3, H, W] in [0, 1], twice.
+        device: where the network is.
+        multiple: sides are padded to multiples of this, and the result is cropped.
+
+    Example:
+        middle = NetworkInterpolator.from_file("flownet.pkl")(before, after)
     """
 
     def __init__(self, network: Interpolator, device: str | torch.device = "cpu", multiple: int = 32) -> None:

@@ -21,13 +21,39 @@ Frames = Sequence[Image.Image]
 
 
 def psnr(frames: Frames, others: Frames) -> float:
-    """Peak signal-to-noise ratio of 8-bit colors in dB, over all pixels of all frames; infinite if equal."""
+    """Peak signal-to-noise ratio of 8-bit colors, over all pixels of all frames.
+
+    Args:
+        frames, others: two clips of as many frames of one size.
+
+    Returns:
+        Decibels; infinite if equal.
+
+    Example:
+        >>> from PIL import Image
+        >>> frames = [Image.new("RGB", (64, 48), color) for color in ("black", "gray")]
+        >>> psnr(frames, frames)
+        inf
+    """
     error = np.mean([np.square(a - b).mean() for a, b in _pairs(frames, others)])
     return math.inf if error == 0 else float(-10 * math.log10(error))
 
 
 def ssim(frames: Frames, others: Frames) -> float:
-    """Structural similarity (Wang et al. 2004: Gaussian window of σ 1.5), the mean of the frames; by scikit-image."""
+    """Structural similarity (Wang et al. 2004: Gaussian window of σ 1.5), by scikit-image.
+
+    Args:
+        frames, others: two clips of as many frames of one size.
+
+    Returns:
+        The mean of the frames, 1 if equal.
+
+    Example:
+        >>> from PIL import Image
+        >>> frames = [Image.new("RGB", (64, 48), color) for color in ("black", "gray")]
+        >>> ssim(frames, frames)
+        1.0
+    """
     metrics = require("skimage.metrics", "bench")
     options = {"channel_axis": -1, "data_range": 1.0, "gaussian_weights": True, "use_sample_covariance": False}
     return float(np.mean([metrics.structural_similarity(a, b, **options) for a, b in _pairs(frames, others)]))
@@ -37,11 +63,22 @@ def warping_error(frames: Frames, motion_of: Frames | None = None, threshold: fl
     """Mean squared difference of each frame, colors in [0, 1], to the next one warped back to it (Lai et al. 2018).
 
     Args:
+        frames: of the clip.
         motion_of: frames whose optical flow is followed, such as the input clip's; the frames' own if None.
         threshold: pixels that come back further than this from their start, in pixels, are hidden in one of the two
             frames and left out.
 
-    NaN where no pixel is left. Raises AiluRusError for fewer than two frames.
+    Returns:
+        The error; NaN where no pixel is left.
+
+    Raises:
+        AiluRusError: fewer than two frames.
+
+    Example:
+        >>> from PIL import Image
+        >>> frames = [Image.new("RGB", (64, 48), color) for color in ("black", "gray")]
+        >>> warping_error([frames[0], frames[0]])
+        0.0
     """
     if len(frames) < 2:
         raise AiluRusError(f"a warping error needs at least 2 frames, got {len(frames)}")
@@ -63,10 +100,25 @@ def warping_error(frames: Frames, motion_of: Frames | None = None, threshold: fl
 def edge_agreement(
     frames: Frames, edges: Frames, tolerance: int = 2, low_threshold: int = 100, high_threshold: int = 200
 ) -> float:
-    """F1 of the frames' canny edges against condition pictures, over all frames, 0 to 1.
+    """F1 of the frames' canny edges against condition pictures, over all frames.
 
     An edge pixel is met if the other picture has one at most `tolerance` pixels (Euclidean) away. Pixels of a condition
-    picture from 128 on are edges. 1 where neither has any.
+    picture from 128 on are edges.
+
+    Args:
+        frames: of the clip.
+        edges: condition pictures of the same sizes.
+        tolerance: in pixels.
+        low_threshold, high_threshold: of canny's gradients, as in OpenCV.
+
+    Returns:
+        0 to 1; 1 where neither has any.
+
+    Example:
+        >>> from PIL import Image
+        >>> frames = [Image.new("RGB", (64, 48), color) for color in ("black", "gray")]
+        >>> edge_agreement(frames[:1], frames[:1])
+        1.0
     """
     cv2 = require("cv2", "video")
     met = {"precision": 0, "recall": 0}

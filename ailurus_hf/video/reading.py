@@ -34,7 +34,15 @@ MISSING_SHARE = 0.1
 class Clip:
     """A clip that can be iterated, more than once, as RGB pictures of one size.
 
-    size: (width, height). fps: frames per second of what is iterated, None where nothing tells (a folder).
+    Args:
+        path: the file or folder.
+        size: (width, height), in pixels.
+        fps: frames per second of what is iterated, None where nothing tells (a folder).
+        read: opens it and yields the pictures.
+
+    Example:
+        clip = open_clip("walk.mp4", max_frames=8)
+        frames = list(clip)
     """
 
     path: Path
@@ -56,14 +64,24 @@ def open_clip(
 ) -> Clip:
     """A clip of a video file (whatever ffmpeg reads), a GIF, WebP or PNG animation, or a folder of pictures by name.
 
+    Only the header is read here.
+
     Args:
+        path: the file or folder.
         every: takes each n-th frame, the first included; the frame rate falls with it.
         fps: takes frames at this rate instead, by their times; for a folder it is the rate its pictures have.
         max_frames: ends after that many.
         min_frames: raises at the clip's end if there were fewer.
 
-    Only the header is read here. Raises AiluRusError for what is no clip; while iterating, for one that is broken, has
-    pictures of several sizes or has too few frames.
+    Returns:
+        The clip, to be iterated.
+
+    Raises:
+        AiluRusError: for what is no clip; while iterating, for one that is broken, has pictures of several sizes or has
+            too few frames.
+
+    Example:
+        frames = list(open_clip("walk.mp4", fps=8, max_frames=16))
     """
     path = Path(path)
     for name, value in (("every", every), ("max_frames", max_frames), ("min_frames", min_frames)):

@@ -31,17 +31,26 @@ COLORS = [
 
 
 def write_video(path: str | Path, frames: Iterable[Image.Image], fps: float | Fraction = 8) -> int:
-    """Writes the frames as they come and returns how many there were.
+    """Writes the frames as they come.
+
+    They are written under a temporary name beside the output, which is renamed at the end: work that is interrupted or
+    fails leaves nothing, and an older file as it was.
 
     Args:
         path: `.mp4` and `.mov` are H.264 in yuv420p, whose sides are even: an odd side gets its last row or column
             twice. `.gif` is a GIF that repeats, its times in whole hundredths of a second, equal frames in a row as one
             that is shown longer. No suffix: a folder of PNGs, 00000.png and on, which must be new or empty.
         frames: RGB pictures of one size.
+        fps: frames per second.
 
-    They are written under a temporary name beside the output, which is renamed at the end: work that is interrupted or
-    fails leaves nothing, and an older file as it was. Raises AiluRusError for a path that cannot be written, for no
-    frames and for frames of several sizes.
+    Returns:
+        How many frames there were.
+
+    Raises:
+        AiluRusError: a path that cannot be written, no frames, or frames of several sizes.
+
+    Example:
+        write_video("ocean.mp4", frames, fps=8)
     """
     path = check_output(path)
     if not 0 < fps < float("inf"):
@@ -75,6 +84,9 @@ def check_output(
     Raises:
         AiluRusError: another suffix, the source itself, a folder that is not empty or cannot be written to, a name that
             is too long, too little room.
+
+    Example:
+        check_output("ocean.mp4", source="walk.mp4", frames=(16, (512, 512)))
     """
     path = Path(path)
     suffixes = (*VIDEO_SUFFIXES, ".gif", "")

@@ -72,30 +72,70 @@ class _AiluRusAuto:
 
 
 class AiluRusModel(_AiluRusAuto):
-    """AutoModel with AiluRus on."""
+    """AutoModel with AiluRus on.
+
+    Example:
+        settings = AiluRusConfig(cluster_location=2, keep_ratio=0.5)
+        name = "facebook/dinov2-base"
+        model = AiluRusModel.from_pretrained(name, ailurus_config=settings)
+        model.save_pretrained("reduced")  # with its settings
+        model = AiluRusModel.from_pretrained("reduced")
+    """
 
     auto_class = AutoModel
 
 
 class AiluRusModelForImageClassification(_AiluRusAuto):
-    """AutoModelForImageClassification with AiluRus on."""
+    """AutoModelForImageClassification with AiluRus on.
+
+    Example:
+        settings = AiluRusConfig(cluster_location=2, keep_ratio=0.5)
+        name = "google/vit-base-patch16-224"
+        model = AiluRusModelForImageClassification.from_pretrained(name, ailurus_config=settings)
+        model.save_pretrained("reduced")  # with its settings
+        model = AiluRusModelForImageClassification.from_pretrained("reduced")
+    """
 
     auto_class = AutoModelForImageClassification
 
 
 class AiluRusModelForSemanticSegmentation(_AiluRusAuto):
-    """AutoModelForSemanticSegmentation with AiluRus on; knows Segmenter as well."""
+    """AutoModelForSemanticSegmentation with AiluRus on; knows Segmenter as well.
+
+    Example:
+        settings = AiluRusConfig(cluster_location=2, keep_ratio=0.5)
+        name = "microsoft/beit-base-finetuned-ade-640-640"
+        model = AiluRusModelForSemanticSegmentation.from_pretrained(name, ailurus_config=settings)
+        model.save_pretrained("reduced")  # with its settings
+        model = AiluRusModelForSemanticSegmentation.from_pretrained("reduced")
+    """
 
     auto_class = AutoModelForSemanticSegmentation
 
 
 class AiluRusModelForObjectDetection(_AiluRusAuto):
-    """AutoModelForObjectDetection with AiluRus on."""
+    """AutoModelForObjectDetection with AiluRus on.
+
+    Example:
+        settings = AiluRusConfig(cluster_location=2, keep_ratio=0.5)
+        name = "hustvl/yolos-small"
+        model = AiluRusModelForObjectDetection.from_pretrained(name, ailurus_config=settings)
+        model.save_pretrained("reduced")  # with its settings
+        model = AiluRusModelForObjectDetection.from_pretrained("reduced")
+    """
 
     auto_class = AutoModelForObjectDetection
 
 
 class AiluRusModelForDepthEstimation(_AiluRusAuto):
-    """AutoModelForDepthEstimation with AiluRus on."""
+    """AutoModelForDepthEstimation with AiluRus on.
+
+    Example:
+        settings = AiluRusConfig(cluster_location=2, keep_ratio=0.5)
+        name = "depth-anything/Depth-Anything-V2-Small-hf"
+        model = AiluRusModelForDepthEstimation.from_pretrained(name, ailurus_config=settings)
+        model.save_pretrained("reduced")  # with its settings
+        model = AiluRusModelForDepthEstimation.from_pretrained("reduced")
+    """
 
     auto_class = AutoModelForDepthEstimation

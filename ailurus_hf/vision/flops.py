@@ -17,6 +17,10 @@ def layer_flops(layer: nn.Module, num_tokens: int) -> float | None:
 
     Returns:
         The FLOPs; None where the layer has no linear layer whose size is known.
+
+    Example:
+        >>> layer_flops(torch.nn.Sequential(torch.nn.Linear(4, 4)), num_tokens=3)
+        240.0
     """
     linears: list[Any] = [module for module in layer.modules() if _is_linear(module)]
     if not linears:
@@ -35,6 +39,18 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def layers_flops(layers: Iterable[nn.Module], num_tokens: int) -> float | None:
-    """FLOPs of several layers on one sequence of `num_tokens`; None where those of one are not known."""
+    """FLOPs of several layers on one sequence.
+
+    Args:
+        layers: transformer layers.
+        num_tokens: the length of the sequence.
+
+    Returns:
+        The sum; None where those of one are not known.
+
+    Example:
+        >>> layers_flops([torch.nn.Sequential(torch.nn.Linear(4, 4))] * 2, num_tokens=3)
+        480.0
+    """
     each = [layer_flops(layer, num_tokens) for layer in layers]
     return None if None in each else sum(flops for flops in each if flops is not None)

@@ -97,6 +97,9 @@ class TokenDecoder:
     Args:
         decoder: the class or its qualified name. Its layers, if it has any, are `decoder.layers`.
         suffix: the attribute that says how many tokens its layers have after the patches; None: none.
+
+    Example:
+        register_token_decoder(TokenDecoder(MyDecoder))
     """
 
     decoder: str | type[nn.Module]
@@ -118,6 +121,9 @@ class Reader:
     Args:
         reader: the class or its qualified name.
         reads: the numbers of the hidden states that it reads, 0 the embeddings, called with the module.
+
+    Example:
+        register_reader(Reader(MyDetector, reads=lambda detector: (2, 4)))
     """
 
     reader: str | type[nn.Module]
@@ -153,17 +159,46 @@ def register_family(family: Family) -> Family:
 
     Raises:
         AiluRusError: its class is registered with other settings.
+
+    Example:
+        register_family(Family("MyViT", MyViTModel, prefix=1))
     """
     return _register(FAMILIES, family)
 
 
 def register_token_decoder(decoder: TokenDecoder) -> TokenDecoder:
-    """Has `restore_at="decoder"` run a class of decoders on representatives. Else as `register_family`."""
+    """Has `restore_at="decoder"` run a class of decoders on representatives.
+
+    Args:
+        decoder: the declaration.
+
+    Returns:
+        The decoder. To register an equal one again does nothing.
+
+    Raises:
+        AiluRusError: its class is registered with other settings.
+
+    Example:
+        register_token_decoder(TokenDecoder(MyDecoder))
+    """
     return _register(TOKEN_DECODERS, decoder)
 
 
 def register_reader(reader: Reader) -> Reader:
-    """Declares which hidden states a class reads from the encoder inside it. Else as `register_family`."""
+    """Declares which hidden states a class reads from the encoder inside it: only those are unmerged.
+
+    Args:
+        reader: the declaration.
+
+    Returns:
+        The reader. To register an equal one again does nothing.
+
+    Raises:
+        AiluRusError: its class is registered with other settings.
+
+    Example:
+        register_reader(Reader(MyDetector, reads=lambda detector: (2, 4)))
+    """
     return _register(READERS, reader)
 
 

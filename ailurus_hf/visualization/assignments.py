@@ -39,8 +39,15 @@ def draw_assignment(
         patch_size: side of a token in pixels where the image was padded on the right and at the bottom to make
             whole tokens; None where the tokens span the image.
 
+    Returns:
+        A picture of the image's size.
+
     Raises:
         AiluRusError: a grid that does not match the tokens or the image, an index past the batch, an unknown fill.
+
+    Example:
+        status = ailurus_status(model)
+        draw_assignment(photo, status.last_clusters, status.last_grid).save("assignment.png")
     """
     assignment = token_assignment(clusters, grid, index)
     pixels, side, crop = tiled(image, grid, patch_size)

@@ -37,10 +37,20 @@ def compare_predictions(
         labels: ground truth [H, W], or None for no such panel.
         class_names: names in id order; the legend shows those that occur.
         palette: [classes, 3]; default `class_palette(class_names)`.
+        plain_title, reduced_title, assignment_title: above the panels.
         panel_width: pixels a panel; the height follows the image.
+
+    Returns:
+        The sheet.
 
     Raises:
         AiluRusError: a label map that is not of the image's size.
+
+    Example:
+        >>> import numpy as np
+        >>> photo, labels = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), int)
+        >>> compare_predictions(photo, labels, labels, class_names=["road", "sky"], panel_width=64).width
+        164
     """
     palette = class_palette(class_names) if palette is None else palette
     photo = Image.fromarray(pixel_array(image))

@@ -15,7 +15,20 @@ YELLOW: Color = (250, 200, 0)
 
 
 def colorize_labels(label_map: LabelMap, palette: np.ndarray) -> Image.Image:
-    """A label map [H, W] in the palette's colors [classes, 3]; labels outside the palette are black."""
+    """A label map in the palette's colors; labels outside the palette are black.
+
+    Args:
+        label_map: [H, W], class ids.
+        palette: [classes, 3].
+
+    Returns:
+        A picture of H rows and W columns.
+
+    Example:
+        >>> import numpy as np
+        >>> colorize_labels(np.zeros((48, 64), int), class_palette(["road", "sky"])).size
+        (64, 48)
+    """
     labels = label_array(label_map)
     picture = np.full((*labels.shape, 3), UNLABELED, dtype=np.uint8)
     known = (labels >= 0) & (labels < len(palette))
@@ -24,7 +37,26 @@ def colorize_labels(label_map: LabelMap, palette: np.ndarray) -> Image.Image:
 
 
 def overlay_labels(image: ImageLike, label_map: LabelMap, palette: np.ndarray, opacity: float = 0.6) -> Image.Image:
-    """The image [H, W, 3] with its label map [H, W] laid over it."""
+    """The image with its label map laid over it.
+
+    Args:
+        image: [H, W, 3] uint8 or PIL.
+        label_map: [H, W], class ids.
+        palette: [classes, 3].
+        opacity: of the label map, 0 to 1.
+
+    Returns:
+        A picture of the image's size.
+
+    Raises:
+        AiluRusError: a label map of another size.
+
+    Example:
+        >>> import numpy as np
+        >>> photo, labels = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), int)
+        >>> overlay_labels(photo, labels, class_palette(["road", "sky"])).size
+        (64, 48)
+    """
     photo = Image.fromarray(pixel_array(image))
     check_size(photo, label_array(label_map), "label map")
     return Image.blend(photo, colorize_labels(label_map, palette), opacity)
@@ -33,10 +65,28 @@ def overlay_labels(image: ImageLike, label_map: LabelMap, palette: np.ndarray, o
 def draw_difference(
     image: ImageLike, plain: LabelMap, reduced: LabelMap, labels: LabelMap | None = None, num_classes: int | None = None
 ) -> Image.Image:
-    """The image in pale gray, and in color the pixels where two label maps [H, W] differ.
+    """The image in pale gray, and in color the pixels where two label maps differ.
 
     Without labels they are red. With them: red where reduction made it wrong, green where it made it right, yellow
-    where both are wrong or the pixel is unlabeled (a label below 0 or, if given, from `num_classes` on).
+    where both are wrong or the pixel is unlabeled.
+
+    Args:
+        image: [H, W, 3] uint8 or PIL.
+        plain, reduced: label maps [H, W] without and with reduction.
+        labels: ground truth [H, W].
+        num_classes: labels below 0 or, if given, from this one on are no class: the pixel is unlabeled.
+
+    Returns:
+        A picture of the image's size.
+
+    Raises:
+        AiluRusError: a label map of another size.
+
+    Example:
+        >>> import numpy as np
+        >>> photo, labels = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), int)
+        >>> draw_difference(photo, labels, labels + 1).getpixel((0, 0))
+        (230, 30, 30)
     """
     photo, first, second = pixel_array(image), label_array(plain), label_array(reduced)
     check_size(Image.fromarray(photo), first, "plain prediction")

@@ -30,7 +30,18 @@ CUSTOMARY_COLORS: dict[str, Color] = {
 
 
 def distinct_colors(count: int) -> np.ndarray:
-    """`count` colors, neighbors in the list far apart in hue: uint8 array [count, 3]."""
+    """Colors whose neighbors in the list are far apart in hue.
+
+    Args:
+        count: how many.
+
+    Returns:
+        uint8 array [count, 3].
+
+    Example:
+        >>> distinct_colors(12).shape
+        (12, 3)
+    """
     colors = []
     for i in range(count):
         hue = (i * 0.61803398875) % 1.0  # the golden ratio never repeats a hue nor comes close soon
@@ -39,7 +50,18 @@ def distinct_colors(count: int) -> np.ndarray:
 
 
 def class_palette(class_names: Sequence[str]) -> np.ndarray:
-    """A color for each class, the customary one where the name has one: uint8 array [classes, 3]."""
+    """A color for each class, the customary one where the name has one.
+
+    Args:
+        class_names: in id order.
+
+    Returns:
+        uint8 array [classes, 3].
+
+    Example:
+        >>> class_palette(["road", "sky"]).tolist()
+        [[128, 64, 128], [70, 130, 180]]
+    """
     palette = distinct_colors(len(class_names))
     for i, name in enumerate(class_names):
         palette[i] = CUSTOMARY_COLORS.get(name.lower(), palette[i])

@@ -31,8 +31,15 @@ def reconstruct_image(
         image, clusters, grid, index, patch_size: as in `draw_assignment`.
         patch: "mean", the mean of the cluster's patches, or "center", the patch of its center (the paper).
 
+    Returns:
+        A picture of the image's size.
+
     Raises:
         AiluRusError: as in `draw_assignment`; "center" for clusters whose centers are no tokens.
+
+    Example:
+        status = ailurus_status(model)
+        reconstruct_image(photo, status.last_clusters, status.last_grid).save("rebuilt.png")
     """
     assignment = token_assignment(clusters, grid, index).reshape(-1)
     pixels, side, crop = tiled(image, grid, patch_size)

@@ -1,6 +1,6 @@
 """ControlVideoPipeline: text to video by an image model and a ControlNet (Zhang et al. 2023, arXiv 2305.13077).
 
-    pipe = ControlVideoPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", controlnet=controlnet)
+    pipe = ControlVideoPipeline.from_pretrained(stable_diffusion, controlnet=controlnet)
     frames = pipe("a man wanders on the ocean", edges).frames
 
 The frames are the batch. Self-attention of the UNet takes the keys of other frames, group norms take statistics over
@@ -42,7 +42,14 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 @dataclass
 class ControlVideoPipelineOutput(BaseOutput):
-    """frames: of one video: a list of PIL images, an array [F, H, W, 3], a Tensor[F, 3, H, W], or latents."""
+    """What `ControlVideoPipeline` returns.
+
+    Args:
+        frames: of one video: a list of PIL images, an array [F, H, W, 3], a Tensor[F, 3, H, W], or latents.
+
+    Example:
+        write_video("ocean.mp4", pipe("a man wanders on the ocean", edges).frames, 8)
+    """
 
     frames: Any
 
@@ -54,9 +61,15 @@ class ControlVideoPipeline(
     StableDiffusionLoraLoaderMixin,
     FromSingleFileMixin,
 ):
-    """Text to video from the parts of Stable Diffusion 1.x and 2.x and one or several ControlNets.
+    """Text to video by Stable Diffusion 1.x or 2.x and one or several ControlNets (ControlVideo, arXiv:2305.13077).
 
-    controlnet: a ControlNetModel, or a list of them (then a list of control frames is given, one for each).
+    Args:
+        vae, text_encoder, tokenizer, unet, scheduler: of a Stable Diffusion.
+        controlnet: a ControlNetModel, or a list of them (then a list of control frames is given, one for each).
+
+    Example:
+        pipe = ControlVideoPipeline.from_pretrained(stable_diffusion, controlnet=controlnet)
+        frames = pipe("a man wanders on the ocean", edges).frames
     """
 
     vae: Any
