@@ -1,5 +1,6 @@
 """A reduced model leaves Python: torch.export, and ONNX run by onnxruntime, with equal outputs on other images."""
 
+import os
 import warnings
 
 import pytest
@@ -91,7 +92,10 @@ def test_an_exported_program_takes_any_batch(classifier, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("clustering", ["local_kmeans", "density_peaks"])
+@pytest.mark.parametrize(
+    "clustering",
+    ["local_kmeans", "density_peaks", *(["ward", "kmeans", "pairs"] if os.environ.get("AILURUS_TEST_EVERY") else [])],
+)
 def test_onnxruntime_takes_any_batch(clustering, tmp_path):
     model = apply_ailurus(make_model(NAMES[0]), cluster_location=1, num_clusters=30, clustering=clustering)
     classifier = Logits(model, NAMES[0]).eval()
