@@ -148,6 +148,33 @@ def test_the_source_distribution_holds_the_pipelines(tmp_path: Path) -> None:
     assert any(name.endswith("/ailurus_hf/pipelines/__init__.py") for name in names)
 
 
+def test_a_wheel_of_the_source_distribution_is_the_same(wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "wheel")]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (again,) = (tmp_path / "wheel").iterdir()
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_package_index_takes_both_and_shows_the_readme(wheel: Path, tmp_path: Path) -> None:
+    metadata = zipfile.ZipFile(wheel).read(f"ailurus_hf-{PROJECT['version']}.dist-info/METADATA").decode()
+    for name in ("Homepage", "Documentation", "Repository", "Issues", "Changelog"):
+        assert f"Project-URL: {name}, https://" in metadata
+    assert "Description-Content-Type: text/markdown" in metadata and (ROOT / "README.md").read_text() in metadata
+    assert "Author: The ailurus_hf authors" in metadata and "License-File: LICENSE" in metadata
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(build("sdist", tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_classifiers_are_known() -> None:
+    classifiers = pytest.importorskip("trove_classifiers").classifiers
+    assert set(PROJECT["classifiers"]) <= set(classifiers)
+
+
 def test_nothing_in_the_repository_is_a_link() -> None:
     """Links break checkouts on Windows."""
     listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)

@@ -1,13 +1,16 @@
-"""Docstrings as mkdocstrings reads them: parameters that share one line get a line each, with the same text."""
+"""Docstrings as mkdocstrings reads them: parameters that share a line get one each, and examples are code."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from textwrap import indent
 from typing import Any
 
 import griffe
 
 SHARED = re.compile(r"^( {4,})(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
+EXAMPLE = re.compile(r"^Example:\n((?: {4}.*\n?|\n)+)", re.MULTILINE)
 
 
 def one_each(text: str) -> str:
@@ -19,9 +22,20 @@ def one_each(text: str) -> str:
     return SHARED.sub(lines, text)
 
 
-class OneEach(griffe.Extension):
+def fenced(text: str) -> str:
+    """The code of an example in a fence."""
+
+    def fence(match: re.Match[str]) -> str:
+        code = inspect.cleandoc(match[1])
+        language = "pycon" if code.startswith(">>>") else "python"
+        return "Example:\n" + indent(f"```{language}\n{code}\n```\n", "    ")
+
+    return EXAMPLE.sub(fence, text)
+
+
+class Readable(griffe.Extension):
     """Rewrites every docstring before it is parsed."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = one_each(obj.docstring.value)
+            obj.docstring.value = fenced(one_each(inspect.cleandoc(obj.docstring.value)))
