@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision_ops
 from documents import DOCUMENTS, FENCE, NOT_RUN, PAGES, ROOT, Block, blocks, prepare, save_stand_ins, with_stand_ins
 
@@ -76,6 +77,7 @@ def test_the_blocks_run(document, stand_ins, registries, tmp_path, monkeypatch) 
 
 def test_the_notebook_runs_and_shows_what_it_prints(monkeypatch) -> None:
     monkeypatch.chdir(ROOT / "examples")
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     names: dict = {}
     for cell in json.loads(Path("quickstart.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":

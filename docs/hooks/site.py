@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,8 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 FIGURES = "figures"
 
-_first_sentences: dict[str, tuple[str, str]] = {}
+_pages: list[Page] = []  # in the navigation's order
+_first_sentences: dict[str, str] = {}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -40,7 +42,7 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
     if included := INCLUDE.search(markdown):
         origin = included[1]
         markdown = (ROOT / origin).read_text(encoding="utf-8")
-    _first_sentences[uri] = (page.title or uri, first_sentence(markdown))
+    _first_sentences[uri] = first_sentence(markdown)
 
     def link(match: re.Match[str]) -> str:
         mark, text, target, anchor = match.groups(default="")
@@ -56,20 +58,35 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
     return LINK.sub(link, markdown)
 
 
+def on_nav(nav: Navigation, config: Any, files: Files) -> None:
+    """Keeps the order for llms.txt."""
+    _pages[:] = nav.pages
+
+
 def on_post_build(config: Any) -> None:
-    """Writes llms.txt (llmstxt.org): a line for each page."""
-    lines = [f"# {config.site_name}", "", f"> {config.site_description}", "", "## Pages", ""]
-    for uri, (title, first) in sorted(_first_sentences.items()):
-        address = config.site_url + re.sub(r"(index)?\.md$", "", uri)
-        lines.append(f"- [{title}]({address}): " + first)
+    """Writes llms.txt (llmstxt.org): a line for each page, by section."""
+    lines, section = [f"# {config.site_name}", "", f"> {config.site_description}", "", "## Pages", ""], None
+    for page in sorted(_pages, key=lambda page: bool(page.ancestors)):  # those of no section first
+        of_page = page.ancestors[0].title if page.ancestors else None
+        if of_page != section:
+            lines += ["", f"## {of_page}", ""]
+            section = of_page
+        lines.append(f"- [{page.title}]({page.canonical_url}): {_first_sentences[page.file.src_uri]}")
     Path(config.site_dir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def first_sentence(markdown: str) -> str:
     """Of the first paragraph of prose."""
     paragraphs = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL).split("\n\n")
-    prose = next((text for text in paragraphs if text.strip() and text.strip()[0] not in "#<|!->:"), "")
-    return re.split(r"(?<=[.:]) ", LINK.sub(lambda match: match[2], " ".join(prose.split())))[0]
+    prose = next(
+        (
+            text
+            for text in paragraphs
+            if text.strip() and text.strip()[0] not in "#<|!->:1" and not text.startswith("    ")
+        ),
+        "",
+    )
+    return re.split(r"(?<=\.) (?=[A-Z])", LINK.sub(lambda match: match[2], " ".join(prose.split())))[0]
 
 
 def in_repository(origin: str, target: str) -> str:
