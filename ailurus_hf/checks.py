@@ -119,7 +119,8 @@ def _converted(value: Any, kind: Any) -> Any:
         return str(value)
     if kind in (int, float, bool):
         return _number(value, kind)
-    return _instance(value, kind) if isinstance(kind, type) else value
+    # Callable[...] is a type to Python 3.10, and nothing is an instance of it.
+    return _instance(value, kind) if isinstance(kind, type) and origin is None else value
 
 
 def _first_fitting(value: Any, kinds: tuple[Any, ...]) -> Any:

@@ -157,7 +157,7 @@ def test_links_lead_to_files(document: str) -> None:
 
 
 def test_the_site_has_every_page_once() -> None:
-    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    nav = re.sub("#.*", "", (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2])
     assert sorted(re.findall(r"[\w/-]+\.md", nav)) == sorted(page.removeprefix("docs/") for page in PAGES)
 
 
@@ -183,7 +183,9 @@ def test_one_address_everywhere() -> None:
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     assert urls["Repository"] == re.search(r"^repo_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)[1]
     assert urls["Documentation"] == re.search(r"^site_url: (\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)[1]
-    for link in re.findall(r"https://github\.com/[\w-]+/[\w-]+", (ROOT / "README.md").read_text()):
+    assert f'repository-code: "{urls["Repository"]}"' in (ROOT / "CITATION.cff").read_text()
+    templates = "".join(path.read_text() for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+    for link in re.findall(r"https://github\.com/[\w-]+/[\w-]+", (ROOT / "README.md").read_text() + templates):
         assert link == urls["Repository"]
 
 

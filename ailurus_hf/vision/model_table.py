@@ -1,4 +1,4 @@
-"""The table of all that is supported, and of what is refused, for the README."""
+"""The table of all that is supported, and of what is refused, for docs/supported-models.md."""
 
 from __future__ import annotations
 
