@@ -39,6 +39,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "segment": Command("segment", "semantic segmentation of images, reduced or compared with plain"),
     "classify": Command("classify", "classify images"),
+    "depth": Command("depth", "depth maps of images, 16-bit and in color"),
+    "detect": Command("detect", "objects in images, as boxes drawn and in COCO's format"),
     "benchmark": Command("benchmark", "speed and fidelity of several settings on your model and images"),
     "visualize": Command("visualize", "draw which tokens are merged and what is left of the image"),
     "status": Command("status", "what is reduced where in a model, and what it saves"),
@@ -98,6 +100,9 @@ def build_parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
         if name in commands:
             module = import_module(f"{__name__}.{command.module}")
             module.add_arguments(subparser)
+            if examples := getattr(module, "EXAMPLES", None):
+                subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+                subparser.epilog = f"examples:{examples}"
             subparser.set_defaults(run=module.run)
     return parser
 

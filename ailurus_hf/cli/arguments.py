@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..choices import CLUSTERING_CLASSES, RESTORES, RESTORES_AT, clustering_names
@@ -25,6 +27,8 @@ AILURUS_FIELDS = (
     "restore",
     "restore_at",
     "restore_location",
+    "min_keep_ratio",
+    "stages",
 )
 
 
@@ -57,14 +61,18 @@ def add_model(parser: argparse.ArgumentParser, lines: bool = False) -> None:
     add_json(parser, lines)
 
 
-def add_compare(parser: argparse.ArgumentParser, metric: str, labels: str) -> None:
+def add_compare(parser: argparse.ArgumentParser, metric: str = "", labels: str = "") -> None:
     """Plain beside reduced, and what both are scored against."""
     parser.add_argument(
         "--compare",
         action="store_true",
-        help=f"run plain beside reduced: times, agreement, one picture; {metric} with --labels",
+        help="run plain beside reduced: times, agreement, one picture"
+        + (f"; {metric} with --labels" if metric else ""),
     )
-    parser.add_argument("--labels", help=f"{labels} (with --compare)")
+    if metric:
+        parser.add_argument("--labels", help=f"{labels} (with --compare)")
+    else:
+        parser.set_defaults(labels=None)
     parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each (default: %(default)s)")
 
 
@@ -111,6 +119,7 @@ def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> Non
     """How tokens are reduced: fields of AiluRusConfig and settings of its clustering. Called after all others."""
     group = parser.add_argument_group("AiluRus", "default: what the model's config.json says, else keep half")
     add_preset(group, VISION_PRESETS)
+    add_config(group)
     group.add_argument(
         "--cluster-location",
         type=numbers(int),
@@ -126,12 +135,42 @@ def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> Non
     group.add_argument("--restore", choices=RESTORES, help="the value that a token gets when it is unmerged")
     group.add_argument("--restore-at", choices=RESTORES_AT, help="where the tokens of a segmenter are unmerged")
     group.add_argument("--restore-location", type=int, metavar="R", help="all tokens run again after this layer")
+    group.add_argument(
+        "--min-keep-ratio", type=float, metavar="R", help="keep down to this share where an image has little detail"
+    )
+    group.add_argument(
+        "--stages", type=numbers(int), metavar="S", help="of a model in stages (SegFormer), those to reduce; 3 or 2,3"
+    )
     if can_be_off:
         group.add_argument("--no-ailurus", action="store_true", help="run the model as it is")
 
 
 def add_preset(group: Any, presets: Iterable[str]) -> None:
     group.add_argument("--preset", choices=tuple(presets), help="measured settings; the other options replace some")
+
+
+def add_config(group: Any) -> None:
+    group.add_argument("--config", metavar="FILE", help="saved settings, JSON; the other options replace some")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The fields of a saved config: the file that `save` of a config writes, or one that holds it under "config".
+
+    Raises:
+        BadInputError: it cannot be read, or holds no JSON object.
+    """
+    from ..evaluation.bad_input import BadInputError
+
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"cannot read --config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInputError(f"--config {path} is no JSON: {error}") from error
+    fields = found.get("config", found) if isinstance(found, dict) else found
+    if not isinstance(fields, dict):
+        raise BadInputError(f"--config {path} must hold an object of settings, got {type(fields).__name__}")
+    return fields
 
 
 def add_clustering(group: Any, prefix: str = "") -> None:
@@ -203,10 +242,17 @@ def load(args: argparse.Namespace, task: str | None) -> LoadedModel:
     from ..evaluation.loading import BadInputError, load_model
 
     given = {name: getattr(args, name) for name in AILURUS_FIELDS if getattr(args, name) is not None}
+    if isinstance(given.get("stages"), int):
+        given["stages"] = (given["stages"],)
     settings = given_clustering(args)
+    saved = read_config(args.config) if args.config else None
+    if args.config and args.preset:
+        raise BadInputError("--config and --preset do not go together: both are whole settings")
+    if getattr(args, "batch_size", 1) > 1 and "min_keep_ratio" in given:
+        raise BadInputError("--min-keep-ratio keeps another number of tokens for each image: use --batch-size 1")
     texts = getattr(args, "labels_text", None)
     if not getattr(args, "no_ailurus", False):
-        return load_model(args.model, task, args.device, args.dtype, given, args.preset, settings, texts)
-    if named := [*given, *settings, *(["preset"] if args.preset else [])]:
+        return load_model(args.model, task, args.device, args.dtype, given, args.preset, settings, texts, saved)
+    if named := [*given, *settings, *(name for name in ("preset", "config") if getattr(args, name))]:
         raise BadInputError(f"--no-ailurus and --{named[0].replace('_', '-')} do not go together")
     return load_model(args.model, task, args.device, args.dtype, None, labels_text=texts)

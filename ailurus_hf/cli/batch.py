@@ -192,7 +192,10 @@ def existing(args: argparse.Namespace) -> Existing:
 def result_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what a result is: those that were given or have a default, but not where images come
     from, where results go, and how they are told."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in NO_SETTINGS and v not in (None, False)}
+    from .arguments import read_config
+
+    given = {k: v for k, v in sorted(vars(args).items()) if k not in NO_SETTINGS and v not in (None, False)}
+    return {**given, "config": read_config(args.config)} if given.get("config") else given
 
 
 def progress(items: Sequence[Item]) -> Iterable[Item]:

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 from .arguments import (
     add_ailurus,
     add_batch_size,
+    add_compare,
     add_images,
     add_labels_text,
     add_model,
     add_output,
+    check_compare,
     load,
     positive,
 )
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..evaluation.loading import LoadedModel
+    from ..evaluation.paired import Pair
 
 EXAMPLES = """
   ailurus-hf classify photos --model google/vit-base-patch16-384 --preset classification
@@ -32,11 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "file of JSON lines for the scores, such as scores.jsonl (default: none)", None)
     parser.add_argument("--top", type=positive, default=3, help="classes to show (default: %(default)s)")
     add_labels_text(parser)
+    add_compare(parser, "accuracy", 'a CSV of image names and classes, or "folders": images lie in folders of classes')
     add_batch_size(parser)
     add_ailurus(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    check_compare(args)
+    if args.compare:
+        from .comparing import compare
+
+        return compare(args, "classify", _equal, "accuracy")
     from .batch import Batch
     from .predicting import predict, tell_taken
 
@@ -57,3 +68,8 @@ def run(args: argparse.Namespace) -> int:
     taken = predict(batch, loaded, finish, scores, args.batch_size)
     tell_taken(taken, batch)
     return batch.finish(loaded, images=batch.results, took=taken.to_dict())
+
+
+def _equal(loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, tuple[()]]:
+    """Whether the likeliest class is the same."""
+    return float(pair.plain.logits[0].argmax() == pair.reduced.logits[0].argmax()), ()

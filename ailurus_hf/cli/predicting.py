@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,10 +95,12 @@ def timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
     return outputs, 1e3 * (time.perf_counter() - start)
 
 
-def tell_taken(taken: Taken, batch: Batch, verdict: Iterable[str] = ()) -> None:
+def tell_taken(taken: Taken, batch: Batch) -> None:
     """The closing lines of a run for people: what it took, and what to think of it."""
+    from ..evaluation.verdict import verdict
+
     if taken.ms and not (batch.json or batch.json_lines):
-        for line in (taken.line(), *verdict):
+        for line in (taken.line(), *verdict(taken.tokens[0])):
             tell(line)
 
 

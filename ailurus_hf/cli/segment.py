@@ -63,8 +63,9 @@ def _compare(args: argparse.Namespace) -> int:
     from ..evaluation import comparison
     from ..evaluation.folders import read_labels
     from ..evaluation.paired import PairTable
+    from ..evaluation.verdict import verdict
     from ..images import read_image
-    from .batch import Batch
+    from .batch import Batch, tell
 
     batch = Batch(args, ("_comparison.png",))
     if not batch.images:
@@ -90,4 +91,8 @@ def _compare(args: argparse.Namespace) -> int:
     if summary and len(compared) > 1:
         batch.say(table.row("all", summary))
     batch.say(f"pictures in {args.output}")
-    return batch.finish(loaded, images=batch.results, all=summary)
+    told = verdict(max(each.num_tokens for each in compared), summary["speedup"]) if summary else []
+    if not (batch.json or batch.json_lines):
+        for line in told:
+            tell(line)
+    return batch.finish(loaded, images=batch.results, all=summary, verdict=told)

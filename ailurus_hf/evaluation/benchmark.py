@@ -10,6 +10,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from .timing import interleaved, markdown
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
+    from .scoring import Scorer
 
 PAPER: dict[str, Any] = {"clustering": "density_peaks", "restore": "copy"}
 COLUMNS = {
@@ -39,6 +41,7 @@ COLUMNS = {
     "share": "share|{:.2f}",
     "agreement": "agreement|{:.2%}",
     "cosine": "cosine|{:.4f}",
+    "score": "score|{:.2%}",
 }
 
 
@@ -48,7 +51,8 @@ class Row:
 
     ideal: speed-up by FLOPs alone; share: of it. agreement: share of equal labels (pixels, or images), None without
     labels;
-    cosine: mean over pixels, images or tokens of that between plain and reduced outputs.
+    cosine: mean over pixels, images or tokens of that between plain and reduced outputs. score: against labels, None
+    where there are none.
     """
 
     method: str
@@ -61,6 +65,7 @@ class Row:
     share: float
     agreement: float | None
     cosine: float
+    score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Rounded, for JSON."""
@@ -124,8 +129,11 @@ def benchmark(
     configs: dict[Setting, AiluRusConfig],
     repeats: int,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    scorer: Scorer | None = None,
 ) -> list[Row]:
     """Measures plain and every config on the images; `repeats` timed rounds, each on another image.
+
+    scorer: of the outputs against labels.
 
     Raises AiluRusError where the model cannot be reduced so, before the first image is read.
     """
@@ -136,7 +144,9 @@ def benchmark(
     flops: dict[Any, int] = {}
     # The first pass also makes what depends on an image's size alone, so that no timed round has to.
     for path in progress(images):
-        _compare(loaded, _inputs(loaded, path), configs, fidelity, flops)
+        image = read_image(path)
+        score = partial(scorer.add, path=path, image=image) if scorer is not None else None
+        _compare(loaded, loaded.prepare(image), configs, fidelity, flops, score)
 
     # Prepared before, because only forwards are timed; more than one a round are never seen.
     inputs = [_inputs(loaded, path) for path in images[:repeats]]
@@ -149,7 +159,9 @@ def benchmark(
         progress=progress,
     )
     plain, *reduced = (1e3 * taken for taken in seconds.values())
-    rows = [Row("plain", None, None, None, plain, 1.0, 1.0, 1.0, None, 1.0)]
+    rows = [
+        Row("plain", None, None, None, plain, 1.0, 1.0, 1.0, None, 1.0, None if scorer is None else scorer.score(None))
+    ]
     for setting, ms in zip(configs, reduced, strict=True):
         seen = fidelity[setting]
         ideal = seen.full / seen.reduced
@@ -165,6 +177,7 @@ def benchmark(
                 share=plain / ms / ideal,
                 agreement=statistics.fmean(seen.agreement) if seen.agreement else None,
                 cosine=statistics.fmean(seen.cosine),
+                score=None if scorer is None else scorer.score(setting),
             )
         )
     return rows
@@ -180,16 +193,23 @@ def _compare(
     configs: dict[Setting, AiluRusConfig],
     fidelity: dict[Setting, _Fidelity],
     flops: dict[Any, int],
+    score: Callable[..., Any] | None,
 ) -> None:
     """Adds one image to every config's fidelity."""
-    plain, has_labels = _prediction(loaded(inputs))
+    outputs = loaded(inputs)
+    if score is not None:
+        score(None, outputs=outputs)
+    plain, has_labels = _prediction(outputs)
     seen = loaded.one_sequence(inputs)
     shape = tuple(seen["pixel_values"].shape)
     if shape not in flops:
         flops[shape] = counted_flops(loaded.model, seen)
     for setting, config in configs.items():
         with ailurus_enabled(loaded.model, config):
-            reduced, _ = _prediction(loaded(inputs))
+            outputs = loaded(inputs)
+            if score is not None:
+                score(setting, outputs=outputs)
+            reduced, _ = _prediction(outputs)
             status = ailurus_status(loaded.model)
         found = fidelity[setting]
         found.full += flops[shape]
@@ -203,6 +223,12 @@ def _compare(
 def _prediction(outputs: Any) -> tuple[Tensor, bool]:
     """What a model is for, its values last, and whether they are scores of classes."""
     logits = getattr(outputs, "logits", None)
+    depth = getattr(outputs, "predicted_depth", None)
+    if depth is not None:
+        return depth.float().flatten(1), False
+    masks = getattr(outputs, "masks_queries_logits", None)
+    if masks is not None:  # each query's class, as EoMT and its like have them
+        return outputs.class_queries_logits.float(), True
     if logits is None and getattr(outputs, "last_hidden_state", None) is None:
         raise AiluRusError(f"{type(outputs).__name__} holds neither logits nor hidden states to compare")
     if logits is None:
@@ -212,4 +238,6 @@ def _prediction(outputs: Any) -> tuple[Tensor, bool]:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    return markdown([asdict(row) for row in rows], COLUMNS)
+    scored = any(row.score is not None for row in rows)
+    columns = {name: heading for name, heading in COLUMNS.items() if scored or name != "score"}
+    return markdown([asdict(row) for row in rows], columns)

@@ -107,7 +107,7 @@ class LoadedModel:
 
     def one_sequence(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as the encoder gets them: of an image that is seen in windows or patches, the first one."""
-        if inputs.get("patch_offsets"):
+        if "patch_offsets" in inputs:
             return {"pixel_values": inputs["pixel_values"][:1]}
         if getattr(self.processor, "window_size", None) is None:
             return inputs
@@ -171,6 +171,7 @@ def load_model(
     preset: str | None = None,
     clustering: dict[str, Any] | None = None,
     labels_text: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads a model folder or Hub name.
 
@@ -184,6 +185,7 @@ def load_model(
         clustering: settings that replace the clustering's own.
         labels_text: classes in words, for models that compare images with texts (CLIP, SigLIP); without them such a
             model is its vision tower.
+        settings: fields of AiluRusConfig as they are saved, in place of those saved with the model.
 
     Raises:
         BadInputError: no such model, one of another task, or a device that cannot be used.
@@ -203,7 +205,7 @@ def load_model(
     config = read_pretrained(name, transformers.AutoConfig.from_pretrained)
     reduced = None
     if ailurus is not None:
-        saved = getattr(config, "ailurus_config", None) if preset is None else None
+        saved = getattr(config, "ailurus_config", None) if preset is None and settings is None else settings
         reduced = with_clustering(_ailurus_config(saved, preset, ailurus), clustering or {})
     texts = has_text_tower(config)
     if labels_text and not texts:
@@ -235,7 +237,7 @@ def read_pretrained(name: str, from_pretrained: Callable[..., Any], **options: A
         raise BadInputError(f"cannot load model {name}: {first_line(error)}") from error
 
 
-def _ailurus_config(saved: dict[str, Any] | None, preset: str | None, given: dict[str, Any]) -> AiluRusConfig:
+def _ailurus_config(saved: Mapping[str, Any] | None, preset: str | None, given: dict[str, Any]) -> AiluRusConfig:
     if preset is not None:
         return AiluRusConfig.preset(preset, **given)  # type: ignore[arg-type]
     fields = dict(saved or DEFAULT_FIELDS)

@@ -44,6 +44,8 @@ except ImportError as error:
 COMMANDS = {
     "segment": ["x.jpg", "--model", "m"],
     "classify": ["x.jpg", "--model", "m"],
+    "depth": ["x.jpg", "--model", "m"],
+    "detect": ["x.jpg", "--model", "m"],
     "benchmark": ["x.jpg", "--model", "m"],
     "visualize": ["x.jpg", "--model", "m"],
     "status": ["--model", "m"],

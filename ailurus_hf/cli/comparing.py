@@ -1,0 +1,77 @@
+"""Plain beside reduced, image by image: times, agreement, a score where there are labels, and a verdict."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import load
+from .batch import Batch, tell
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..evaluation.loading import LoadedModel
+    from ..evaluation.paired import Pair
+
+# From the model, an image and both outputs: how equal they are, and two pictures of the predictions (or none).
+Predictions = Callable[["LoadedModel", "Image.Image", "Pair"], tuple[float, Sequence["Image.Image"]]]
+
+
+def compare(args: argparse.Namespace, task: str, predictions: Predictions, metric: str | None) -> int:
+    """Runs a command's --compare.
+
+    Args:
+        args: of the command.
+        task: what the model is for.
+        predictions: of an image.
+        metric: what --labels are scored by; None: they are not.
+    """
+    from ..evaluation.paired import PairTable, run_pair, summarize_pairs
+    from ..evaluation.scoring import scorer_for
+    from ..evaluation.verdict import verdict
+    from ..images import read_image
+    from ..visualization import side_by_side
+
+    batch = Batch(args, ("_comparison.png",) if task != "classify" else (), to_lines=task == "classify")
+    if not batch.images:
+        return batch.finish(None, images=[])
+    loaded = load(args, task)
+    scorer = scorer_for(loaded, args.labels) if args.labels else None
+    keys = [f"{kind}_{metric.lower()}" for kind in ("plain", "reduced")] if metric else []
+    table = PairTable([path.name for path in batch.images], metric if scorer else None)
+
+    def work(path: Path) -> dict[str, Any]:
+        image = read_image(path)
+        pair = run_pair(loaded, loaded.prepare(image), args.repeats)
+        agreement, pictures = predictions(loaded, image, pair)
+        scores: dict[str, float | None] = dict.fromkeys(keys)
+        if scorer is not None:
+            for key, outputs in zip(keys, (pair.plain, pair.reduced), strict=True):
+                scores[key] = scorer.add(key, path, image, outputs)
+        result = pair.to_dict(agreement, **scores)
+        if pictures:
+            titles = f"off: {pair.plain_ms:.0f} ms", f"on: {pair.reduced_ms:.0f} ms ({result['speedup']:.2f}x)"
+            (file,) = batch.result_folder.files(batch.names[path])
+            batch.result_folder.save(side_by_side([[picture] for picture in pictures], titles)[0], file)
+            result["file"] = str(file)
+        return result
+
+    def row(result: dict[str, Any]) -> str:
+        line = table.row(Path(result["image"]).name, result)
+        return f"{table.header()}\n{line}" if len(batch.results) == 1 else line
+
+    batch.run(work, row)
+    if not batch.results:
+        return batch.finish(loaded, images=[], all=None)
+    every = {key: None if scorer is None else scorer.score(key) for key in keys}
+    summary = summarize_pairs(batch.results, **every)
+    told = verdict(max(result["tokens"][0] for result in batch.results), summary["speedup"])
+    if len(batch.results) > 1:
+        batch.say(table.row("all", summary))
+    if not (batch.json or batch.json_lines):
+        for line in told:
+            tell(line)
+    return batch.finish(loaded, images=batch.results, all=summary, verdict=told)

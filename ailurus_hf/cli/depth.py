@@ -1,0 +1,78 @@
+"""`ailurus-hf depth`: depth maps of images as 16-bit pictures and in color, reduced, or compared with plain."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add_model, add_output, check_compare, load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from ..evaluation.loading import LoadedModel
+    from ..evaluation.paired import Pair
+
+EXAMPLES = """
+  ailurus-hf depth photos --model depth-anything/Depth-Anything-V2-Small-hf --keep-ratio 0.5 --output out
+  ailurus-hf depth street.jpg --model Intel/dpt-large --compare
+"""
+COLORS = ("viridis", "magma", "gray")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    add_model(parser, lines=True)
+    add_output(parser)
+    parser.add_argument("--colors", choices=COLORS, default="viridis", help="of the color maps (default: %(default)s)")
+    add_compare(parser)
+    add_batch_size(parser)
+    add_ailurus(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_compare(args)
+    if args.compare:
+        from .comparing import compare
+
+        return compare(args, "depth", lambda *found: _predictions(args.colors, *found), None)
+    from ..evaluation.depth import colorize_depth, depth_map, depth_range, is_metric, to_16_bits
+    from .batch import Batch
+    from .predicting import predict, tell_taken
+
+    batch = Batch(args, ("_depth.png", "_color.png"))
+    if not batch.images:
+        return batch.finish(None, images=[])
+    loaded = load(args, "depth")
+    loaded.switch_on()
+    folder, metric = batch.result_folder, is_metric(loaded.model.config)
+
+    def finish(path: Path, image: Image.Image, outputs: Any) -> dict[str, Any]:
+        depth = depth_map(loaded, outputs, image)
+        limits, files = depth_range(depth, metric), folder.files(batch.names[path])
+        folder.save(to_16_bits(depth, limits), files[0])
+        folder.save(colorize_depth(depth, float(depth.min()), float(depth.max()), args.colors), files[1])
+        return {"depth": limits._asdict(), "files": [str(file) for file in files]}
+
+    def shown(result: dict[str, Any]) -> str:
+        limits = result["depth"]
+        unit = " m" if limits["metric"] else ""
+        return f"{result['image']}: 0 to 65535 are {limits['low']:g} to {limits['high']:g}{unit}, {result['files'][0]}"
+
+    taken = predict(batch, loaded, finish, shown, args.batch_size)
+    tell_taken(taken, batch)
+    return batch.finish(loaded, images=batch.results, took=taken.to_dict())
+
+
+def _predictions(
+    colors: str, loaded: LoadedModel, image: Image.Image, pair: Pair
+) -> tuple[float, Sequence[Image.Image]]:
+    from ..evaluation.depth import colorize_depth, depth_map, relative_error
+
+    plain, reduced = depth_map(loaded, pair.plain, image), depth_map(loaded, pair.reduced, image)
+    low, high = float(plain.min()), float(plain.max())  # of plain, for both: equal colors are equal depths
+    pictures = [colorize_depth(depth, low, high, colors) for depth in (plain, reduced)]
+    return max(0.0, 1 - relative_error(plain, reduced)), pictures

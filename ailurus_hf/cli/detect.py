@@ -1,0 +1,93 @@
+"""`ailurus-hf detect`: objects in images, as boxes drawn and in COCO's format, reduced, or compared with plain."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add_model, add_output, check_compare, load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from ..evaluation.loading import LoadedModel
+    from ..evaluation.paired import Pair
+
+EXAMPLES = """
+  ailurus-hf detect photos --model hustvl/yolos-small --keep-ratio 0.5 --output out
+  ailurus-hf detect val2017 --model hustvl/yolos-small --compare --labels instances_val2017.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_images(parser)
+    add_model(parser, lines=True)
+    add_output(parser)
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score of a box that is shown (default: %(default)s)"
+    )
+    add_compare(parser, "AP", "annotations in COCO's format, a JSON file")
+    add_batch_size(parser)
+    add_ailurus(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation.bad_input import BadInputError
+
+    check_compare(args)
+    if not 0 <= args.threshold <= 1:
+        raise BadInputError(f"--threshold must be from 0 to 1, got {args.threshold}")
+    if args.compare:
+        from .comparing import compare
+
+        return compare(args, "detect", lambda *found: _predictions(args.threshold, *found), "AP")
+    from ..evaluation.boxes import draw_boxes, find_boxes, to_coco
+    from ..evaluation.writing import save_text
+    from ..visualization import class_palette
+    from .batch import Batch
+    from .predicting import predict, tell_taken
+
+    batch = Batch(args, ("_boxes.json", "_boxes.png"))
+    if not batch.images:
+        return batch.finish(None, images=[])
+    loaded = load(args, "detect")
+    loaded.switch_on()
+    folder, names = batch.result_folder, _names(loaded)
+    palette = class_palette([names.get(i, "") for i in range(max(names) + 1)])
+
+    def finish(path: Path, image: Image.Image, outputs: Any) -> dict[str, Any]:
+        boxes = find_boxes(loaded, outputs, image).above(args.threshold)
+        files = folder.files(batch.names[path])
+        found = to_coco(boxes, path.name, names)
+        save_text(json.dumps(found, indent=1) + "\n", files[0])
+        folder.save(draw_boxes(image, boxes, names, palette), files[1])
+        return {"boxes": found, "files": [str(file) for file in files]}
+
+    def shown(result: dict[str, Any]) -> str:
+        boxes = [f"{box['category']} {box['score']:.0%}" for box in result["boxes"]]
+        more = f" and {len(boxes) - 6} more" if len(boxes) > 6 else ""
+        return f"{result['image']}: {', '.join(boxes[:6]) or 'nothing'}{more}"
+
+    taken = predict(batch, loaded, finish, shown, args.batch_size)
+    tell_taken(taken, batch)
+    return batch.finish(loaded, images=batch.results, took=taken.to_dict())
+
+
+def _predictions(
+    threshold: float, loaded: LoadedModel, image: Image.Image, pair: Pair
+) -> tuple[float, Sequence[Image.Image]]:
+    from ..evaluation.boxes import box_agreement, draw_boxes, find_boxes
+    from ..visualization import class_palette
+
+    names = _names(loaded)
+    palette = class_palette([names.get(i, "") for i in range(max(names) + 1)])
+    plain, reduced = (find_boxes(loaded, outputs, image).above(threshold) for outputs in (pair.plain, pair.reduced))
+    return box_agreement(plain, reduced), [draw_boxes(image, boxes, names, palette) for boxes in (plain, reduced)]
+
+
+def _names(loaded: LoadedModel) -> dict[int, str]:
+    return {int(number): str(name) for number, name in loaded.model.config.id2label.items()}

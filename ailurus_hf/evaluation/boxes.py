@@ -1,0 +1,182 @@
+"""Boxes of detected objects: read from a model's outputs, drawn, written as COCO has them, matched, scored by AP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import AiluRusError
+
+if TYPE_CHECKING:
+    from .loading import LoadedModel
+
+THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of COCO's AP
+RECALLS = np.linspace(0, 1, 101)
+MOST_BOXES = 100  # an image, as COCO counts them
+
+
+class Boxes(NamedTuple):
+    """Of one image, best first. corners: [K, 4] as x0, y0, x1, y1 in pixels; labels: [K] class ids; scores: [K]."""
+
+    corners: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+    def above(self, threshold: float) -> Boxes:
+        keep = self.scores >= threshold
+        return Boxes(self.corners[keep], self.labels[keep], self.scores[keep])
+
+
+def find_boxes(loaded: LoadedModel, outputs: Any, image: Image.Image) -> Boxes:
+    """The `MOST_BOXES` best boxes of the model's outputs, inside the image. Raises AiluRusError where there are none to
+    read: the image processor is none of a detector."""
+    read = getattr(loaded.processor, "post_process_object_detection", None)
+    if read is None:
+        raise AiluRusError(f"{type(loaded.processor).__name__} does not tell boxes: save a detector's processor")
+    found = read(outputs, threshold=0.0, target_sizes=[(image.height, image.width)])[0]
+    scores = found["scores"].float().cpu().numpy()
+    best = np.argsort(-scores, kind="stable")[:MOST_BOXES]
+    corners = found["boxes"].float().cpu().numpy()[best]
+    corners = np.clip(corners, 0, [image.width, image.height] * 2)
+    return Boxes(corners, found["labels"].cpu().numpy()[best], scores[best])
+
+
+def draw_boxes(image: Image.Image, boxes: Boxes, names: Mapping[int, str], palette: np.ndarray) -> Image.Image:
+    """The image with the boxes, each with its class and score."""
+    picture = image.copy()
+    draw = ImageDraw.Draw(picture)
+    size = max(10, round(min(image.size) / 40))
+    font, line = ImageFont.load_default(size=size), max(1, size // 6)
+    for corners, label, score in reversed(list(zip(*boxes, strict=True))):  # the best on top
+        color = tuple(int(channel) for channel in palette[int(label) % len(palette)])
+        x0, y0, x1, y1 = (float(side) for side in corners)
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=color, width=line)
+        text = f"{names.get(int(label), str(label))} {score:.0%}"
+        top = y0 - size * 1.4 if y0 >= size * 1.4 else y0
+        draw.rectangle((x0, top, x0 + font.getlength(text) + 4, top + size * 1.4), fill=color)
+        ink = "black" if 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2] > 128 else "white"
+        draw.text((x0 + 2, top), text, fill=ink, font=font)
+    return picture
+
+
+def to_coco(boxes: Boxes, image_id: int | str, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """COCO's result format: bbox is x, y, width, height in pixels; the class's name stands beside its id."""
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(label),
+            "category": names.get(int(label), str(label)),
+            "bbox": [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+            "score": round(float(score), 5),
+        }
+        for (x0, y0, x1, y1), label, score in zip(*boxes, strict=True)
+    ]
+
+
+def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Intersection over union of corners [K, 4] and [L, 4]: [K, L]."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    common = np.prod(np.clip(high - low, 0, None), axis=2)
+    areas = [np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0, None), axis=1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None] - common
+    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+
+
+def box_agreement(plain: Boxes, reduced: Boxes, overlap: float = 0.5) -> float:
+    """Share of boxes that are in both, of one class and overlapping: 2 · matched / (all of both); 1 where there are
+    none."""
+    total = len(plain.scores) + len(reduced.scores)
+    if not total:
+        return 1.0
+    same = overlaps(reduced.corners, plain.corners) * (reduced.labels[:, None] == plain.labels[None])
+    free = np.ones(len(plain.scores), dtype=bool)
+    matched = 0
+    for row in same:
+        row = np.where(free, row, 0)
+        if row.size and row.max() >= overlap:
+            free[row.argmax()] = False
+            matched += 1
+    return 2 * matched / total
+
+
+class Truth(NamedTuple):
+    """Boxes that are there, of one image, as in `Boxes`. crowd: [K] bool, groups that count neither way."""
+
+    corners: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+
+
+def average_precision(found: Sequence[Boxes], truth: Sequence[Truth]) -> float | None:
+    """COCO's AP: the mean over classes and over overlaps of 0.5 to 0.95 of the precision at 101 recalls.
+
+    Args:
+        found, truth: one entry an image.
+
+    Returns:
+        0 to 1; None where the truth has no box.
+    """
+    classes = sorted({int(label) for image in truth for label in image.labels[~image.crowd]})
+    if not classes:
+        return None
+    return float(np.mean([_precision(found, truth, label) for label in classes]))
+
+
+def _precision(found: Sequence[Boxes], truth: Sequence[Truth], label: int) -> float:
+    """Of one class."""
+    hits, scores, ignored, total = [], [], [], 0
+    for boxes, there in zip(found, truth, strict=True):
+        mine = boxes.labels == label
+        theirs = there.labels == label
+        crowd = there.crowd[theirs]
+        order = np.argsort(crowd, kind="stable")  # what counts comes first
+        corners, crowd = there.corners[theirs][order], crowd[order]
+        total += int((~crowd).sum())
+        best = np.argsort(-boxes.scores[mine], kind="stable")[:MOST_BOXES]
+        candidates = boxes.corners[mine][best]
+        scores.append(boxes.scores[mine][best])
+        matched, unscored = _matches(candidates, corners, crowd)
+        hits.append(matched)
+        ignored.append(unscored)
+    order = np.argsort(-np.concatenate(scores), kind="mergesort")
+    hit, ignore = np.concatenate(hits, axis=1)[:, order], np.concatenate(ignored, axis=1)[:, order]
+    return float(np.mean([_area(h[~i], total) for h, i in zip(hit, ignore, strict=True)]))
+
+
+def _matches(candidates: np.ndarray, corners: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At each overlap, whether a candidate hits a box, and whether it lies in a crowd: [T, K] each."""
+    hit = np.zeros((len(THRESHOLDS), len(candidates)), dtype=bool)
+    ignored = np.zeros_like(hit)
+    shares = overlaps(candidates, corners)
+    for number in np.flatnonzero(crowd):  # of a crowd, the share of the candidate that lies in it
+        low = np.maximum(candidates[:, :2], corners[number, :2])
+        high = np.minimum(candidates[:, 2:], corners[number, 2:])
+        areas = np.prod(candidates[:, 2:] - candidates[:, :2], axis=1)
+        common = np.prod(np.clip(high - low, 0, None), axis=1)
+        shares[:, number] = np.divide(common, areas, out=np.zeros_like(common), where=areas > 0)
+    for t, threshold in enumerate(THRESHOLDS):
+        free = np.ones(len(corners), dtype=bool)
+        for k in range(len(candidates)):
+            for kind in (~crowd, crowd):
+                row = np.where(kind & (free | crowd), shares[k], -1.0)
+                if row.size and row.max() >= min(threshold, 1 - 1e-10):
+                    chosen = len(row) - 1 - int(row[::-1].argmax())  # of equal ones the last, as COCO's own code
+                    free[chosen] = False
+                    hit[t, k], ignored[t, k] = not crowd[chosen], bool(crowd[chosen])
+                    break
+    return hit, ignored
+
+
+def _area(hit: np.ndarray, total: int) -> float:
+    """Precision at 101 recalls, each the best at that recall or a higher one."""
+    if not len(hit):
+        return 0.0
+    right = np.cumsum(hit)
+    recall, precision = right / total, right / np.arange(1, len(hit) + 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, RECALLS, side="left")
+    return float(np.mean([best[place] if place < len(best) else 0.0 for place in places]))

@@ -1,0 +1,71 @@
+"""Depth maps: 16-bit pictures that keep their values, color maps to look at, and how far two of them are apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from .loading import LoadedModel
+
+ColorMap = Literal["viridis", "magma", "gray"]
+# Nine colors of each of matplotlib's maps; what lies between is interpolated. They are read by the color-blind.
+COLOR_MAPS: dict[str, tuple[str, ...]] = {
+    "viridis": ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725"),
+    "magma": ("000004", "1d1147", "51127c", "832681", "b73779", "e75263", "fc8961", "fec488", "fcfdbf"),
+    "gray": ("000000", "ffffff"),
+}
+LARGEST = 65535
+
+
+class Range(NamedTuple):
+    """What the 16-bit values 0 and 65535 stand for; metric: in meters (0 to 65.535), else in the model's own unit."""
+
+    low: float
+    high: float
+    metric: bool
+
+
+def depth_map(loaded: LoadedModel, outputs: Any, image: Image.Image) -> np.ndarray:
+    """The model's depths at the image's size, float32 [H, W]."""
+    size = (image.height, image.width)
+    found = loaded.processor.post_process_depth_estimation(outputs, target_sizes=[size])[0]["predicted_depth"]
+    return found.float().cpu().numpy().reshape(size)
+
+
+def is_metric(config: Any) -> bool:
+    """Whether a model's depths are meters."""
+    return getattr(config, "depth_estimation_type", None) == "metric" or config.model_type == "zoedepth"
+
+
+def depth_range(depth: np.ndarray, metric: bool) -> Range:
+    """Millimeters as they are, where the model gives meters and all lie below 65.5; else from the least to the most."""
+    low, high = float(depth.min()), float(depth.max())
+    if metric and low >= 0 and high * 1000 <= LARGEST:
+        return Range(0.0, LARGEST / 1000, True)
+    return Range(low, high, False)
+
+
+def to_16_bits(depth: np.ndarray, limits: Range) -> Image.Image:
+    """Depths [H, W] as a 16-bit gray picture: low + value / 65535 · (high - low) are the depths again."""
+    return Image.fromarray((_shares(depth, limits.low, limits.high) * LARGEST).round().astype(np.uint16))
+
+
+def colorize_depth(depth: np.ndarray, low: float, high: float, colors: str = "viridis") -> Image.Image:
+    """Depths [H, W] in the colors of a map, from low to high."""
+    table = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in COLOR_MAPS[colors]], dtype=float)
+    places = np.linspace(0, 255, len(table))
+    steps = np.stack([np.interp(np.arange(256), places, channel) for channel in table.T], axis=1).round()
+    return Image.fromarray(steps.astype(np.uint8)[(_shares(depth, low, high) * 255).round().astype(np.uint8)])
+
+
+def relative_error(plain: np.ndarray, reduced: np.ndarray) -> float:
+    """Mean difference as a share of the mean of the plain depths' absolute values; 0: equal."""
+    mean = float(np.abs(plain).mean())
+    return float(np.abs(plain - reduced).mean()) / mean if mean else 0.0
+
+
+def _shares(depth: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.clip((depth.astype(np.float64) - low) / ((high - low) or 1.0), 0, 1)
