@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
 
 from .config import AiluRusConfig, AiluRusDiffusionConfig, from_fields
 from .errors import AiluRusError, UnsupportedModelError
 from .extras import needs_extra
+from .presets import HALF, PRESET_OF_CLASS
 from .status import Status
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .fields import AiluRusDiffusionFields, AiluRusFields
 
 Target = TypeVar("Target")
 Config = AiluRusConfig | AiluRusDiffusionConfig
+
+logger = logging.getLogger(__name__)
+
+
+@overload
+def apply_ailurus(
+    target: Target, config: AiluRusConfig | None = None, **config_fields: Unpack[AiluRusFields]
+) -> Target: ...
+
+
+@overload
+def apply_ailurus(
+    target: Target, config: AiluRusDiffusionConfig | None = None, **config_fields: Unpack[AiluRusDiffusionFields]
+) -> Target: ...
 
 
 def apply_ailurus(target: Target, config: Config | None = None, **config_fields: Any) -> Target:
@@ -25,7 +46,9 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
         target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
             SD3, Flux or Wan transformer. It is changed in place; to apply again replaces.
         config: an `AiluRusConfig`, for diffusers an `AiluRusDiffusionConfig`. Without one, and without fields, the
-            settings that the model, or the networks of the pipeline, were saved with.
+            settings that the model, or the networks of the pipeline, were saved with; else, for a model, a preset by
+            what its class is for ("dense", "classification"), or half of the tokens after layer 2; for diffusers the
+            config's defaults. A log line (INFO) says which.
         config_fields: fields of the config, which win over those of `config`.
 
     Returns:
@@ -47,9 +70,11 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
     if config is None and not config_fields:
         if kind is AiluRusConfig:
-            config = installation.saved_config(target)
+            config = installation.saved_config(target) or _default_config(target)
         elif installation.install_saved(target):
             return target
+        else:
+            logger.info("%s: AiluRusDiffusionConfig with its defaults", type(target).__name__)
     installation.install(target, _combined(kind, config, config_fields))
     return target
 
@@ -137,6 +162,15 @@ def _combined(kind: type[Config], config: Config | None, fields: dict[str, Any])
         if one in fields and other not in fields:
             given.pop(other, None)
     return from_fields(kind, {**given, **fields})
+
+
+def _default_config(target: Any) -> AiluRusConfig:
+    """The preset for what a model's class is for, named in a log line."""
+    name = type(target).__name__
+    preset = next((preset for ending, preset in PRESET_OF_CLASS.items() if name.endswith(ending)), None)
+    config = AiluRusConfig(**HALF) if preset is None else AiluRusConfig.preset(preset)
+    logger.info("%s: %s, %s", name, "no preset is for it" if preset is None else f"preset {preset!r}", config)
+    return config
 
 
 def _is_diffusers(target: Any) -> bool:

@@ -28,6 +28,14 @@ VISION_PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# What `apply_ailurus(model)` takes where nothing is given: a preset by what the model's class is for, else HALF.
+PRESET_OF_CLASS: Mapping[str, VisionPreset] = {
+    "ForSemanticSegmentation": "dense",
+    "ForUniversalSegmentation": "dense",
+    "ForImageClassification": "classification",
+}
+HALF: Mapping[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
+
 # docs/results.md, "pictures from text" and "settings in half precision".
 DIFFUSION_PRESETS: Mapping[str, Mapping[str, Any]] = {
     # "blocks of each stack 0.25"

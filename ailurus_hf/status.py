@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -120,10 +121,9 @@ class Status:
         locations = [{**dataclasses.asdict(row), "flops_saved": row.flops_saved} for row in self.locations]
         return {"model": self.model, "active": self.active, "config": self.config, "locations": locations}
 
-    def __str__(self) -> str:
-        if not self.active:
-            return f"{self.model}: AiluRus is off"
-        rows = [("where", "location", "tokens", "restored", "clustered", "FLOPs saved")]
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The table, its heads first."""
+        rows: list[tuple[str, ...]] = [("where", "location", "tokens", "restored", "clustered", "FLOPs saved")]
         for location in self.locations:
             saved = location.flops_saved
             rows.append(
@@ -138,6 +138,24 @@ class Status:
                     "–" if saved is None else f"{saved:.0%}",
                 )
             )
+        return rows
+
+    def __str__(self) -> str:
+        if not self.active:
+            return f"{self.model}: AiluRus is off"
+        rows = self._rows()
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([f"{self.model}: AiluRus is on", *lines])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """The table, as notebooks show it."""
+        if not self.active:
+            return f"<p>{escape(str(self))}</p>"
+        head, *rows = [[escape(cell) for cell in row] for row in self._rows()]
+        lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+        lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+        return f"<p>{escape(self.model)}: AiluRus is on</p><table>{''.join(lines)}</table>"

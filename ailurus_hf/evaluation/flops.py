@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 def counted_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """FLOPs of a whole forward on a model's inputs, counted by torch on shapes alone: nothing is computed.
+    """FLOPs of a whole forward on a model's inputs, counted by torch on shapes alone: nothing is computed,
+    unless what a model does depends on values (EoMT's masks).
 
     Attention counts as its two products, since torch does not know the fused kernels of all devices.
 
@@ -22,12 +23,18 @@ def counted_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         >>> counted_flops(torch.nn.Linear(4, 8), {"input": torch.zeros(3, 4)})
         192
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        shapes = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
-        with FlopCounterMode(display=False) as counter:
-            model(**shapes)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                shapes = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+                with counter:
+                    model(**shapes)
+        except DataDependentOutputException:
+            with FlopCounterMode(display=False) as counter:
+                model(**inputs)
     return counter.get_total_flops()

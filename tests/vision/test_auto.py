@@ -134,8 +134,8 @@ def test_a_model_that_no_wrapper_loads_takes_its_saved_settings(tmp_path):
     loaded = apply_ailurus(hf.AutoModelForUniversalSegmentation.from_pretrained(tmp_path)).eval()
     assert ailurus_status(loaded).config == AiluRusConfig(**SETTINGS).to_dict()
     assert torch.equal(predict(loaded, name, images_for(name)), expected)
-    with pytest.raises(AiluRusError, match="exactly one of num_clusters and keep_ratio"):
-        apply_ailurus(make_model(name))
+    # Where none were saved, it takes a preset by task.
+    assert ailurus_status(apply_ailurus(make_model(name))).config == AiluRusConfig.preset("dense").to_dict()
 
 
 def test_a_model_that_cannot_be_reduced_is_refused_with_the_reason(tmp_path):
