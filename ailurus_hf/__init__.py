@@ -33,6 +33,7 @@ _HOME = {
     "ailurus_enabled": "apply",
     "ailurus_status": "apply",
     "apply_ailurus": "apply",
+    "autotune": "evaluation.autotune",
     "count_weighted_attention": "attention",
     "local_kmeans": "clustering",
     "register_clustering": "clustering",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .config import AiluRusConfig, AiluRusDiffusionConfig, Level
     from .diffusion.processor import AiluRusProcessor
     from .errors import AiluRusError, UnsupportedModelError
+    from .evaluation.autotune import autotune
     from .segmenter import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
     from .vision.auto import (
         AiluRusModel,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -23,32 +24,34 @@ if TYPE_CHECKING:
 
 Target = TypeVar("Target")
 Config = AiluRusConfig | AiluRusDiffusionConfig
+ConfigOrFile = Config | str | Path
 
 logger = logging.getLogger(__name__)
 
 
 @overload
 def apply_ailurus(
-    target: Target, config: AiluRusConfig | None = None, **config_fields: Unpack[AiluRusFields]
+    target: Target, config: AiluRusConfig | str | Path | None = None, **config_fields: Unpack[AiluRusFields]
 ) -> Target: ...
 
 
 @overload
 def apply_ailurus(
-    target: Target, config: AiluRusDiffusionConfig | None = None, **config_fields: Unpack[AiluRusDiffusionFields]
+    target: Target, config: AiluRusDiffusionConfig | str | Path | None = None, **config_fields: Unpack[AiluRusDiffusionFields]
 ) -> Target: ...
 
 
-def apply_ailurus(target: Target, config: Config | None = None, **config_fields: Any) -> Target:
+def apply_ailurus(target: Target, config: ConfigOrFile | None = None, **config_fields: Any) -> Target:
     """Switches token reduction on: later layers run on representative tokens instead of all. No weights change.
 
     Args:
         target: a transformers model, or an encoder inside one; a diffusers pipeline, or a UNet, ControlNet or PixArt,
             SD3, Flux or Wan transformer. It is changed in place; to apply again replaces.
-        config: an `AiluRusConfig`, for diffusers an `AiluRusDiffusionConfig`. Without one, and without fields, the
-            settings that the model, or the networks of the pipeline, were saved with; else, for a model, a preset by
-            what its class is for ("dense", "classification"), or half of the tokens after layer 2; for diffusers the
-            config's defaults. A log line (INFO) says which.
+        config: an `AiluRusConfig`, for diffusers an `AiluRusDiffusionConfig`, or a file of one, as `config.save` and
+            `autotune(...).save` write. Without one, and without fields, the settings that the model, or the networks of
+            the pipeline, were saved with; else, for a model, a preset by what its class is for ("dense",
+            "classification"), or half of the tokens after layer 2; for diffusers the config's defaults. A log line
+            (INFO) says which.
         config_fields: fields of the config, which win over those of `config`.
 
     Returns:
@@ -68,14 +71,15 @@ def apply_ailurus(target: Target, config: Config | None = None, **config_fields:
     """
     installation = _installation(target)
     kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
-    if config is None and not config_fields:
+    chosen = kind.load(config) if isinstance(config, str | Path) else config
+    if chosen is None and not config_fields:
         if kind is AiluRusConfig:
-            config = installation.saved_config(target) or _default_config(target)
+            chosen = installation.saved_config(target) or _default_config(target)
         elif installation.install_saved(target):
             return target
         else:
             logger.info("%s: AiluRusDiffusionConfig with its defaults", type(target).__name__)
-    installation.install(target, _combined(kind, config, config_fields))
+    installation.install(target, _combined(kind, chosen, config_fields))
     return target
 
 
@@ -102,7 +106,7 @@ def remove_ailurus(target: Target) -> Target:
 
 
 @contextmanager
-def ailurus_enabled(target: Target, config: Config | None = None, **config_fields: Any) -> Iterator[Target]:
+def ailurus_enabled(target: Target, config: ConfigOrFile | None = None, **config_fields: Any) -> Iterator[Target]:
     """Switches token reduction on for a `with` block and off after it, also when the block raises.
 
     Args:

@@ -15,6 +15,8 @@ from .errors import AiluRusError
 
 # 1: as saved by 0.1, without a version; density peaks' settings were fields of the configs.
 FORMAT_VERSION = 2
+# Of the files that `Tuned.save` writes, which hold a config beside what was measured.
+TUNED_VERSION = 1
 # Fields of version 1 that belong to DensityPeaks now, and what they were by default.
 DENSITY_PEAKS_FIELDS: dict[str, Any] = {"alpha": 0.9, "num_spatial_neighbors": 50, "num_density_neighbors": 1}
 
@@ -93,14 +95,14 @@ class Config:
 
     @classmethod
     def from_json(cls: type[Self], text: str) -> Self:
-        """The config of what `to_json` gave; raises AiluRusError where it is no JSON object."""
+        """The config of what `to_json` gave, or of a result of `autotune`; raises AiluRusError on another text."""
         try:
             fields = json.loads(text)
         except ValueError as error:
             raise AiluRusError(f"{cls.__name__} cannot be read: no JSON: {error}") from error
         if not isinstance(fields, dict):
             raise AiluRusError(f"{cls.__name__} must be a JSON object, got {type(fields).__name__}")
-        return cls.from_dict(fields)
+        return cls.from_dict(fields["config"] if "tuned_version" in fields else fields)
 
     def save(self, path: str | Path) -> None:
         """Writes `to_json` to a file."""
@@ -108,7 +110,7 @@ class Config:
 
     @classmethod
     def load(cls: type[Self], path: str | Path) -> Self:
-        """The config of a file that `save` wrote."""
+        """The config of a file that `save` wrote, or `autotune(...).save`."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
     @classmethod

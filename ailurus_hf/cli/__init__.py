@@ -42,6 +42,7 @@ COMMANDS = {
     "depth": Command("depth", "depth maps of images, 16-bit and in color"),
     "detect": Command("detect", "objects in images, as boxes drawn and in COCO's format"),
     "benchmark": Command("benchmark", "speed and fidelity of several settings on your model and images"),
+    "tune": Command("tune", "find the fastest setting within a loss, for your model and images"),
     "visualize": Command("visualize", "draw which tokens are merged and what is left of the image"),
     "status": Command("status", "what is reduced where in a model, and what it saves"),
     "video": Command("video", "text to video along a clip's motion (ControlVideo), reduced or compared", "video"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -18,6 +19,9 @@ from ..config import AiluRusConfig, from_fields
 from ..errors import AiluRusError
 from .apply import install, saved_config
 
+# A config, its fields, or a file of one.
+Settings = AiluRusConfig | dict[str, Any] | str | Path
+
 
 class _AiluRusAuto:
     """Not a model itself: what it returns is the model that the Auto class returns, with hooks on it."""
@@ -29,13 +33,18 @@ class _AiluRusAuto:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *args: Any, ailurus_config: AiluRusConfig | dict[str, Any] | None = None, **kwargs: Any
+        cls,
+        name_or_path: str,
+        *args: Any,
+        ailurus_config: Settings | None = None,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """Loads a model as the Auto class does and switches AiluRus on.
 
         Args:
             name_or_path, args, kwargs: as for the Auto class.
-            ailurus_config: an AiluRusConfig or its fields; by default the one saved with the model.
+            ailurus_config: an AiluRusConfig, its fields, or a file of one, as `autotune(...).save` writes; by default
+                the one saved with the model.
 
         Returns:
             What the Auto class returns, a model with hooks on it.
@@ -50,17 +59,16 @@ class _AiluRusAuto:
         return (model, *extra) if extra else model
 
     @classmethod
-    def from_config(
-        cls, config: Any, *, ailurus_config: AiluRusConfig | dict[str, Any] | None = None, **kwargs: Any
-    ) -> PreTrainedModel:
+    def from_config(cls, config: Any, *, ailurus_config: Settings | None = None, **kwargs: Any) -> PreTrainedModel:
         """A model with new weights, as the Auto class makes it, and AiluRus switched on."""
         model = cls.auto_class.from_config(config, **kwargs)
         cls._switch_on(model, ailurus_config, type(config).__name__)
         return model
 
     @classmethod
-    def _switch_on(cls, model: Any, given: AiluRusConfig | dict[str, Any] | None, source: str) -> None:
+    def _switch_on(cls, model: Any, given: Settings | None, source: str) -> None:
         config = from_fields(AiluRusConfig, given) if isinstance(given, dict) else given
+        config = AiluRusConfig.load(config) if isinstance(config, str | Path) else config
         config = config or saved_config(model.config)
         if not isinstance(config, AiluRusConfig | None):
             raise AiluRusError(f"ailurus_config must be an AiluRusConfig or its fields, got {type(config).__name__}")

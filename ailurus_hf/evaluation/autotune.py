@@ -1,0 +1,226 @@
+"""autotune: the setting for one's own model, inputs and device, found by measuring.
+
+In three stages. The first settings, which differ in location and keep ratio, run on one input; those that FLOPs, time
+and loss leave over are varied in clustering and restore. The best of all run on a few inputs, and the best of these on
+all of them, until the choice is outside of what chance does or `rounds` are over.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import AiluRusError
+from .search import Candidate, Choice, Goal, Measuring, Subject, choose, interval, survivors, usable
+from .timing import measured_on
+from .tuned import Tuned, TunedRow
+
+log = logging.getLogger(__name__)
+
+Metric = Callable[[Any, Any], float]
+# How many go on from a stage, and on how many inputs the second one looks.
+VARIED, SECOND, LAST = 8, 10, 4
+FEW = 6
+
+
+def autotune(
+    target: Any,
+    inputs: Sequence[Any],
+    *,
+    speedup: float | None = None,
+    max_loss: float | None = None,
+    pareto: bool = False,
+    metric: Metric | None = None,
+    labels: Sequence[Any] | None = None,
+    processor: Any = None,
+    candidates: Sequence[Any] | None = None,
+    generate: dict[str, Any] | None = None,
+    rounds: int = 3,
+    progress: bool = True,
+    timer: Callable[[], float] = time.perf_counter,
+) -> Tuned:
+    """Finds the fastest setting within a loss, or the one that loses least at a speed, on this device.
+
+    Loss is what differs from the plain model: the share of other labels, 1 - the cosine of features, the relative
+    difference of depth, or the root mean square difference of pictures. Speed is measured in turns with the plain
+    model.
+
+    Args:
+        target: a transformers model or a diffusers pipeline with AiluRus off; it is left as it was.
+        inputs: what it runs on, each alone. For a model: images (with `processor`), Tensor[B, 3, H, W], or mappings of
+            the forward's arguments. For a pipeline: prompts, or mappings of its call's arguments. 8 to 32 are enough.
+        speedup: the least speed-up, such as 2.0: the setting that loses least is chosen.
+        max_loss: the greatest loss, such as 0.01: the fastest setting is chosen.
+        pareto: no limit: the front of speed and loss; the chosen one is its bend.
+        metric: a score of an output and its label, higher is better; loss is then what it falls by.
+        labels: one for each input, for `metric`.
+        processor: makes a model's inputs of images.
+        candidates: configs to choose from, instead of a search over all.
+        generate: of a pipeline, further arguments of its call, such as {"num_inference_steps": 20}.
+        rounds: how often all inputs are run at most, where the choice may be chance.
+        progress: whether to show a bar.
+        timer: a clock in seconds.
+
+    Returns:
+        A `Tuned`: `.best`, `.apply(model)`, `.plot()`, `.save("tuned.json")`; printed, it is a table. After an
+        interrupt from the keyboard, what was found until then.
+
+    Raises:
+        UnsupportedModelError: nothing in the target can be reduced.
+        AiluRusError: not exactly one goal is given, there are no inputs, or AiluRus is on already.
+
+    Example:
+        tuned = autotune(model, images, processor=processor, max_loss=0.01)
+        print(tuned)
+        tuned.apply(model)
+    """
+    goal = goal_of(speedup, max_loss, pareto)
+    if not len(inputs):
+        raise AiluRusError("inputs has none: give at least one, 8 to 32 for a choice that holds")
+    if labels is not None and len(labels) != len(inputs):
+        raise AiluRusError(f"there are {len(inputs)} inputs and {len(labels)} labels: give one for each")
+    if labels is not None and metric is None:
+        raise AiluRusError("labels are for a metric: give metric=, a function of an output and its label")
+    if rounds < 1:
+        raise AiluRusError(f"rounds must be at least 1, got {rounds}")
+    score = None if metric is None else _scored(metric, labels)
+    if isinstance(target, nn.Module):
+        from .tuned_models import ModelSubject
+
+        subject: Subject = ModelSubject(target, inputs, processor, score)
+    else:
+        from .tuned_pipelines import PipelineSubject
+
+        subject = PipelineSubject(target, inputs, generate or {}, score)
+    given = None if candidates is None else [Candidate(config, str(config)) for config in candidates]
+    return tune(subject, goal, given, rounds, progress, timer)
+
+
+def tune(
+    subject: Subject,
+    goal: Goal,
+    candidates: Sequence[Candidate] | None = None,
+    rounds: int = 3,
+    progress: bool = True,
+    timer: Callable[[], float] = time.perf_counter,
+) -> Tuned:
+    """`autotune` of a subject; arguments as there."""
+    from tqdm.auto import tqdm
+
+    first = usable(subject.target, subject.first() if candidates is None else candidates)
+    tried, last, turns, interrupted = list(first), first, 0, False
+    with tqdm(desc="autotune", unit=" runs", disable=not progress) as bar:
+        measuring = Measuring(subject, timer, bar.update)
+        try:
+            measuring.turn(first[:1], 0)  # what depends on an image's size alone is made here
+            first[0].ratios.clear()
+            first[0].seconds.clear()
+            measuring.turn(first, 0)
+            if candidates is None:
+                varied = [each for one in survivors(first, goal, VARIED, 0.1) for each in subject.variants(one)]
+                varied = _usable_or_none(subject.target, varied)
+                measuring.turn(varied, 0)
+                tried += varied
+            last = survivors(tried, goal, SECOND, 0.15)
+            for index in range(1, min(1 + FEW, subject.num_inputs)):
+                measuring.turn(last, index, backwards=bool(index % 2))
+            _forget_first_turn(last)
+            last = survivors(last, goal, LAST, 0.05)
+            for index in range(1 + FEW, subject.num_inputs):
+                measuring.turn(last, index, backwards=bool(index % 2))
+            choice = choose(last, goal)
+            for turns in range(1, rounds):
+                if not (choice.doubts and choice.more_turns_help):
+                    break
+                for index in range(subject.num_inputs):
+                    measuring.turn(last, index, backwards=bool((index + turns) % 2))
+                choice = choose(last, goal)
+        except KeyboardInterrupt:
+            last = [candidate for candidate in tried if candidate.losses]
+            if not last:
+                raise
+            most = max(len(candidate.losses) for candidate in last)
+            last, interrupted = [candidate for candidate in last if len(candidate.losses) == most], True
+            choice = choose(last, goal)
+    return _result(subject, goal, choice, last, len(tried), interrupted)
+
+
+def goal_of(speedup: float | None, max_loss: float | None, pareto: bool) -> Goal:
+    """The goal of the three arguments; raises AiluRusError where not exactly one is given, or out of range."""
+    goals = {"speedup": speedup, "max_loss": max_loss, "pareto": pareto or None}
+    given = [name for name, value in goals.items() if value is not None]
+    if len(given) != 1:
+        raise AiluRusError(f"give exactly one of speedup, max_loss and pareto=True, got {', '.join(given) or 'none'}")
+    if speedup is not None:
+        if not speedup > 1:
+            raise AiluRusError(f"speedup must be above 1, got {speedup}")
+        return "speedup", float(speedup)
+    if max_loss is not None:
+        if not max_loss >= 0:
+            raise AiluRusError(f"max_loss must be at least 0, got {max_loss}")
+        return "max_loss", float(max_loss)
+    return "pareto", 0.0
+
+
+def _scored(metric: Metric, labels: Sequence[Any] | None) -> Callable[[Any, int], float]:
+    return lambda output, index: float(metric(output, None if labels is None else labels[index]))
+
+
+def _usable_or_none(target: Any, candidates: list[Candidate]) -> list[Candidate]:
+    try:
+        return usable(target, candidates)
+    except AiluRusError:
+        return []
+
+
+def _forget_first_turn(candidates: Sequence[Candidate]) -> None:
+    """The first time of a setting is longer than later ones; it is kept where it is the only one."""
+    for candidate in candidates:
+        if len(candidate.ratios) > 1:
+            del candidate.ratios[0], candidate.seconds[0]
+
+
+def _result(
+    subject: Subject, goal: Goal, choice: Choice, last: Sequence[Candidate], num_tried: int, interrupted: bool
+) -> Tuned:
+    ordered = sorted(last, key=lambda candidate: -candidate.speed_up)
+    kind, wanted = goal
+    notes = [] if choice.reached else [f"No setting reaches {kind} {wanted:g}: the nearest one is chosen."]
+    if choice.reached and choice.best.speed_up < 1:
+        notes.append("It is slower than the plain model: there are too few tokens, or layers, for reduction to pay.")
+    if choice.doubts:
+        notes.append(f"The choice may be chance: {'; '.join(choice.doubts)}.")
+    if interrupted:
+        notes.append("The search was interrupted.")
+    return Tuned(
+        rows=[_row(candidate) for candidate in ordered],
+        chosen=ordered.index(choice.best),
+        goal={kind: True if kind == "pareto" else wanted},
+        reached=choice.reached,
+        confident=choice.reached and not choice.doubts and not interrupted,
+        note=" ".join(notes),
+        loss_means=getattr(subject, "loss_means", ""),
+        num_tried=num_tried,
+        interrupted=interrupted,
+        measured_on=measured_on(subject.device, getattr(subject, "precision", "float32")),
+    )
+
+
+def _row(candidate: Candidate) -> TunedRow:
+    speed, loss = interval(candidate.ratios, np.median), interval(list(candidate.losses.values()))
+    return TunedRow(
+        candidate.config,
+        candidate.label,
+        1e3 * median(candidate.seconds),
+        candidate.speed_up,
+        *speed,
+        candidate.loss,
+        *loss,
+        len(candidate.losses),
+    )

@@ -1,0 +1,234 @@
+"""The search behind `autotune`: what is measured of a candidate, which ones go on, and which one is chosen.
+
+Every input goes through the plain model and through all candidates in turn, so that what else the machine does meets
+all of them; a speed-up is a ratio of two times of the same turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from ..apply import ailurus_enabled
+from ..config import AiluRusConfig, AiluRusDiffusionConfig
+from ..errors import AiluRusError
+from .timing import wait_for
+
+AnyConfig = AiluRusConfig | AiluRusDiffusionConfig
+Goal = tuple[Literal["speedup", "max_loss", "pareto"], float]
+# Settings whose speed differs by less are the same to a user.
+TIE = 0.01
+RESAMPLES = 500
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A setting, and what was seen of it.
+
+    Args:
+        config, label: the setting, and the same in words.
+        ideal: speed-up by FLOPs alone; None where it is not known.
+        ratios: plain over reduced time, one a turn. seconds: reduced time.
+        losses: by the number of the input.
+    """
+
+    config: AnyConfig
+    label: str
+    ideal: float | None = None
+    ratios: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    losses: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses.values())
+
+    @property
+    def speed_up(self) -> float:
+        """Measured; until then by the one turn that was seen and by FLOPs, which a single time may not outdo."""
+        measured = statistics.median(self.ratios)
+        return measured if self.ideal is None or len(self.ratios) > 1 else min(measured, self.ideal)
+
+
+class Subject(Protocol):
+    """What is tuned: a model or a pipeline with its inputs."""
+
+    target: Any
+    device: torch.device
+    num_inputs: int
+
+    def run(self, index: int) -> Any:
+        """The output for one input."""
+
+    def loss(self, plain: Any, reduced: Any, index: int) -> float:
+        """How much worse a reduced output is than the plain one."""
+
+    def first(self) -> list[Candidate]:
+        """Candidates that differ in what decides most."""
+
+    def variants(self, candidate: Candidate) -> list[Candidate]:
+        """The same in other ways, of about the same speed."""
+
+    def ideal(self) -> float | None:
+        """Speed-up by FLOPs alone, of the last reduced run."""
+
+
+class Measuring:
+    """Runs candidates and the plain model in turn.
+
+    Args:
+        subject: what is tuned.
+        timer: a clock in seconds.
+        advance: called after each run.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        timer: Callable[[], float] = time.perf_counter,
+        advance: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.subject, self.timer, self.advance = subject, timer, advance
+        self.plain_seconds: list[float] = []
+
+    def turn(self, candidates: Sequence[Candidate], index: int, backwards: bool = False) -> None:
+        """One input through all; every other turn goes backwards through the candidates."""
+        plain, taken = self._run(None, index)
+        self.plain_seconds.append(taken)
+        for candidate in reversed(candidates) if backwards else candidates:
+            output, seconds = self._run(candidate, index)
+            candidate.seconds.append(seconds)
+            candidate.ratios.append(taken / seconds)
+            candidate.losses[index] = self.subject.loss(plain, output, index)
+
+    def _run(self, candidate: Candidate | None, index: int) -> tuple[Any, float]:
+        subject = self.subject
+        with ailurus_enabled(subject.target, None if candidate is None else candidate.config):
+            wait_for(subject.device)
+            start = self.timer()
+            output = subject.run(index)
+            wait_for(subject.device)
+            seconds = self.timer() - start
+            if candidate is not None and candidate.ideal is None:
+                candidate.ideal = subject.ideal()
+        self.advance()
+        return output, seconds
+
+
+def usable(target: Any, candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Those that the target can be reduced with.
+
+    Raises:
+        AiluRusError: as the first candidate did, where there is none.
+    """
+    found, refused = [], None
+    for candidate in candidates:
+        try:
+            with ailurus_enabled(target, candidate.config):
+                found.append(candidate)
+        except AiluRusError as error:
+            refused = refused or error
+    if not found:
+        raise refused or AiluRusError("there is no candidate: give some")
+    return found
+
+
+def survivors(candidates: Sequence[Candidate], goal: Goal, count: int, slack: float) -> list[Candidate]:
+    """The `count` candidates that are nearest to the goal; slack: by how much of it a number may be wrong yet."""
+    kind, wanted = goal
+    if kind == "speedup":
+        near = [c for c in candidates if c.speed_up >= wanted * (1 - slack)]
+        rest = sorted((c for c in candidates if c not in near), key=lambda c: -c.speed_up)
+        return [*sorted(near, key=lambda c: (c.loss, -c.speed_up)), *rest][:count]
+    if kind == "max_loss":
+        near = [c for c in candidates if c.loss <= wanted * (1 + 4 * slack)]
+        rest = sorted((c for c in candidates if c not in near), key=lambda c: (c.loss, -c.speed_up))
+        return [*sorted(near, key=lambda c: -c.speed_up), *rest][:count]
+    found: list[Candidate] = []
+    left = list(candidates)
+    while left and len(found) < count:
+        front = [c for c in left if not any(_beats(other, c) for other in left)]
+        found += sorted(front, key=lambda c: c.loss)
+        left = [c for c in left if c not in front]
+    return found[:count]
+
+
+def _beats(one: Candidate, other: Candidate) -> bool:
+    better = one.speed_up > other.speed_up or one.loss < other.loss
+    return better and one.speed_up >= other.speed_up and one.loss <= other.loss
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate; whether it reaches the goal; what speaks against it, in words.
+
+    more_turns_help: whether what speaks against it is about times.
+    """
+
+    best: Candidate
+    reached: bool
+    doubts: list[str]
+    more_turns_help: bool
+
+
+def choose(candidates: Sequence[Candidate], goal: Goal) -> Choice:
+    """The best candidate for the goal, and whether another might be it by chance."""
+    kind, wanted = goal
+    if kind == "speedup":
+        fits = [c for c in candidates if c.speed_up >= wanted]
+        best = min(fits, key=lambda c: (c.loss, -c.speed_up)) if fits else max(candidates, key=lambda c: c.speed_up)
+    elif kind == "max_loss":
+        fits = [c for c in candidates if c.loss <= wanted]
+        best = max(fits, key=lambda c: c.speed_up) if fits else min(candidates, key=lambda c: (c.loss, -c.speed_up))
+    else:
+        fits = list(candidates)
+        best = max(fits, key=_worth)
+    if not fits:
+        return Choice(best, False, [], False)
+    about_time, about_loss = [], []
+    if kind == "speedup" and interval(best.ratios, np.median)[0] < wanted * (1 - TIE):
+        about_time.append(f"{best.label} may be slower than {wanted:g}×")
+    if kind == "max_loss" and interval(list(best.losses.values()))[1] > wanted:
+        about_loss.append(f"{best.label} may lose more than {wanted:g} on other inputs")
+    for other in candidates:
+        if other is best:
+            continue
+        if kind == "max_loss" and other in fits and not surely_faster(best, other):
+            about_time.append(f"{other.label} may be as fast")
+        if kind == "speedup" and other in fits and not surely_nearer(best, other):
+            about_loss.append(f"{other.label} may lose as little")
+    return Choice(best, True, about_time + about_loss, bool(about_time))
+
+
+def _worth(candidate: Candidate) -> float:
+    """What a front's chosen point has most of: speed, for each tenth of loss a third less."""
+    return float(np.log(candidate.speed_up) - 4 * candidate.loss)
+
+
+def surely_faster(one: Candidate, other: Candidate) -> bool:
+    """Whether a candidate is faster, turn by turn, than chance has it, or both are as fast to within 1 %."""
+    turns = min(len(one.ratios), len(other.ratios))
+    logs = np.log(one.ratios[-turns:]) - np.log(other.ratios[-turns:])
+    low, high = interval(list(logs), np.median)
+    return low > 0 or max(abs(low), abs(high)) < TIE
+
+
+def surely_nearer(one: Candidate, other: Candidate) -> bool:
+    """Whether a candidate loses less, input by input, than chance has it, or both lose the same to within 0.001."""
+    shared = sorted(one.losses.keys() & other.losses.keys())
+    low, high = interval([other.losses[i] - one.losses[i] for i in shared])
+    return low > 0 or max(abs(low), abs(high)) < 1e-3
+
+
+def interval(values: Sequence[float], statistic: Callable[..., Any] = np.mean) -> tuple[float, float]:
+    """A statistic's 95 % interval by the bootstrap, with a generator of its own; one value is all there is to say."""
+    drawn = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(drawn), (RESAMPLES, len(drawn)))
+    low, high = np.quantile(statistic(drawn[picks], axis=1), (0.025, 0.975))
+    return float(low), float(high)

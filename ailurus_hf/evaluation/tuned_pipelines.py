@@ -1,0 +1,93 @@
+"""What `autotune` knows of diffusers pipelines: their prompts, their settings, and how near pictures are."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AiluRusDiffusionConfig
+from ..errors import AiluRusError
+from ..presets import DiffusionPreset
+from . import agreement
+from .search import Candidate
+
+PRESETS: tuple[DiffusionPreset, ...] = ("fast", "balanced", "faithful")
+KEEP_RATIOS = (0.75, 0.5, 0.35, 0.25)
+REFRESH = (1, 2, 4)
+
+
+class PipelineSubject:
+    """A pipeline and its prompts; each has a seed of its own, the same for all settings.
+
+    Args:
+        pipeline: a diffusers pipeline that makes pictures.
+        prompts: prompts, or mappings of the call's arguments.
+        generate: further arguments of all calls.
+        score: of pictures, Tensor[B, 3, H, W] in [0, 1], and the number of their prompt; None: they are compared with
+            the plain ones.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[Any],
+        generate: Mapping[str, Any],
+        score: Callable[[Any, int], float] | None = None,
+    ) -> None:
+        if not callable(pipeline) or not hasattr(pipeline, "components"):
+            raise AiluRusError(f"give a transformers model or a diffusers pipeline, got {type(pipeline).__name__}")
+        self.target, self.score = pipeline, score
+        self.calls = [dict(each) if isinstance(each, Mapping) else {"prompt": each} for each in prompts]
+        self.generate = {"output_type": "pt", **generate}
+        self.num_inputs, self.device = len(self.calls), torch.device(pipeline.device)
+        self.precision = str(pipeline.dtype).removeprefix("torch.")
+        self.loss_means = agreement.MEANING["pictures"] if score is None else "what the metric falls by"
+        taken = inspect.signature(type(pipeline).__call__).parameters
+        wrong = sorted({name for call in [self.generate, *self.calls] for name in call} - taken.keys())
+        if wrong:
+            raise AiluRusError(f"{type(pipeline).__name__} takes no {', '.join(wrong)}")
+
+    def run(self, index: int) -> Tensor:
+        call = {"generator": torch.Generator().manual_seed(index), **self.generate, **self.calls[index]}
+        made = self.target(**call)
+        pictures = made.images if hasattr(made, "images") else made.frames
+        return torch.as_tensor(pictures).flatten(0, -4)
+
+    def loss(self, plain: Tensor, reduced: Tensor, index: int) -> float:
+        if self.score is not None:
+            return self.score(plain, index) - self.score(reduced, index)
+        return agreement.loss(plain, reduced)
+
+    def ideal(self) -> float | None:
+        return None
+
+    def first(self) -> list[Candidate]:
+        """Every keep ratio, and the presets."""
+        configs = [AiluRusDiffusionConfig(keep_ratio=keep, refresh_every=2) for keep in KEEP_RATIOS]
+        named = [Candidate(AiluRusDiffusionConfig.preset(name), f"preset {name!r}") for name in PRESETS]
+        return [Candidate(config, label_of(config)) for config in configs] + named
+
+    def variants(self, candidate: Candidate) -> list[Candidate]:
+        """Attention alone, clusters by stack, other refreshes, and first and last steps on all tokens."""
+        config = candidate.config
+        changes: list[dict[str, Any]] = [{"refresh_every": steps} for steps in REFRESH]
+        changes += [{"scope": "attention"}, {"cluster_per": "stack"}]
+        changes += [{"unreduced_first_steps": 2}, {"unreduced_last_steps": 2}]
+        every = [dataclasses.replace(config, **change) for change in changes]
+        return [Candidate(each, label_of(each)) for each in every if each != config]
+
+
+def label_of(config: Any) -> str:
+    """A setting in words: what differs from the defaults."""
+    defaults = AiluRusDiffusionConfig()
+    given = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(defaults, field.name)
+    }
+    return ", ".join(f"{name} {value}" for name, value in given.items()) or "the defaults"
