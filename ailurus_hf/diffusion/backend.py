@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.attention_processor import (
     Attention,
@@ -34,6 +35,12 @@ PLAIN_PROCESSORS = (
     CustomDiffusionAttnProcessor2_0,
     CustomDiffusionXFormersAttnProcessor,
 )
+
+
+def has_attention_of_its_own(block: object) -> bool:
+    """Whether a block is of a transformer whose layers of attention may be of its own kind, as Sana's are."""
+    of_transformers = type(block).__module__.startswith("diffusers.models.transformers.")
+    return of_transformers and not isinstance(block, BasicTransformerBlock)
 
 
 def is_attention(layer: Any) -> bool:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from ..clustering import get_clustering
@@ -25,15 +24,13 @@ from ..config import AiluRusDiffusionConfig
 from ..config_base import refuse_moved_fields
 from ..errors import AiluRusError, UnsupportedModelError
 from ..status import Record
-from .backend import attend, is_attention
+from .backend import attend, has_attention_of_its_own, is_attention
 from .calls import calling_block, running_network
 from .cluster_tokens import cluster_tokens
 from .frames import JointClusters
 from .rebuildable import RebuildableProcessor
 
 log = logging.getLogger(__name__)
-
-TRANSFORMERS = "diffusers.models.transformers."
 
 
 class Assigned(NamedTuple):
@@ -148,7 +145,7 @@ def _refuse_other_blocks(layer: nn.Module) -> None:
     and processors of their own.
     """
     block = calling_block(layer)
-    if not isinstance(block, BasicTransformerBlock) and type(block).__module__.startswith(TRANSFORMERS):
+    if has_attention_of_its_own(block):
         raise _misfit(f"its {type(block).__name__} may have attention of its own kind")
 
 
