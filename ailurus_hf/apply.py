@@ -37,7 +37,9 @@ def apply_ailurus(
 
 @overload
 def apply_ailurus(
-    target: Target, config: AiluRusDiffusionConfig | str | Path | None = None, **config_fields: Unpack[AiluRusDiffusionFields]
+    target: Target,
+    config: AiluRusDiffusionConfig | str | Path | None = None,
+    **config_fields: Unpack[AiluRusDiffusionFields],
 ) -> Target: ...
 
 

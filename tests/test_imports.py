@@ -18,6 +18,7 @@ LAYERS = [
     ("checks", "choices", "extras", "grid_cache", "hooks", "per_thread", "precision", "profiling"),
     ("clusters", "config_base", "images", "presets"),
     ("config", "status"),
+    ("fields",),
     ("clustering", "segmenter", "video", "visualization"),
     ("attention",),
     ("vision", "diffusion", "language"),

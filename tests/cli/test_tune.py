@@ -1,0 +1,53 @@
+"""`ailurus-hf tune`: a table or JSON, a file that other commands and `AiluRusConfig` take, bad images named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from ailurus_hf import AiluRusConfig
+from ailurus_hf.cli import main
+from ailurus_hf.evaluation.tuned import Tuned
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**SIZES, image_size=64)).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "vit")
+    (folder / "images").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+    return folder
+
+
+def test_the_result_is_a_config_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    (images / "4.png").write_text("no image")
+    file = tmp_path / "tuned.json"
+    call = ["tune", str(images), "--model", str(folder / "vit"), "--max-loss", "1", "--rounds", "1"]
+    assert main([*call, "--save", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert "speed-up" in printed.out and "4.png" in printed.err
+    tuned = Tuned.load(file)
+    assert AiluRusConfig.load(file) == tuned.best and tuned.rows[tuned.chosen].label in printed.out
+    assert main([*call, "--limit", "1", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["tuned"]["goal"] == {"max_loss": 1.0}
+
+
+def test_wrong_calls_before_the_model_loads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["tune", str(folder / "images"), "--model", "nowhere"]
+    assert main([*call, "--speedup", "0.5"]) == 2
+    assert "speedup must be above 1, got 0.5" in capsys.readouterr().err
+    assert main([*call, "--save", str(folder / "none" / "tuned.json")]) == 2
+    assert "no folder" in capsys.readouterr().err
