@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from torch import nn
 
 from .config import AiluRusConfig, AiluRusDiffusionConfig, from_fields
+from .config_base import read_config
 from .errors import AiluRusError, UnsupportedModelError
 from .extras import needs_extra
 from .presets import HALF, PRESET_OF_CLASS
@@ -72,8 +73,8 @@ def apply_ailurus(target: Target, config: ConfigOrFile | None = None, **config_f
         apply_ailurus(pipe, keep_ratio=0.25)
     """
     installation = _installation(target)
-    kind = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
-    chosen = kind.load(config) if isinstance(config, str | Path) else config
+    kind: type[Any] = AiluRusDiffusionConfig if _is_diffusers(target) else AiluRusConfig
+    chosen: Config | None = read_config(kind, config) if isinstance(config, str | Path) else config
     if chosen is None and not config_fields:
         if kind is AiluRusConfig:
             chosen = installation.saved_config(target) or _default_config(target)

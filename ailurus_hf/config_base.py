@@ -102,7 +102,7 @@ class Config:
             raise AiluRusError(f"{cls.__name__} cannot be read: no JSON: {error}") from error
         if not isinstance(fields, dict):
             raise AiluRusError(f"{cls.__name__} must be a JSON object, got {type(fields).__name__}")
-        return cls.from_dict(fields["config"] if "tuned_version" in fields else fields)
+        return cls.from_dict(_chosen(cls.__name__, fields) if "tuned_version" in fields else fields)
 
     def save(self, path: str | Path) -> None:
         """Writes `to_json` to a file."""
@@ -121,6 +121,23 @@ class Config:
             raise AiluRusError(f"preset must be one of {', '.join(map(repr, presets))}, got {name!r}")
         fields: Self = from_fields(cls, {**without_replaced(presets[name], overrides), **overrides})
         return fields
+
+
+def _chosen(name: str, tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that autotune chose, of a class of that name."""
+    kind = {"vision": "AiluRusConfig", "diffusion": "AiluRusDiffusionConfig"}.get(tuned["kind"])
+    if kind != name:
+        raise AiluRusError(f"this result of autotune is a {kind}, and no {name}")
+    chosen: dict[str, Any] = tuned["config"]
+    return chosen
+
+
+def read_config(kind: type[Self], path: str | Path) -> Self:
+    """`kind.load` of a file that a user named; raises AiluRusError where it cannot be read."""
+    try:
+        return kind.load(path)
+    except OSError as error:
+        raise AiluRusError(f"settings {path} cannot be read: {error.strerror or error}") from error
 
 
 def field_names(kind: type[Any]) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..config import AiluRusDiffusionConfig
+from .backend import modules_of
 
 CONFIG_KEY = "ailurus_config"
 
@@ -29,6 +32,19 @@ def saved_settings(network: nn.Module) -> AiluRusDiffusionConfig | None:
     """The settings in a network's config, None where there are none."""
     fields = (vars(network).get("_internal_dict") or {}).get(CONFIG_KEY)
     return None if fields is None else AiluRusDiffusionConfig.from_dict(fields)
+
+
+@contextmanager
+def kept_settings(target: Any) -> Iterator[None]:
+    """After the block, settings that networks had before stand there again: switching off clears them."""
+    networks = [module for _, part in modules_of(target) for module in part.modules()]
+    before = [(each, (vars(each).get("_internal_dict") or {}).get(CONFIG_KEY)) for each in networks]
+    try:
+        yield
+    finally:
+        for network, settings in before:
+            if settings is not None:
+                _replace(network, {**vars(network)["_internal_dict"], CONFIG_KEY: settings})
 
 
 def _replace(network: nn.Module, fields: dict[str, Any]) -> None:

@@ -13,10 +13,13 @@ from ..errors import AiluRusError
 # What a loss means, by the kind of output.
 MEANING = {
     "labels": "share of labels that differ",
+    "objects": "share of objects lost or moved",
     "depth": "mean relative difference of depth",
     "features": "one minus the cosine of features",
     "pictures": "RMS difference of pictures, of 1",
 }
+# Where features are, those that a model is for before what they are made of.
+FEATURES = ("image_embeds", "feature_maps", "last_hidden_state")
 
 
 def kind_of(output: Any) -> str:
@@ -32,9 +35,11 @@ def kind_of(output: Any) -> str:
         return "pictures"
     if _given(output, "predicted_depth") is not None:
         return "depth"
-    if _given(output, "logits") is not None:
+    if _given(output, "pred_boxes") is not None:
+        return "objects"
+    if _given(output, "logits") is not None or _given(output, "masks_queries_logits") is not None:
         return "labels"
-    if _given(output, "last_hidden_state") is not None or _given(output, "feature_maps") is not None:
+    if any(_given(output, name) is not None for name in FEATURES):
         return "features"
     raise AiluRusError(
         f"{type(output).__name__} holds no logits, depth or hidden states to compare: give metric=, a function of the "
@@ -60,11 +65,14 @@ def loss(plain: Any, reduced: Any) -> float:
         # Relative to no less than a hundredth of the mean, so that the far end of inverse depth does not decide alone.
         floor = want.abs().mean() / 100
         return float(((got - want).abs() / want.abs().clamp_min(floor)).mean())
+    if kind == "objects":
+        return _objects_lost(plain, reduced)
     if kind == "labels":
         want, got = _labels(plain), _labels(reduced)
         return float((want != got).float().mean())
     pairs = zip(_features(plain), _features(reduced), strict=True)
-    return 1 - sum(float(F.cosine_similarity(a, b, dim=-1).mean()) for a, b in pairs) / len(_features(plain))
+    cosines = [float(F.cosine_similarity(a, b, dim=-1).mean()) for a, b in pairs]
+    return max(1 - sum(cosines) / len(cosines), 0.0)
 
 
 def _given(output: Any, name: str) -> Any:
@@ -72,13 +80,39 @@ def _given(output: Any, name: str) -> Any:
 
 
 def _labels(output: Any) -> Tensor:
-    """Of pixels from Tensor[B, classes, H, W], else of images or boxes from Tensor[..., classes]."""
+    """Of pixels from Tensor[B, classes, H, W] or from masks of queries, else of images from Tensor[..., classes]."""
+    if _given(output, "masks_queries_logits") is not None:
+        classes = output.class_queries_logits.float().softmax(-1)[..., :-1]  # the last is no class
+        return torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.float().sigmoid()).argmax(1)
     logits: Tensor = output.logits
-    return logits.argmax(1 if logits.ndim == 4 else -1)
+    axis = 1 if logits.ndim == 4 else -1
+    return logits.argmax(axis) if logits.shape[axis] > 1 else logits > 0
+
+
+def _objects_lost(plain: Any, reduced: Any) -> float:
+    """1 - the mean over the plain model's objects of the overlap with the same query's, 0 under another label.
+
+    Where the plain model finds nothing, the share of queries that find something.
+    """
+    labels, none = plain.logits.argmax(-1), plain.logits.shape[-1] - 1
+    same, objects = labels == reduced.logits.argmax(-1), labels != none
+    if not objects.any():
+        return float((~same).float().mean())
+    overlap = _overlap(plain.pred_boxes.float(), reduced.pred_boxes.float()) * same
+    return max(1 - float(overlap[objects].mean()), 0.0)
+
+
+def _overlap(one: Tensor, other: Tensor) -> Tensor:
+    """Intersection over union of boxes (center, size), Tensor[..., 4], one by one."""
+    low = torch.maximum(one[..., :2] - one[..., 2:] / 2, other[..., :2] - other[..., 2:] / 2)
+    high = torch.minimum(one[..., :2] + one[..., 2:] / 2, other[..., :2] + other[..., 2:] / 2)
+    inside = (high - low).clamp(min=0).prod(-1)
+    return inside / (one[..., 2:].prod(-1) + other[..., 2:].prod(-1) - inside).clamp(min=1e-9)
 
 
 def _features(output: Any) -> list[Tensor]:
     """Tensor[..., C] each."""
-    if (maps := _given(output, "feature_maps")) is not None:
-        return [each.float().movedim(1, -1) if each.ndim == 4 else each.float() for each in maps]
-    return [torch.as_tensor(output.last_hidden_state).float()]
+    found = next(value for name in FEATURES if (value := _given(output, name)) is not None)
+    if isinstance(found, Tensor):
+        return [found.float()]
+    return [each.float().movedim(1, -1) if each.ndim == 4 else each.float() for each in found]

@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import AiluRusError
+from .left_as_found import left_as_found
 from .search import Candidate, Choice, Goal, Measuring, Subject, choose, interval, survivors, usable
 from .timing import measured_on
 from .tuned import Tuned, TunedRow
@@ -111,6 +112,18 @@ def tune(
     timer: Callable[[], float] = time.perf_counter,
 ) -> Tuned:
     """`autotune` of a subject; arguments as there."""
+    with left_as_found(subject.target):
+        return _tune(subject, goal, candidates, rounds, progress, timer)
+
+
+def _tune(
+    subject: Subject,
+    goal: Goal,
+    candidates: Sequence[Candidate] | None,
+    rounds: int,
+    progress: bool,
+    timer: Callable[[], float],
+) -> Tuned:
     from tqdm.auto import tqdm
 
     first = usable(subject.target, subject.first() if candidates is None else candidates)

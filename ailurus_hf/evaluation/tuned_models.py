@@ -81,7 +81,8 @@ class ModelSubject:
             return self.score(plain, index) - self.score(reduced, index)
         kind = agreement.kind_of(plain)
         self.loss_means = agreement.MEANING[kind]
-        self._is_dense = kind != "labels" or plain.logits.ndim > 2
+        logits = getattr(plain, "logits", None)
+        self._is_dense = kind != "labels" or logits is None or logits.ndim > 2
         return agreement.loss(plain, reduced)
 
     def ideal(self) -> float | None:

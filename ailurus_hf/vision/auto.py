@@ -16,6 +16,7 @@ from transformers import (
 
 from .. import segmenter as _segmenter  # noqa: F401  (registers Segmenter with the Auto classes)
 from ..config import AiluRusConfig, from_fields
+from ..config_base import read_config
 from ..errors import AiluRusError
 from .apply import install, saved_config
 
@@ -68,7 +69,7 @@ class _AiluRusAuto:
     @classmethod
     def _switch_on(cls, model: Any, given: Settings | None, source: str) -> None:
         config = from_fields(AiluRusConfig, given) if isinstance(given, dict) else given
-        config = AiluRusConfig.load(config) if isinstance(config, str | Path) else config
+        config = read_config(AiluRusConfig, config) if isinstance(config, str | Path) else config
         config = config or saved_config(model.config)
         if not isinstance(config, AiluRusConfig | None):
             raise AiluRusError(f"ailurus_config must be an AiluRusConfig or its fields, got {type(config).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -83,3 +84,19 @@ def _with_parts(config: Any) -> Iterator[PreTrainedConfig]:
     yield config
     for part in vars(config).values():
         yield from _with_parts(part)
+
+
+@contextmanager
+def kept_settings(target: nn.Module) -> Iterator[None]:
+    """After the block, settings that configs had before stand there again: switching off clears them."""
+    before = [
+        (config, vars(config)[CONFIG_KEY])
+        for module in target.modules()
+        for config in _with_parts(getattr(module, "config", None))
+        if CONFIG_KEY in vars(config)
+    ]
+    try:
+        yield
+    finally:
+        for config, settings in before:
+            setattr(config, CONFIG_KEY, settings)
