@@ -28,6 +28,8 @@ Metric = Callable[[Any, Any], float]
 # How many go on from a stage, and on how many inputs the second one looks.
 VARIED, SECOND, LAST = 8, 10, 4
 FEW = 6
+# After so many turns more it is asked whether the choice is outside of what chance does.
+CHECKED = 8
 
 
 def autotune(
@@ -127,7 +129,7 @@ def _tune(
     from tqdm.auto import tqdm
 
     first = usable(subject.target, subject.first() if candidates is None else candidates)
-    tried, last, turns, interrupted = list(first), first, 0, False
+    tried, last, interrupted = list(first), first, False
     with tqdm(desc="autotune", unit=" runs", disable=not progress) as bar:
         measuring = Measuring(subject, timer, bar.update)
         try:
@@ -147,13 +149,13 @@ def _tune(
             last = survivors(last, goal, LAST, 0.05)
             for index in range(1 + FEW, subject.num_inputs):
                 measuring.turn(last, index, backwards=bool(index % 2))
+            for number in range((rounds - 1) * subject.num_inputs):
+                if number % CHECKED == 0:
+                    choice = choose(last, goal)
+                    if not (choice.doubts and choice.more_turns_help):
+                        break
+                measuring.turn(last, number % subject.num_inputs, backwards=bool(number % 2))
             choice = choose(last, goal)
-            for turns in range(1, rounds):
-                if not (choice.doubts and choice.more_turns_help):
-                    break
-                for index in range(subject.num_inputs):
-                    measuring.turn(last, index, backwards=bool((index + turns) % 2))
-                choice = choose(last, goal)
         except KeyboardInterrupt:
             last = [candidate for candidate in tried if candidate.losses]
             if not last:

@@ -97,6 +97,15 @@ def test_times_that_tell_nothing_are_no_confident_choice():
     assert more.runs > known.runs
 
 
+def test_more_turns_end_where_the_choice_is_settled():
+    """In the middle of a round: a round of 32 images takes a minute."""
+    one, two = Known(jitter=0.03), Known(jitter=0.03)
+    first = tune(one, ("max_loss", 1.0), rounds=1, progress=False, timer=lambda: one.now)
+    second = tune(two, ("max_loss", 1.0), rounds=2, progress=False, timer=lambda: two.now)
+    assert not first.confident and second.confident
+    assert two.runs - one.runs == 8 * 5  # the plain model and four settings
+
+
 def test_a_goal_that_nothing_reaches_gets_the_nearest_and_says_so():
     known = Known()
     tuned = tune(known, ("speedup", 50.0), progress=False, timer=lambda: known.now)
