@@ -36,7 +36,7 @@ from shape_scenes import SIDE, Scene, draw, edge_adherence, edges, random_scene,
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from training import Clock
+from training import Stopwatch
 from transformers import CLIPTextModel
 
 log = logging.getLogger("train")
@@ -162,7 +162,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
     trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
     average = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    step, spent, clock, recent = 0, 0.0, Clock(), []
+    step, spent, clock, recent = 0, 0.0, Stopwatch(), []
     rank = dist.get_rank() if dist.is_initialized() else 0
     if path.exists():
         state = torch.load(path)

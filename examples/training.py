@@ -76,7 +76,7 @@ def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.O
     return [muon, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)]
 
 
-class Clock:
+class Stopwatch:
     """Time of training steps. A step counts for no more than a few typical ones, as it may have been paused."""
 
     def __init__(self):
@@ -126,7 +126,7 @@ def train(
         accelerator.load_state(output / "state")
         log.info("resumed at step %d, %.1f minutes, best %.2f", progress.step, progress.minutes, progress.best)
 
-    clock, next_evaluation, recent = Clock(), progress.minutes + args.eval_minutes, []
+    clock, next_evaluation, recent = Stopwatch(), progress.minutes + args.eval_minutes, []
     while (done := max(progress.minutes / args.max_minutes, progress.images / (args.epochs * epoch))) < 1:
         started = time.time()
         draw = (args.seed, progress.step, accelerator.process_index)

@@ -35,7 +35,7 @@ class Scheduler(Protocol):
 # As networks take it: a tensor on the schedulers' device, or a number.
 Timestep = Tensor | float
 # Which of several calls in one step: the shape of the latents, and which frames of a video they are.
-Part = tuple[tuple[int, ...], tuple[int, ...] | None]
+CallPart = tuple[tuple[int, ...], tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Generation:
     timestep: float | None = None
     rises: bool | None = None
     assignments: Assignments = field(default_factory=dict)
-    calls: dict[Part, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
+    calls: dict[CallPart, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
     alone: bool = True
-    halves: dict[Part, bool] = field(default_factory=dict)
+    halves: dict[CallPart, bool] = field(default_factory=dict)
 
     def move_to(self, step: int) -> None:
         """Another step, or the same one."""
@@ -97,7 +97,7 @@ class Generation:
             self.step = step
             self.calls.clear()
 
-    def note(self, part: Part, latents: Tensor) -> None:
+    def note(self, part: CallPart, latents: Tensor) -> None:
         """A call of this step; two for one part that differ are of different pictures, such as tiles."""
         version = 0 if latents.is_inference() else latents._version
         before = self.calls.setdefault(part, (ref(latents), version))
@@ -200,7 +200,7 @@ class Clock:
                 return False
         return step >= self.config.unreduced_first_steps
 
-    def _assignments(self, generation: Generation | None, part: Part, latents: Tensor) -> Assignments:
+    def _assignments(self, generation: Generation | None, part: CallPart, latents: Tensor) -> Assignments:
         """Those of earlier steps where they are of this picture for sure, else none."""
         if self.config.refresh_every == 1:
             return {}
@@ -229,7 +229,7 @@ class Clock:
                 reason,
             )
 
-    def _are_halves(self, generation: Generation, part: Part, latents: Tensor) -> bool:
+    def _are_halves(self, generation: Generation, part: CallPart, latents: Tensor) -> bool:
         """Whether the two halves are the same latents. That waits for the device, so once a generation."""
         if part not in generation.halves:
             # Shapes alone have no values; diffusers' pipelines double the latents.

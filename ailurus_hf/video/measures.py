@@ -17,10 +17,10 @@ from ..extras import require
 from ..images import to_rgb
 from .interpolation import disagreement, optical_flow, warp
 
-Frames = Sequence[Image.Image]
+Pictures = Sequence[Image.Image]
 
 
-def psnr(frames: Frames, others: Frames) -> float:
+def psnr(frames: Pictures, others: Pictures) -> float:
     """Peak signal-to-noise ratio of 8-bit colors, over all pixels of all frames.
 
     Args:
@@ -39,7 +39,7 @@ def psnr(frames: Frames, others: Frames) -> float:
     return math.inf if error == 0 else float(-10 * math.log10(error))
 
 
-def ssim(frames: Frames, others: Frames) -> float:
+def ssim(frames: Pictures, others: Pictures) -> float:
     """Structural similarity (Wang et al. 2004: Gaussian window of σ 1.5), by scikit-image.
 
     Args:
@@ -59,7 +59,7 @@ def ssim(frames: Frames, others: Frames) -> float:
     return float(np.mean([metrics.structural_similarity(a, b, **options) for a, b in _pairs(frames, others)]))
 
 
-def warping_error(frames: Frames, motion_of: Frames | None = None, threshold: float = 1.0) -> float:
+def warping_error(frames: Pictures, motion_of: Pictures | None = None, threshold: float = 1.0) -> float:
     """Mean squared difference of each frame, colors in [0, 1], to the next one warped back to it (Lai et al. 2018).
 
     Args:
@@ -98,7 +98,7 @@ def warping_error(frames: Frames, motion_of: Frames | None = None, threshold: fl
 
 
 def edge_agreement(
-    frames: Frames, edges: Frames, tolerance: int = 2, low_threshold: int = 100, high_threshold: int = 200
+    frames: Pictures, edges: Pictures, tolerance: int = 2, low_threshold: int = 100, high_threshold: int = 200
 ) -> float:
     """F1 of the frames' canny edges against condition pictures, over all frames.
 
@@ -138,12 +138,12 @@ def edge_agreement(
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _pairs(frames: Frames, others: Frames) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pairs(frames: Pictures, others: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     _check(frames, others)
     return ((_colors(frame), _colors(other)) for frame, other in zip(frames, others))
 
 
-def _check(frames: Frames, others: Frames) -> None:
+def _check(frames: Pictures, others: Pictures) -> None:
     if len(frames) != len(others) or not frames:
         raise AiluRusError(f"two clips of as many frames are compared, got {len(frames)} and {len(others)}")
     for number, (frame, other) in enumerate(zip(frames, others)):

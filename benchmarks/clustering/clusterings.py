@@ -63,7 +63,7 @@ def chosen_methods(restore: str, location: int, keep: float, depth: int, batch_s
 
 def measure(
     loaded: LoadedModel,
-    task: quality.Task,
+    task: quality.Scored,
     inputs: list[dict[str, Tensor]],
     methods: list[str],
     amount: Amount,

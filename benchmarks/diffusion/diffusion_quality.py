@@ -71,7 +71,7 @@ AGAINST = {
 }
 
 
-class Task:
+class Scenes:
     """Scenes to be drawn by a pipeline: each prompt from each seed. Scenes are others than those of the training."""
 
     def __init__(self, pipe: Any, prompts: int, seeds: int, steps: int, batch_size: int = 8) -> None:
@@ -130,7 +130,7 @@ def switched_on(name: str, pipe: Any) -> AbstractContextManager:
 
 
 @torch.inference_mode()
-def measure(task: Task, methods: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def measure(task: Scenes, methods: list[str], repeats: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """One row a method, plain first, and the pictures of each."""
     methods = ["plain", *(name for name in methods if name != "plain")]
     pictures: dict[str, Tensor] = {}
@@ -187,7 +187,7 @@ def against_tomesd(rows: list[dict[str, Any]], full_size: Mapping[str, float]) -
     return compared
 
 
-def sheet(task: Task, pictures: dict[str, Tensor], methods: list[str], rows: int = 6) -> Image.Image:
+def sheet(task: Scenes, pictures: dict[str, Tensor], methods: list[str], rows: int = 6) -> Image.Image:
     """Pictures side by side: a row a prompt, a column a method, the edges first where there are any."""
     side, head, left = pictures["plain"].shape[-1], 56, 4
     columns = [(name, pictures[name]) for name in methods]
@@ -260,7 +260,7 @@ def main() -> None:
     about = {"prompts": args.prompts, "seeds": args.seeds, "steps": args.steps}
     for name in args.tasks:
         controlled = name == "control"
-        task = Task(load(args.model, controlled), args.prompts, args.seeds, args.steps)
+        task = Scenes(load(args.model, controlled), args.prompts, args.seeds, args.steps)
         measured, pictures = measure(task, args.methods, args.repeats)
         path = output / f"{folder.name}-{name}-reduced.png"
         sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)

@@ -100,7 +100,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Clip:
+class Redrawn:
     """What is drawn anew. kind: under what its scores are averaged. conditions: Tensor[F, 3, H, W] in [0, 1].
 
     adherence: how well the edges of a video are the wanted ones. facts: which of its caption's a video of shapes shows.
@@ -114,7 +114,7 @@ class Clip:
     facts: Callable[[Video], list[bool]] | None = None
 
 
-def moving_shapes(rng: np.random.Generator, count: int) -> Clip:
+def moving_shapes(rng: np.random.Generator, count: int) -> Redrawn:
     """A scene whose things move past their positions, two of them in opposite directions, over a still ground."""
     scene = random_scene(rng)
     # Away from the side that a position is named after there is room in both directions.
@@ -126,7 +126,7 @@ def moving_shapes(rng: np.random.Generator, count: int) -> Clip:
     ]
     drawn = [draw(moved(scene, move)) for move in moves]
     masks = [edges(mask) for _, mask in drawn]
-    return Clip(
+    return Redrawn(
         kind="shapes",
         prompt=scene.caption,
         frames=[picture_of(pixels) for pixels, _ in drawn],
@@ -143,7 +143,7 @@ def moved(scene: Scene, moves: Sequence[np.ndarray]) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-def real_clip(path: str, count: int, every: int, side: int) -> Clip:
+def real_clip(path: str, count: int, every: int, side: int) -> Redrawn:
     """The first frames of a video file, its middle square, and their canny edges."""
     frames = [
         ImageOps.fit(frame, (side, side), Image.Resampling.LANCZOS)
@@ -151,7 +151,7 @@ def real_clip(path: str, count: int, every: int, side: int) -> Clip:
     ]
     canny = load_condition("canny")
     lines = [canny(frame) for frame in frames]
-    return Clip(
+    return Redrawn(
         kind=Path(path).stem,
         prompt=PROMPT,
         frames=frames,
@@ -169,7 +169,7 @@ def picture_of(pixels: Tensor) -> Image.Image:
     return Image.fromarray((255 * pixels.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy())
 
 
-def video_of(pipe: ControlVideoPipeline, clip: Clip, seed: int, steps: int, output_type: str) -> Any:
+def video_of(pipe: ControlVideoPipeline, clip: Redrawn, seed: int, steps: int, output_type: str) -> Any:
     return pipe(
         clip.prompt,
         clip.conditions,
@@ -180,7 +180,7 @@ def video_of(pipe: ControlVideoPipeline, clip: Clip, seed: int, steps: int, outp
     ).frames
 
 
-def scores(videos: list[Video], plain: list[Video], clips: list[Clip]) -> dict[str, float | None]:
+def scores(videos: list[Video], plain: list[Video], clips: list[Redrawn]) -> dict[str, float | None]:
     """Means over clips of one kind; the distance of equal videos is 100 dB."""
     facts = [fact for video, clip in zip(videos, clips) if clip.facts for fact in clip.facts(video)]
     return {
@@ -194,7 +194,7 @@ def scores(videos: list[Video], plain: list[Video], clips: list[Clip]) -> dict[s
 
 @torch.inference_mode()
 def measure(
-    pipe: ControlVideoPipeline, clips: list[Clip], methods: list[str], steps: int, repeats: int
+    pipe: ControlVideoPipeline, clips: list[Redrawn], methods: list[str], steps: int, repeats: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[Video]]]:
     """One row a kind of clips and method, plain first, and each method's videos. repeats: 0: nothing is timed."""
     methods = ["plain", *(name for name in methods if name != "plain")]
@@ -230,7 +230,7 @@ def measure(
     return rows, videos
 
 
-def sheet(clip: Clip, videos: dict[str, Video], most: int = 8) -> Image.Image:
+def sheet(clip: Redrawn, videos: dict[str, Video], most: int = 8) -> Image.Image:
     """Frames from left to right: a row for the edges, one for each method."""
     head, (width, height) = 14, clip.frames[0].size
     rows = {"edges": [picture_of(pixels) for pixels in clip.conditions], **videos}

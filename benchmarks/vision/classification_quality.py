@@ -41,7 +41,7 @@ COLUMNS = {
 }
 
 
-def classification(model: nn.Module, processor: Any, data: ClassificationData, batch_size: int) -> quality.Task:
+def classification(model: nn.Module, processor: Any, data: ClassificationData, batch_size: int) -> quality.Scored:
     """Accuracy in percent."""
     truth = torch.tensor(data.labels)
     parts = [range(start, min(start + batch_size, len(data))) for start in range(0, len(data), batch_size)]
@@ -52,7 +52,7 @@ def classification(model: nn.Module, processor: Any, data: ClassificationData, b
         return pixels.to(model.device)
 
     timed = [prepared(part) for part in parts[:TIMED]]
-    return quality.Task(
+    return quality.Scored(
         score_name="accuracy",
         samples=[batch[:1] for batch in timed[:2]],
         timed=timed,

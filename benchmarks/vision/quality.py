@@ -35,7 +35,7 @@ def reduced_copy(
 
 
 @dataclass(frozen=True)
-class Task:
+class Scored:
     """What a model is for, and on what it is measured.
 
     samples: single images as the encoder sees them, to count FLOPs and to match them. timed: what `forward` is timed
@@ -57,7 +57,7 @@ class Task:
 
 
 @torch.inference_mode()
-def scores(task: Task, models: dict[str, nn.Module]) -> dict[str, tuple[float, float]]:
+def scores(task: Scored, models: dict[str, nn.Module]) -> dict[str, tuple[float, float]]:
     """Score, and share of labels equal to the first model's, of each: all see a batch before the next one is read."""
     counts: dict[str, Any] = dict.fromkeys(models, 0)
     same: dict[str, list[float]] = {name: [] for name in models}
@@ -72,7 +72,7 @@ def scores(task: Task, models: dict[str, nn.Module]) -> dict[str, tuple[float, f
 
 
 def scored(
-    model: nn.Module, task: Task, contenders: dict[str, Contender]
+    model: nn.Module, task: Scored, contenders: dict[str, Contender]
 ) -> tuple[list[dict[str, Any]], dict[str, nn.Module]]:
     """One row a contender, after one for the plain model, and the models; nothing is timed."""
     full = model_flops(lambda: model(task.samples[0]))
@@ -103,7 +103,7 @@ def scored(
     return rows, models
 
 
-def measure(model: nn.Module, task: Task, contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
+def measure(model: nn.Module, task: Scored, contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
     """Those rows with speeds."""
     rows, models = scored(model, task, contenders)
     runs = {name: (lambda n, m=m: task.forward(m, task.timed[n % len(task.timed)])) for name, m in models.items()}

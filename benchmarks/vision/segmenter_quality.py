@@ -58,7 +58,7 @@ def at_size(processor: Any, size: int | None) -> None:
         processor.do_resize, processor.size = True, SizeDict(shortest_edge=size)
 
 
-def segmentation(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> quality.Task:
+def segmentation(model: nn.Module, processor: SegmenterImageProcessor, data: SegmentationData) -> quality.Scored:
     """mIoU in percent, over the labeled pixels of all images."""
     prepared = functools.partial(pixel_values, processor, data, device=model.device)
 
@@ -66,7 +66,7 @@ def segmentation(model: nn.Module, processor: SegmenterImageProcessor, data: Seg
         outputs, size = windowed_outputs(which, processor, pixels), tuple(truth.shape)
         return processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0][None].cpu()
 
-    return quality.Task(
+    return quality.Scored(
         score_name="miou",
         samples=[first_window(processor, prepared(index)) for index in range(0, len(data), max(len(data) // 2, 1))],
         timed=[prepared(index) for index in range(0, len(data), -(-len(data) // TIMED))],

@@ -9,7 +9,7 @@ from ...diffusion.frames import Frames
 
 
 @dataclass(frozen=True)
-class Part:
+class FrameGroup:
     """Frames that are denoised together.
 
     Args:
@@ -21,7 +21,7 @@ class Part:
     kept: list[int]
 
 
-def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[Part]:
+def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[FrameGroup]:
     """A whole video, or its key frames and then, for each two, those two and the frames between them.
 
     Args:
@@ -31,12 +31,12 @@ def parts_of(count: int, cross_frame: str, clip_length: int | None) -> list[Part
             two key frames, whose own prediction is the one made among the key frames.
     """
     if clip_length is None or count <= clip_length:
-        return [Part(Frames.attending(cross_frame, range(count)), list(range(count)))]
+        return [FrameGroup(Frames.attending(cross_frame, range(count)), list(range(count)))]
     keys = [*range(0, count - 1, clip_length - 1), count - 1]
-    parts = [Part(Frames.attending(cross_frame, keys), list(range(len(keys))))]
+    parts = [FrameGroup(Frames.attending(cross_frame, keys), list(range(len(keys))))]
     for left, right in pairwise(keys):
         between = range(left + 1, right)
         if between:
             clip = Frames.attending("first_two", [left, right, *between])
-            parts.append(Part(clip, list(range(2, clip.count))))
+            parts.append(FrameGroup(clip, list(range(2, clip.count))))
     return parts
