@@ -167,6 +167,8 @@ def read_config(path: str) -> dict[str, Any]:
         raise BadInputError(f"cannot read --config {path}: {error.strerror}") from error
     except ValueError as error:
         raise BadInputError(f"--config {path} is no JSON: {error}") from error
+    if isinstance(found, dict) and found.get("kind", "vision") != "vision":
+        raise BadInputError(f"--config {path} is of {found['kind']} models")
     fields = found.get("config", found) if isinstance(found, dict) else found
     if not isinstance(fields, dict):
         raise BadInputError(f"--config {path} must hold an object of settings, got {type(fields).__name__}")

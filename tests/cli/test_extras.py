@@ -47,6 +47,7 @@ COMMANDS = {
     "depth": ["x.jpg", "--model", "m"],
     "detect": ["x.jpg", "--model", "m"],
     "benchmark": ["x.jpg", "--model", "m"],
+    "tune": ["x.jpg", "--model", "m"],
     "visualize": ["x.jpg", "--model", "m"],
     "status": ["--model", "m"],
     "convert-segmenter": ["x.pth", "out"],

@@ -41,6 +41,12 @@ def test_the_result_is_a_config_file(folder: Path, tmp_path: Path, capsys: pytes
     assert "speed-up" in printed.out and "4.png" in printed.err
     tuned = Tuned.load(file)
     assert AiluRusConfig.load(file) == tuned.best and tuned.rows[tuned.chosen].label in printed.out
+    classify = ["classify", str(folder / "images"), "--model", str(folder / "vit"), "--json"]
+    assert main([*classify, "--config", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["ailurus"]["config"] == tuned.best.to_dict()
+    file.write_text(json.dumps({**tuned.to_dict(), "kind": "diffusion"}))
+    assert main([*classify, "--config", str(file)]) == 2
+    assert "is of diffusion models" in capsys.readouterr().err
     assert main([*call, "--limit", "1", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["tuned"]["goal"] == {"max_loss": 1.0}
 
