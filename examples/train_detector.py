@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel
 
 from ailurus_hf import AiluRusConfig, apply_ailurus, remove_ailurus
-from ailurus_hf.detection.mask_rcnn import mask_rcnn
+from ailurus_hf.detection.detector import mask_rcnn
 
 TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
 

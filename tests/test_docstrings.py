@@ -7,7 +7,6 @@ import re
 import textwrap
 import typing
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import torchvision_ops
 
 from ailurus_hf import diffusion
 from ailurus_hf.choices import CLUSTERING_CLASSES
-from ailurus_hf.extras import MissingExtraError
 
 MODULES = (
     "",
@@ -54,13 +52,6 @@ PUBLISHED = {
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Example|Source):$", re.MULTILINE)
 
 
-def named(home: ModuleType, name: str) -> object:
-    try:
-        return getattr(home, name)
-    except MissingExtraError:  # somebody has imported detection before, where torchvision was out of reach
-        return getattr(importlib.import_module("ailurus_hf.detection.mask_rcnn"), name)
-
-
 def public() -> dict[str, object]:
     """Functions and classes by their first public address."""
     found: dict[str, object] = {}
@@ -69,7 +60,7 @@ def public() -> dict[str, object]:
             if module == ".detection" and not there:
                 continue
             home = importlib.import_module(f"ailurus_hf{module}")
-            things = {name: named(home, name) for name in home.__all__}
+            things = {name: getattr(home, name) for name in home.__all__}
         for name, thing in things.items():
             if typing.get_origin(thing) is not None:
                 continue  # an alias of Callable[...], a class to Python 3.10

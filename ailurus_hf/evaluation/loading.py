@@ -96,7 +96,8 @@ class LoadedModel:
             return value.to(self.device, self.dtype if value.is_floating_point() else None)
         return [self._placed(each) for each in value] if isinstance(value, list | tuple) else value
 
-    @torch.inference_mode()
+    # Not inference_mode: tables that a model makes once, as BEiT's, would be of no use to a training in this process.
+    @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> Any:
         """The model's output; of a Segmenter whose processor names a window, the windows' averaged logits."""
         if getattr(self.processor, "window_size", None) is None:
@@ -121,7 +122,7 @@ class LoadedModel:
         labels = self.model.config.id2label
         return [str(labels[i]) for i in sorted(labels)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def draw_clusters(self, inputs: dict[str, Any], fill: str = "mean") -> ClusterPictures:
         """Runs the image, or of one seen in windows the first window, and draws its clusters on the pixels seen."""
         inputs = self.one_sequence(inputs)

@@ -72,7 +72,8 @@ class ModelSubject:
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
-    @torch.inference_mode()
+    # Not inference_mode: tables that a model makes once, as BEiT's, would be of no use to a training in this process.
+    @torch.no_grad()
     def run(self, index: int) -> Any:
         return self.forward(self.inputs[index])
 

@@ -42,7 +42,7 @@ class ZeroShotClassifier(nn.Module):
             max_length=length,
             return_tensors="pt",
         )
-        with torch.inference_mode():
+        with torch.no_grad():
             found = model.get_text_features(**texts.to(next(model.parameters()).device))
             self.text_features = normalize(_features(found), dim=-1)
 

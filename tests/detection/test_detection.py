@@ -178,7 +178,7 @@ def mask_rcnn():
     with torchvision_ops.in_reach() as found:
         if not found:
             pytest.skip("torchvision is not installed: pip install 'ailurus-hf[detection]'")
-        from ailurus_hf.detection.mask_rcnn import mask_rcnn
+        from ailurus_hf.detection.detector import mask_rcnn
 
         yield mask_rcnn
 
@@ -234,11 +234,11 @@ def test_detector_trains_while_reduced(mask_rcnn, taps):
 
 
 def test_without_torchvision_the_extra_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "ailurus_hf.detection.mask_rcnn", raising=False)
+    monkeypatch.delitem(sys.modules, "ailurus_hf.detection.detector", raising=False)
     monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"ailurus-hf\[detection\]"):
-        import ailurus_hf.detection.mask_rcnn  # noqa: F401
+        import ailurus_hf.detection.detector  # noqa: F401
 
 
 # The training script, on a made-up COCO.

@@ -150,3 +150,13 @@ def test_models_of_every_kind_of_output(name):
     tuned = autotune(make_model(name), inputs, pareto=True, candidates=CANDIDATES, rounds=1, progress=False)
     assert tuned.loss_means == agreement.MEANING[KINDS[name]]
     assert all(row.loss >= 0 for row in tuned.rows)
+
+
+def test_a_model_trains_after_it():
+    """BEiT keeps a table by its window's size for all models of the process."""
+    model = make_model("BeitModel")
+    inputs = list(images_for("BeitModel", batch=2).split(1))
+    autotune(model, inputs, max_loss=1.0, candidates=CANDIDATES, rounds=1, progress=False)
+    twin = make_model("BeitModel").train()
+    twin(inputs[0]).last_hidden_state.square().mean().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in twin.parameters())
