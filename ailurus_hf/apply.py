@@ -126,18 +126,19 @@ def ailurus_enabled(target: Target, config: ConfigOrFile | None = None, **config
         with ailurus_enabled(model, cluster_location=2, keep_ratio=0.5):
             logits = model(**inputs).logits
     """
-    switched = config is not None or bool(config_fields)
-    if switched:
-        if ailurus_status(target).active:
-            raise AiluRusError(
-                f"AiluRus is on in {type(target).__name__}, and would be off after the block: call remove_ailurus "
-                "first, or apply_ailurus to replace its settings"
-            )
-        apply_ailurus(target, config, **config_fields)
-    try:
+    if config is None and not config_fields:
         yield target
-    finally:
-        if switched:
+        return
+    if ailurus_status(target).active:
+        raise AiluRusError(
+            f"AiluRus is on in {type(target).__name__}, and would be off after the block: call remove_ailurus "
+            "first, or apply_ailurus to replace its settings"
+        )
+    with _installation(target).kept_settings(target):
+        apply_ailurus(target, config, **config_fields)
+        try:
+            yield target
+        finally:
             remove_ailurus(target)
 
 

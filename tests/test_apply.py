@@ -180,6 +180,16 @@ def test_on_within_a_block_also_when_it_raises():
 
 
 @pytest.mark.parametrize("make", [lambda: make_model(NAME), lambda: make_network("UNet")])
+def test_a_block_leaves_settings_that_were_saved_and_are_off(make, tmp_path):
+    apply_ailurus(make(), keep_ratio=0.25).save_pretrained(tmp_path)
+    loaded = type(make()).from_pretrained(tmp_path)
+    with ailurus_enabled(loaded, keep_ratio=0.5):
+        assert loaded.config["ailurus_config"] if isinstance(loaded.config, dict) else loaded.config.ailurus_config
+    assert not ailurus_status(loaded).active
+    assert ailurus_status(apply_ailurus(loaded)).config["keep_ratio"] == 0.25
+
+
+@pytest.mark.parametrize("make", [lambda: make_model(NAME), lambda: make_network("UNet")])
 def test_a_block_does_not_switch_off_what_was_on(make):
     model = apply_ailurus(make(), keep_ratio=0.5)
     config = ailurus_status(model).config

@@ -16,14 +16,14 @@ from ..errors import AiluRusError
 from .backend import modules_of
 from .networks import declaration_of, find_networks, parts_left_whole
 from .reducer import ATTRIBUTE, NetworkReducer, reducers_of
-from .saved import clear_settings, saved_settings, write_settings
+from .saved import clear_settings, kept_settings, saved_settings, write_settings
 from .status import status
 from .transformer import TransformerReducer
 from .unet import UNetReducer
 
 log = logging.getLogger(__name__)
 
-__all__ = ["denoising", "install", "install_saved", "reducers_of", "status", "uninstall"]
+__all__ = ["denoising", "install", "install_saved", "kept_settings", "reducers_of", "status", "uninstall"]
 
 
 def install(target: Any, config: AiluRusDiffusionConfig, clustering: ClusterFunction | None = None) -> None:

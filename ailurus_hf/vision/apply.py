@@ -12,11 +12,11 @@ from ..config import AiluRusConfig
 from ..status import Status
 from .base import Reducer
 from .encoder import EncoderReducer
-from .saved_settings import SavedSettings, clear_settings, saved_config
+from .saved_settings import SavedSettings, clear_settings, kept_settings, saved_config
 from .stages import StageReducer
 from .windows import GlobalLayerReducer
 
-__all__ = ["install", "reducers_of", "saved_config", "status", "uninstall"]
+__all__ = ["install", "kept_settings", "reducers_of", "saved_config", "status", "uninstall"]
 
 # Tried in this order. The last one raises where there is nothing that it can reduce.
 REDUCERS: tuple[type[Reducer], ...] = (StageReducer, GlobalLayerReducer, EncoderReducer)
