@@ -15,8 +15,6 @@ from .errors import AiluRusError
 
 # 1: as saved by 0.1, without a version; density peaks' settings were fields of the configs.
 FORMAT_VERSION = 2
-# Of the files that `Tuned.save` writes, which hold a config beside what was measured.
-TUNED_VERSION = 1
 # Fields of version 1 that belong to DensityPeaks now, and what they were by default.
 DENSITY_PEAKS_FIELDS: dict[str, Any] = {"alpha": 0.9, "num_spatial_neighbors": 50, "num_density_neighbors": 1}
 
@@ -102,7 +100,20 @@ class Config:
             raise AiluRusError(f"{cls.__name__} cannot be read: no JSON: {error}") from error
         if not isinstance(fields, dict):
             raise AiluRusError(f"{cls.__name__} must be a JSON object, got {type(fields).__name__}")
-        return cls.from_dict(_chosen(cls.__name__, fields) if "tuned_version" in fields else fields)
+        return cls.from_dict(cls.chosen(fields))
+
+    @classmethod
+    def chosen(cls, found: dict[str, Any]) -> dict[str, Any]:
+        """The fields in what a file holds: a result of `autotune` has them under "config", and their class as "kind".
+
+        Raises:
+            AiluRusError: they are of another class.
+        """
+        kind = found.get("kind", cls.__name__)
+        if kind != cls.__name__:
+            raise AiluRusError(f"this result of autotune is a {kind}, and no {cls.__name__}")
+        fields: dict[str, Any] = found.get("config", found)
+        return fields
 
     def save(self, path: str | Path) -> None:
         """Writes `to_json` to a file."""
@@ -121,15 +132,6 @@ class Config:
             raise AiluRusError(f"preset must be one of {', '.join(map(repr, presets))}, got {name!r}")
         fields: Self = from_fields(cls, {**without_replaced(presets[name], overrides), **overrides})
         return fields
-
-
-def _chosen(name: str, tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """The config that autotune chose, of a class of that name."""
-    kind = {"vision": "AiluRusConfig", "diffusion": "AiluRusDiffusionConfig"}.get(tuned["kind"])
-    if kind != name:
-        raise AiluRusError(f"this result of autotune is a {kind}, and no {name}")
-    chosen: dict[str, Any] = tuned["config"]
-    return chosen
 
 
 def read_config(kind: type[Self], path: str | Path) -> Self:

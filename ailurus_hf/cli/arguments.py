@@ -154,11 +154,13 @@ def add_config(group: Any) -> None:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The fields of a saved config: the file that `save` of a config writes, or one that holds it under "config".
+    """The fields of a saved config: of the file that `save` of a config or of a result of `autotune` writes.
 
     Raises:
         BadInputError: it cannot be read, or holds no JSON object.
+        AiluRusError: it is a result for a diffusion network.
     """
+    from ..config import AiluRusConfig
     from ..evaluation.bad_input import BadInputError
 
     try:
@@ -167,9 +169,7 @@ def read_config(path: str) -> dict[str, Any]:
         raise BadInputError(f"cannot read --config {path}: {error.strerror}") from error
     except ValueError as error:
         raise BadInputError(f"--config {path} is no JSON: {error}") from error
-    if isinstance(found, dict) and found.get("kind", "vision") != "vision":
-        raise BadInputError(f"--config {path} is of {found['kind']} models")
-    fields = found.get("config", found) if isinstance(found, dict) else found
+    fields = AiluRusConfig.chosen(found) if isinstance(found, dict) else found
     if not isinstance(fields, dict):
         raise BadInputError(f"--config {path} must hold an object of settings, got {type(fields).__name__}")
     return fields

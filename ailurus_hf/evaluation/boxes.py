@@ -178,5 +178,5 @@ def _area(hit: np.ndarray, total: int) -> float:
     right = np.cumsum(hit)
     recall, precision = right / total, right / np.arange(1, len(hit) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(recall, RECALLS, side="left")
-    return float(np.mean([best[place] if place < len(best) else 0.0 for place in places]))
+    indices = np.searchsorted(recall, RECALLS, side="left")
+    return float(np.mean([best[index] if index < len(best) else 0.0 for index in indices]))

@@ -56,8 +56,8 @@ def to_16_bits(depth: np.ndarray, limits: Range) -> Image.Image:
 def colorize_depth(depth: np.ndarray, low: float, high: float, colors: str = "viridis") -> Image.Image:
     """Depths [H, W] in the colors of a map, from low to high."""
     table = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in COLOR_MAPS[colors]], dtype=float)
-    places = np.linspace(0, 255, len(table))
-    steps = np.stack([np.interp(np.arange(256), places, channel) for channel in table.T], axis=1).round()
+    positions = np.linspace(0, 255, len(table))
+    steps = np.stack([np.interp(np.arange(256), positions, channel) for channel in table.T], axis=1).round()
     return Image.fromarray(steps.astype(np.uint8)[(_shares(depth, low, high) * 255).round().astype(np.uint8)])
 
 

@@ -22,6 +22,7 @@ from ..apply import ailurus_status, apply_ailurus, remove_ailurus
 from ..clustering import get_clustering
 from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from ..extras import needs_extra, require
+from ..presets import HALF
 from ..visualization import draw_assignment, reconstruct_image
 from .bad_input import BadInputError
 from .image_size import check_processed_size
@@ -32,8 +33,6 @@ with needs_extra("vision", "Loading a model"):
     from PIL import Image
 
 AnyConfig = TypeVar("AnyConfig", AiluRusConfig, AiluRusDiffusionConfig)
-# What is used where neither the caller nor the model's config.json says anything.
-DEFAULT_FIELDS: dict[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
 
 
 def noise_image(loaded: LoadedModel) -> Image.Image:
@@ -241,7 +240,7 @@ def read_pretrained(name: str, from_pretrained: Callable[..., Any], **options: A
 def _ailurus_config(saved: Mapping[str, Any] | None, preset: str | None, given: dict[str, Any]) -> AiluRusConfig:
     if preset is not None:
         return AiluRusConfig.preset(preset, **given)  # type: ignore[arg-type]
-    fields = dict(saved or DEFAULT_FIELDS)
+    fields = dict(saved or HALF)
     if "keep_ratio" in given or "num_clusters" in given:  # they exclude each other: the given one replaces both
         fields |= {"keep_ratio": None, "num_clusters": None}
     return AiluRusConfig.from_dict(fields | given)

@@ -95,12 +95,10 @@ class Measuring:
         advance: Callable[[], Any] = lambda: None,
     ) -> None:
         self.subject, self.timer, self.advance = subject, timer, advance
-        self.plain_seconds: list[float] = []
 
     def turn(self, candidates: Sequence[Candidate], index: int, backwards: bool = False) -> None:
         """One input through all; every other turn goes backwards through the candidates."""
         plain, taken = self._run(None, index)
-        self.plain_seconds.append(taken)
         for candidate in reversed(candidates) if backwards else candidates:
             output, seconds = self._run(candidate, index)
             candidate.seconds.append(seconds)

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..apply import apply_ailurus
 from ..config import AiluRusConfig, AiluRusDiffusionConfig
-from ..config_base import TUNED_VERSION
 from ..errors import AiluRusError
 from ..extras import needs_extra
+from .search import AnyConfig
 from .timing import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Target = TypeVar("Target")
-AnyConfig = AiluRusConfig | AiluRusDiffusionConfig
-KINDS: dict[str, type[AnyConfig]] = {"vision": AiluRusConfig, "diffusion": AiluRusDiffusionConfig}
+KINDS: dict[str, type[AnyConfig]] = {kind.__name__: kind for kind in (AiluRusConfig, AiluRusDiffusionConfig)}
+# Of the files that `Tuned.save` writes.
+TUNED_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TunedRow:
     """One setting, measured.
 
     Args:
-        config: the setting; None is the plain model.
+        config: the setting.
         label: the setting in words.
         ms: median milliseconds of an input.
         speed_up: median over inputs of plain over reduced time, with `speed_low` and `speed_high` around it (95 %).
@@ -36,7 +37,7 @@ class TunedRow:
         num_inputs: on how many inputs it was measured.
     """
 
-    config: AnyConfig | None
+    config: AnyConfig
     label: str
     ms: float
     speed_up: float
@@ -51,7 +52,7 @@ class TunedRow:
         """For JSON."""
         numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "config"}
         rounded = {name: round(v, 5) if isinstance(v, float) else v for name, v in numbers.items()}
-        return {"config": None if self.config is None else self.config.to_dict(), **rounded}
+        return {"config": self.config.to_dict(), **rounded}
 
 
 @dataclass
@@ -85,9 +86,7 @@ class Tuned:
     @property
     def best(self) -> AnyConfig:
         """The chosen setting."""
-        config = self.rows[self.chosen].config
-        assert config is not None
-        return config
+        return self.rows[self.chosen].config
 
     def apply(self, target: Target) -> Target:
         """`apply_ailurus` with the chosen setting."""
@@ -146,10 +145,10 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         """What `save` writes."""
-        kind = "vision" if isinstance(self.best, AiluRusConfig) else "diffusion"
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rows"}
         rows = [row.to_dict() for row in self.rows]
-        return {"tuned_version": TUNED_VERSION, "kind": kind, "config": self.best.to_dict(), **fields, "rows": rows}
+        about = {"tuned_version": TUNED_VERSION, "kind": type(self.best).__name__, "config": self.best.to_dict()}
+        return {**about, **fields, "rows": rows}
 
     def save(self, path: str | Path) -> None:
         """Writes one JSON file, which `apply_ailurus`, `from_pretrained` and `ailurus-hf --config` take."""

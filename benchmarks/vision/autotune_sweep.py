@@ -39,7 +39,7 @@ COLUMNS = {
     "best": "the sweep's best",
     "best_speed_up": "speed-up|{:.2f}×",
     "best_loss": "loss|{:.2%}",
-    "behind": "pick behind|{:.1%}",
+    "falls_short": "pick falls short|{:.1%}",
 }
 # Settings between two runs of the plain model.
 TURNS = 10
@@ -66,7 +66,7 @@ def sweep(subject: ModelSubject, progress: Any = iter) -> list[Candidate]:
     return every
 
 
-def behind(pick: Candidate, best: Candidate, goal: Goal) -> float:
+def falls_short(pick: Candidate, best: Candidate, goal: Goal) -> float:
     """By which share of the best one's speed (or, at a given speed, of its agreement) the pick falls short of it."""
     if goal[0] == "max_loss":
         return 1 - pick.speed_up / best.speed_up
@@ -98,7 +98,7 @@ def measure(subject: ModelSubject, goals: Sequence[Goal], rounds: int, progress:
                 "best": best.label,
                 "best_speed_up": best.speed_up,
                 "best_loss": best.loss,
-                "behind": behind(pick, best, goal),
+                "falls_short": falls_short(pick, best, goal),
             }
         )
     fields = ("label", "speed_up", "loss", "ideal")

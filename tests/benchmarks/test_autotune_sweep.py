@@ -32,7 +32,7 @@ def test_rows_of_both_goals(monkeypatch):
         assert set(autotune_sweep.COLUMNS) <= set(row)
     # The best is the best of all that the sweep saw.
     assert found["rows"][0]["best_speed_up"] == max(each["speed_up"] for each in found["sweep"])
-    assert found["rows"][0]["behind"] >= 0
+    assert found["rows"][0]["falls_short"] >= 0
 
 
 @pytest.mark.parametrize(("goal", "share"), [(("max_loss", 0.2), 0.25), (("speedup", 1.2), 0.1)])
@@ -40,4 +40,4 @@ def test_how_far_behind(goal, share):
     pick, best = Candidate(None, "pick"), Candidate(None, "best")
     pick.ratios, best.ratios = [1.5, 1.5], [2.0, 2.0]
     pick.losses, best.losses = {0: 0.19}, {0: 0.1}
-    assert autotune_sweep.behind(pick, best, goal) == pytest.approx(share)
+    assert autotune_sweep.falls_short(pick, best, goal) == pytest.approx(share)

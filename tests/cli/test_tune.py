@@ -44,9 +44,9 @@ def test_the_result_is_a_config_file(folder: Path, tmp_path: Path, capsys: pytes
     classify = ["classify", str(folder / "images"), "--model", str(folder / "vit"), "--json"]
     assert main([*classify, "--config", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["ailurus"]["config"] == tuned.best.to_dict()
-    file.write_text(json.dumps({**tuned.to_dict(), "kind": "diffusion"}))
+    file.write_text(json.dumps({**tuned.to_dict(), "kind": "AiluRusDiffusionConfig"}))
     assert main([*classify, "--config", str(file)]) == 2
-    assert "is of diffusion models" in capsys.readouterr().err
+    assert "is a AiluRusDiffusionConfig, and no AiluRusConfig" in capsys.readouterr().err
     assert main([*call, "--limit", "1", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["tuned"]["goal"] == {"max_loss": 1.0}
 
