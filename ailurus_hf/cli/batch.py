@@ -134,6 +134,12 @@ class Batch:
         assert self.folder is not None
         return self.folder
 
+    def advise(self, lines: Iterable[str]) -> None:
+        """Lines on stderr for people: what to think of the results."""
+        if not (self.json or self.json_lines):
+            for line in lines:
+                tell(line)
+
     def say(self, line: str) -> None:
         """A line on stdout for people, where something was done."""
         if self.results and not (self.json or self.json_lines):

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.timing import measured_on
     from ..evaluation.verdict import verdict
     from ..images import read_image
-    from .batch import Batch, progress, tell
+    from .batch import Batch, progress
 
     configs = benchmark.settings(args.methods, args.locations, args.keep)
     batch = Batch(args)
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     told = verdict(int((rows[1].tokens or "0").split()[0]), best)
     if not args.json:
         print(benchmark.as_markdown(rows))
-        for line in told:
-            tell(line)
+    batch.advise(told)
     return batch.finish(
         loaded,
         num_images=len(images),

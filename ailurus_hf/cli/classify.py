@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
         from .comparing import compare
 
         return compare(args, "classify", _equal, "accuracy")
+    from . import predicting
     from .batch import Batch
-    from .predicting import predict, tell_taken
 
     batch = Batch(args, to_lines=True)
     if not batch.images:
@@ -65,9 +65,7 @@ def run(args: argparse.Namespace) -> int:
     def scores(result: dict[str, Any]) -> str:
         return f"{result['image']}: " + ", ".join(f"{name} {score:.1%}" for name, score in result["scores"].items())
 
-    taken = predict(batch, loaded, finish, scores, args.batch_size)
-    tell_taken(taken, batch)
-    return batch.finish(loaded, images=batch.results, took=taken.to_dict())
+    return predicting.run(batch, loaded, finish, scores, args.batch_size)
 
 
 def _equal(loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, tuple[()]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import load
-from .batch import Batch, tell
+from .batch import Batch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # From the model, an image and both outputs: how equal they are, and two pictures of the predictions (or none).
 Predictions = Callable[["LoadedModel", "Image.Image", "Pair"], tuple[float, Sequence["Image.Image"]]]
+# From an image's path to its entry in the results.
+Work = Callable[[Path], dict[str, Any]]
+# The scores of all images, by the names that an entry has them under.
+Scores = Callable[[], dict[str, float | None]]
 
 
 def compare(args: argparse.Namespace, task: str, predictions: Predictions, metric: str | None) -> int:
@@ -29,35 +33,59 @@ def compare(args: argparse.Namespace, task: str, predictions: Predictions, metri
         predictions: of an image.
         metric: what --labels are scored by; None: they are not.
     """
-    from ..evaluation.paired import PairTable, run_pair, summarize_pairs
-    from ..evaluation.scoring import scorer_for
+
+    def begin(loaded: LoadedModel, batch: Batch) -> tuple[Work, Scores]:
+        from ..evaluation.paired import run_pair
+        from ..evaluation.scoring import scorer_for
+        from ..images import read_image
+        from ..visualization import side_by_side
+
+        scorer = scorer_for(loaded, args.labels) if args.labels else None
+        keys = [f"{kind}_{metric.lower()}" for kind in ("plain", "reduced")] if metric else []
+
+        def work(path: Path) -> dict[str, Any]:
+            image = read_image(path)
+            pair = run_pair(loaded, loaded.prepare(image), args.repeats)
+            agreement, pictures = predictions(loaded, image, pair)
+            scores: dict[str, float | None] = dict.fromkeys(keys)
+            if scorer is not None:
+                for key, outputs in zip(keys, (pair.plain, pair.reduced), strict=True):
+                    scores[key] = scorer.add(key, path, image, outputs)
+            result = pair.to_dict(agreement, **scores)
+            if pictures:
+                (file,) = batch.result_folder.files(batch.names[path])
+                batch.result_folder.save(side_by_side([[each] for each in pictures], pair.titles())[0], file)
+                result["file"] = str(file)
+            return result
+
+        return work, lambda: {key: None if scorer is None else scorer.score(key) for key in keys}
+
+    return compare_images(args, task, metric, begin)
+
+
+def compare_images(
+    args: argparse.Namespace,
+    task: str,
+    metric: str | None,
+    begin: Callable[[LoadedModel, Batch], tuple[Work, Scores]],
+    closing: str | None = None,
+) -> int:
+    """The loop of a comparison: a line an image, one for all, a verdict.
+
+    Args:
+        args, task, metric: as in `compare`.
+        begin: makes what does the work for one image, and what scores all of them.
+        closing: a line where results are, for people.
+    """
+    from ..evaluation.paired import PairTable, summarize_pairs
     from ..evaluation.verdict import verdict
-    from ..images import read_image
-    from ..visualization import side_by_side
 
     batch = Batch(args, ("_comparison.png",) if task != "classify" else (), to_lines=task == "classify")
     if not batch.images:
         return batch.finish(None, images=[])
     loaded = load(args, task)
-    scorer = scorer_for(loaded, args.labels) if args.labels else None
-    keys = [f"{kind}_{metric.lower()}" for kind in ("plain", "reduced")] if metric else []
-    table = PairTable([path.name for path in batch.images], metric if scorer else None)
-
-    def work(path: Path) -> dict[str, Any]:
-        image = read_image(path)
-        pair = run_pair(loaded, loaded.prepare(image), args.repeats)
-        agreement, pictures = predictions(loaded, image, pair)
-        scores: dict[str, float | None] = dict.fromkeys(keys)
-        if scorer is not None:
-            for key, outputs in zip(keys, (pair.plain, pair.reduced), strict=True):
-                scores[key] = scorer.add(key, path, image, outputs)
-        result = pair.to_dict(agreement, **scores)
-        if pictures:
-            titles = f"off: {pair.plain_ms:.0f} ms", f"on: {pair.reduced_ms:.0f} ms ({result['speedup']:.2f}x)"
-            (file,) = batch.result_folder.files(batch.names[path])
-            batch.result_folder.save(side_by_side([[picture] for picture in pictures], titles)[0], file)
-            result["file"] = str(file)
-        return result
+    work, scores = begin(loaded, batch)
+    table = PairTable([path.name for path in batch.images], metric if args.labels else None)
 
     def row(result: dict[str, Any]) -> str:
         line = table.row(Path(result["image"]).name, result)
@@ -65,13 +93,12 @@ def compare(args: argparse.Namespace, task: str, predictions: Predictions, metri
 
     batch.run(work, row)
     if not batch.results:
-        return batch.finish(loaded, images=[], all=None)
-    every = {key: None if scorer is None else scorer.score(key) for key in keys}
-    summary = summarize_pairs(batch.results, **every)
-    told = verdict(max(result["tokens"][0] for result in batch.results), summary["speedup"])
+        return batch.finish(loaded, images=[], all=None, verdict=[])
+    summary = summarize_pairs(batch.results, **scores())
     if len(batch.results) > 1:
         batch.say(table.row("all", summary))
-    if not (batch.json or batch.json_lines):
-        for line in told:
-            tell(line)
+    if closing is not None:
+        batch.say(closing)
+    told = verdict(max(result["tokens"][0] for result in batch.results), summary["speedup"])
+    batch.advise(told)
     return batch.finish(loaded, images=batch.results, all=summary, verdict=told)

@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
         return compare(args, "depth", lambda *found: _predictions(args.colors, *found), None)
     from ..evaluation.depth import colorize_depth, depth_map, depth_range, is_metric, to_16_bits
+    from . import predicting
     from .batch import Batch
-    from .predicting import predict, tell_taken
 
     batch = Batch(args, ("_depth.png", "_color.png"))
     if not batch.images:
@@ -62,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
         unit = " m" if limits["metric"] else ""
         return f"{result['image']}: 0 to 65535 are {limits['low']:g} to {limits['high']:g}{unit}, {result['files'][0]}"
 
-    taken = predict(batch, loaded, finish, shown, args.batch_size)
-    tell_taken(taken, batch)
-    return batch.finish(loaded, images=batch.results, took=taken.to_dict())
+    return predicting.run(batch, loaded, finish, shown, args.batch_size)
 
 
 def _predictions(

@@ -12,6 +12,7 @@ from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from PIL import Image
 
     from ..evaluation.loading import LoadedModel
@@ -47,17 +48,15 @@ def run(args: argparse.Namespace) -> int:
         return compare(args, "detect", lambda *found: _predictions(args.threshold, *found), "AP")
     from ..evaluation.boxes import draw_boxes, find_boxes, to_coco
     from ..evaluation.writing import save_text
-    from ..visualization import class_palette
+    from . import predicting
     from .batch import Batch
-    from .predicting import predict, tell_taken
 
     batch = Batch(args, ("_boxes.json", "_boxes.png"))
     if not batch.images:
         return batch.finish(None, images=[])
     loaded = load(args, "detect")
     loaded.switch_on()
-    folder, names = batch.result_folder, _names(loaded)
-    palette = class_palette([names.get(i, "") for i in range(max(names) + 1)])
+    folder, (names, palette) = batch.result_folder, _classes(loaded)
 
     def finish(path: Path, image: Image.Image, outputs: Any) -> dict[str, Any]:
         boxes = find_boxes(loaded, outputs, image).above(args.threshold)
@@ -72,22 +71,22 @@ def run(args: argparse.Namespace) -> int:
         more = f" and {len(boxes) - 6} more" if len(boxes) > 6 else ""
         return f"{result['image']}: {', '.join(boxes[:6]) or 'nothing'}{more}"
 
-    taken = predict(batch, loaded, finish, shown, args.batch_size)
-    tell_taken(taken, batch)
-    return batch.finish(loaded, images=batch.results, took=taken.to_dict())
+    return predicting.run(batch, loaded, finish, shown, args.batch_size)
 
 
 def _predictions(
     threshold: float, loaded: LoadedModel, image: Image.Image, pair: Pair
 ) -> tuple[float, Sequence[Image.Image]]:
     from ..evaluation.boxes import box_agreement, draw_boxes, find_boxes
-    from ..visualization import class_palette
 
-    names = _names(loaded)
-    palette = class_palette([names.get(i, "") for i in range(max(names) + 1)])
+    names, palette = _classes(loaded)
     plain, reduced = (find_boxes(loaded, outputs, image).above(threshold) for outputs in (pair.plain, pair.reduced))
     return box_agreement(plain, reduced), [draw_boxes(image, boxes, names, palette) for boxes in (plain, reduced)]
 
 
-def _names(loaded: LoadedModel) -> dict[int, str]:
-    return {int(number): str(name) for number, name in loaded.model.config.id2label.items()}
+def _classes(loaded: LoadedModel) -> tuple[dict[int, str], np.ndarray]:
+    """The classes' names by number, and a color for each number."""
+    from ..visualization import class_palette
+
+    names = {int(number): str(name) for number, name in loaded.model.config.id2label.items()}
+    return names, class_palette([names.get(number, "") for number in range(max(names) + 1)])

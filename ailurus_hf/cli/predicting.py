@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AiluRusError
 from ..images import Image, read_image
-from .batch import Batch, progress, tell
+from .batch import Batch, progress
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
@@ -95,13 +95,22 @@ def timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
     return outputs, 1e3 * (time.perf_counter() - start)
 
 
-def tell_taken(taken: Taken, batch: Batch) -> None:
-    """The closing lines of a run for people: what it took, and what to think of it."""
+def run(
+    batch: Batch, loaded: LoadedModel, finish: Finish, show: Show, size: int = 1, closing: str | None = None
+) -> int:
+    """`predict`, and the end of a command: what it took, what to think of it, the exit code.
+
+    Args:
+        closing: a line where results are, for people.
+    """
     from ..evaluation.verdict import verdict
 
-    if taken.ms and not (batch.json or batch.json_lines):
-        for line in (taken.line(), *verdict(taken.tokens[0])):
-            tell(line)
+    taken = predict(batch, loaded, finish, show, size)
+    if closing is not None:
+        batch.say(closing)
+    if taken.ms:
+        batch.advise([taken.line(), *verdict(taken.tokens[0])])
+    return batch.finish(loaded, images=batch.results, took=taken.to_dict())
 
 
 _Prepared = tuple[Path, Image.Image, dict[str, Any]]

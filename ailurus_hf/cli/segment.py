@@ -11,6 +11,9 @@ from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..evaluation.loading import LoadedModel
+    from .batch import Batch
+
 EXAMPLES = """
   ailurus-hf segment photos --model nvidia/segformer-b0-finetuned-ade-512-512 --output out
   ailurus-hf segment street.jpg --model my-segmenter --preset dense --compare --labels street_label.png
@@ -34,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _segment(args: argparse.Namespace) -> int:
     from ..evaluation.comparison import label_map, save_segmentation
+    from . import predicting
     from .batch import Batch
-    from .predicting import predict, tell_taken
 
     batch = Batch(args, ENDINGS)
     if not batch.images:
@@ -53,46 +56,24 @@ def _segment(args: argparse.Namespace) -> int:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in list(result["classes"].items())[:4])
         return f"{result['image']}: {shares}"
 
-    taken = predict(batch, loaded, finish, covered, args.batch_size)
-    batch.say(f"label maps and overlays in {args.output}")
-    tell_taken(taken, batch)
-    return batch.finish(loaded, images=batch.results, took=taken.to_dict())
+    closing = f"label maps and overlays in {args.output}"
+    return predicting.run(batch, loaded, finish, covered, args.batch_size, closing)
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from ..evaluation import comparison
-    from ..evaluation.folders import read_labels
-    from ..evaluation.paired import PairTable
-    from ..evaluation.verdict import verdict
+    from ..evaluation.comparison import SegmentationPairs
     from ..images import read_image
-    from .batch import Batch, tell
+    from .comparing import Scores, Work, compare_images
 
-    batch = Batch(args, ("_comparison.png",))
-    if not batch.images:
-        return batch.finish(None, images=[])
-    loaded = load(args, "segment")
-    num_classes, folder = len(loaded.class_names()), batch.result_folder
-    compared: list[comparison.Comparison] = []
-    table = PairTable([path.name for path in batch.images], "mIoU" if args.labels else None)
+    def begin(loaded: LoadedModel, batch: Batch) -> tuple[Work, Scores]:
+        pairs, folder = SegmentationPairs(loaded, args.labels, args.repeats), batch.result_folder
 
-    def compare(path: Path) -> dict[str, Any]:
-        image = read_image(path)
-        truth = read_labels(path, args.labels, image.size, num_classes) if args.labels else None
-        (file,) = folder.files(batch.names[path])
-        compared.append(comparison.compare_image(loaded, path, image, truth, args.repeats, file, folder.save))
-        return compared[-1].to_dict()
+        def work(path: Path) -> dict[str, Any]:
+            (file,) = folder.files(batch.names[path])
+            result, picture = pairs.compare(path, read_image(path))
+            folder.save(picture, file)
+            return {**result, "file": str(file)}
 
-    def row(result: dict[str, Any]) -> str:
-        line = table.row(Path(result["image"]).name, result)
-        return f"{table.header()}\n{line}" if len(batch.results) == 1 else line
+        return work, pairs.scores
 
-    batch.run(compare, row)
-    summary = comparison.summarize(compared) if compared else None
-    if summary and len(compared) > 1:
-        batch.say(table.row("all", summary))
-    batch.say(f"pictures in {args.output}")
-    told = verdict(max(each.num_tokens for each in compared), summary["speedup"]) if summary else []
-    if not (batch.json or batch.json_lines):
-        for line in told:
-            tell(line)
-    return batch.finish(loaded, images=batch.results, all=summary, verdict=told)
+    return compare_images(args, "segment", "mIoU", begin, f"pictures in {args.output}")

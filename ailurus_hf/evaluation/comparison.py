@@ -5,9 +5,7 @@ Used by `ailurus-hf segment` and examples/segment_image.py.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from PIL import Image
 
 from ..apply import ailurus_enabled
 from ..visualization import class_palette, compare_predictions, overlay_labels
+from .folders import read_labels
 from .paired import run_pair
 from .writing import save_picture
 
@@ -54,11 +53,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def segment(loaded: LoadedModel, inputs: dict[str, Any], image: Image.Image) -> np.ndarray:
-    """The model's label map of an image, [H, W]."""
-    return label_map(loaded, loaded(inputs), image)
-
-
 def label_map(loaded: LoadedModel, outputs: Any, image: Image.Image) -> np.ndarray:
     """The label map, [H, W], of the model's outputs for one image.
 
@@ -89,94 +83,57 @@ def save_segmentation(
     return {names[i]: round(float(shares[i]), 4) for i in np.argsort(-shares, kind="stable") if shares[i] > 0}
 
 
-@dataclass
-class Comparison:
-    """One image, plain beside reduced: median milliseconds, share of equal pixels (0 to 1), tokens, confusions."""
-
-    image: str
-    file: str
-    plain_ms: float
-    reduced_ms: float
-    agreement: float
-    num_tokens: int
-    num_clusters: int
-    plain_confusion: np.ndarray | None
-    reduced_confusion: np.ndarray | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers for JSON; mIoU is None without ground truth."""
-        return {
-            "image": self.image,
-            "file": self.file,
-            "tokens": [self.num_tokens, self.num_clusters],
-            "plain_ms": round(self.plain_ms, 3),
-            "reduced_ms": round(self.reduced_ms, 3),
-            "speedup": round(self.plain_ms / self.reduced_ms, 3),
-            "agreement": round(self.agreement, 5),
-            "plain_miou": _rounded_miou(self.plain_confusion),
-            "reduced_miou": _rounded_miou(self.reduced_confusion),
-        }
-
-
-def compare_image(
-    loaded: LoadedModel,
-    path: Path,
-    image: Image.Image,
-    truth: np.ndarray | None,
-    repeats: int,
-    file: Path,
-    save: Save = save_picture,
-) -> Comparison:
-    """Times plain and reduced forwards in turn on one image and writes the comparison picture.
+class SegmentationPairs:
+    """Images of which each is segmented plain and reduced, in turn.
 
     Args:
-        file: where the picture goes.
+        loaded: the model, with settings to reduce it.
+        labels: ground truth, as in `read_labels`; None: nothing is scored.
+        repeats: timed runs of each.
     """
-    inputs = loaded.prepare(image)
-    pair = run_pair(loaded, inputs, repeats)
-    plain_ms, reduced_ms = pair.plain_ms, pair.reduced_ms
-    plain, reduced = label_map(loaded, pair.plain, image), label_map(loaded, pair.reduced, image)
-    with ailurus_enabled(loaded.model, loaded.ailurus):
-        pictures = loaded.draw_clusters(inputs)
-    names = loaded.class_names()
-    matrices = [None if truth is None else confusion(labels, truth, len(names)) for labels in (plain, reduced)]
-    scores = ["" if matrix is None else f", mIoU {mean_iou(matrix):.1%}" for matrix in matrices]
-    picture = compare_predictions(
-        image,
-        plain,
-        reduced,
-        pictures.assignment,
-        truth,
-        class_names=names,
-        plain_title=f"AiluRus off: {plain_ms:.0f} ms{scores[0]}",
-        reduced_title=f"AiluRus on: {reduced_ms:.0f} ms ({plain_ms / reduced_ms:.2f}x){scores[1]}",
-        assignment_title=f"{pictures.num_tokens} tokens in {pictures.num_clusters} clusters",
-    )
-    save(picture, file)
-    agreement = float((plain == reduced).mean())
-    return Comparison(
-        str(path), str(file), plain_ms, reduced_ms, agreement, pictures.num_tokens, pictures.num_clusters, *matrices
-    )
+
+    def __init__(self, loaded: LoadedModel, labels: str | None, repeats: int) -> None:
+        self.loaded, self.labels, self.repeats = loaded, labels, repeats
+        self.names = loaded.class_names()
+        # By "plain" and "reduced", pixels of all images by true and predicted class.
+        self.confusions: dict[str, np.ndarray] = {}
+
+    def compare(self, path: Path, image: Image.Image) -> tuple[dict[str, Any], Image.Image]:
+        """The numbers of one image, of `Pair.to_dict`, and a picture of both label maps."""
+        loaded = self.loaded
+        truth = read_labels(path, self.labels, image.size, len(self.names)) if self.labels else None
+        inputs = loaded.prepare(image)
+        pair = run_pair(loaded, inputs, self.repeats)
+        with ailurus_enabled(loaded.model, loaded.ailurus):
+            pictures = loaded.draw_clusters(inputs)
+        maps = {"plain": label_map(loaded, pair.plain, image), "reduced": label_map(loaded, pair.reduced, image)}
+        scores: dict[str, float | None] = dict.fromkeys(maps)
+        if truth is not None:
+            for kind, labels in maps.items():
+                matrix = confusion(labels, truth, len(self.names))
+                self.confusions[kind] = self.confusions.get(kind, 0) + matrix
+                scores[kind] = mean_iou(matrix) if matrix.any() else None
+        told = ["" if score is None else f", mIoU {score:.1%}" for score in scores.values()]
+        titles = [f"AiluRus {title}" for title in pair.titles(*told)]
+        picture = compare_predictions(
+            image,
+            maps["plain"],
+            maps["reduced"],
+            pictures.assignment,
+            truth,
+            class_names=self.names,
+            plain_title=titles[0],
+            reduced_title=titles[1],
+            assignment_title=f"{pictures.num_tokens} tokens in {pictures.num_clusters} clusters",
+        )
+        agreement = float((maps["plain"] == maps["reduced"]).mean())
+        return pair.to_dict(agreement, **_named(scores)), picture
+
+    def scores(self) -> dict[str, float | None]:
+        """mIoU over all pixels, of plain and reduced; None without ground truth."""
+        matrices = {kind: self.confusions.get(kind) for kind in ("plain", "reduced")}
+        return _named({k: None if m is None or not m.any() else mean_iou(m) for k, m in matrices.items()})
 
 
-def summarize(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """All images as one: medians of the times, mean agreement, mIoU over all pixels."""
-    plain = statistics.median(c.plain_ms for c in comparisons)
-    reduced = statistics.median(c.reduced_ms for c in comparisons)
-    return {
-        "plain_ms": round(plain, 3),
-        "reduced_ms": round(reduced, 3),
-        "speedup": round(plain / reduced, 3),
-        "agreement": round(statistics.fmean(c.agreement for c in comparisons), 5),
-        "plain_miou": _rounded_miou(_total(c.plain_confusion for c in comparisons)),
-        "reduced_miou": _rounded_miou(_total(c.reduced_confusion for c in comparisons)),
-    }
-
-
-def _total(matrices: Iterable[np.ndarray | None]) -> np.ndarray | None:
-    known = [matrix for matrix in matrices if matrix is not None]
-    return np.sum(known, axis=0) if known else None
-
-
-def _rounded_miou(matrix: np.ndarray | None) -> float | None:
-    return None if matrix is None or not matrix.any() else round(mean_iou(matrix), 5)
+def _named(scores: dict[str, float | None]) -> dict[str, float | None]:
+    return {f"{kind}_miou": score for kind, score in scores.items()}

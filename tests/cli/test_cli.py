@@ -10,17 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_models import TINY, run_json, save_models
 from PIL import Image
-from transformers import BertConfig, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+from transformers import BertConfig, ViTConfig, ViTImageProcessor, ViTModel
 
-from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor, config
+from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor, config
 from ailurus_hf.cli import build_parser, doctor, main
 from ailurus_hf.cli.arguments import AILURUS_FIELDS
 from ailurus_hf.evaluation.comparison import confusion, mean_iou
 from ailurus_hf.segmenter import sliding_window_logits
-
-TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
-CLASSES = {0: "sky", 1: "road", 2: "car"}
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = (folder / "images/b.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
 
-    torch.manual_seed(0)
-    vit = ViTForImageClassification(ViTConfig(**TINY, image_size=64, id2label=CLASSES))
-    vit.save_pretrained(folder / "vit")
-    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "vit")
-    encoder = {"model_type": "vit", **TINY, "image_size": 64}
-    segmenter = SegmenterForSemanticSegmentation(SegmenterConfig(encoder_config=encoder, id2label=CLASSES))
-    segmenter.save_pretrained(folder / "segmenter")
-    SegmenterImageProcessor().save_pretrained(folder / "segmenter")
+    save_models(folder)
     BertConfig().save_pretrained(folder / "bert")
     (folder / "empty").mkdir()
     (folder / "official").mkdir()
@@ -58,11 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_segment_writes_label_maps_and_overlays(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

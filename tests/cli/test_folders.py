@@ -10,16 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from cli_models import save_models
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
+from ailurus_hf import SegmenterImageProcessor
 from ailurus_hf.cli import main
 from ailurus_hf.evaluation.folders import find_images, result_names
 from ailurus_hf.evaluation.loading import BadInputError
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
 BAD = ("._a.jpg", "cut.png", "dangling.jpg", "empty.jpg", "folder.jpg", "text.png")
 
 
@@ -30,15 +28,7 @@ def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    classes = {0: "sky", 1: "road", 2: "car"}
-    ViTForImageClassification(ViTConfig(**TINY, image_size=64, id2label=classes)).save_pretrained(folder / "vit")
-    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "vit")
-    encoder = {"model_type": "vit", **TINY, "image_size": 64}
-    segmenter = SegmenterForSemanticSegmentation(SegmenterConfig(encoder_config=encoder, id2label=classes))
-    segmenter.save_pretrained(folder / "segmenter")
-    SegmenterImageProcessor().save_pretrained(folder / "segmenter")
+    folder = save_models(tmp_path_factory.mktemp("models"))
     SegmenterImageProcessor(do_resize=True).save_pretrained(folder / "vit_resizing")
     return folder
 

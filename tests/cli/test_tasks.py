@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from cli_models import run_json
 from model_parts import PATCH, SQUARE
 from models import CASES
 from PIL import Image
@@ -58,11 +59,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate("ab"):
         pixels = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(f"images/{name}.png")
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    assert main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def given(command: str, models: Path, *options: str) -> list[str]:

@@ -6,23 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from cli_models import save_models
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from ailurus_hf import AiluRusConfig
 from ailurus_hf.cli import main
 from ailurus_hf.evaluation.tuned import Tuned
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 8}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tune")
-    torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**SIZES, image_size=64)).save_pretrained(folder / "vit")
-    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder / "vit")
+    folder = save_models(tmp_path_factory.mktemp("tune"))
     (folder / "images").mkdir()
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 56, 3), dtype=np.uint8)
