@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from types import FrameType
@@ -23,6 +23,7 @@ from typing import NamedTuple, NoReturn
 
 from .. import __version__
 from ..errors import AiluRusError
+from .launchers import LaunchError, launched
 
 MAX_ERROR_LENGTH = 500
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 141  # 128 and the signal's number, as shells have it
@@ -137,5 +138,8 @@ def _tell(command: str, message: str, code: int) -> int:
     message = " ".join(message.split())
     if len(message) > MAX_ERROR_LENGTH:  # a wrong checkpoint names hundreds of weights
         message = f"{message[:MAX_ERROR_LENGTH]} …"
+    with suppress(LaunchError):
+        if (place := launched()).rank:
+            message = f"{place}: {message}"
     sys.stderr.write(f"ailurus-hf {command}: error: {message}\n")
     return code

@@ -34,11 +34,30 @@ AILURUS_FIELDS = (
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Images and folders of them, and what happens where one cannot be read."""
-    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("images", nargs="*", help="image files, or folders of them")
+    parser.add_argument("--list", metavar="FILE", help="images, or folders of them, of a text file: a path a line")
     parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first image that fails (default: name it, do the others)"
     )
+
+
+def given_images(args: argparse.Namespace) -> list[str]:
+    """The paths given as arguments, then those of --list. Raises BadInputError where there are none."""
+    from ..evaluation.bad_input import BadInputError
+
+    given = list(args.images)
+    if args.list:
+        try:
+            lines = Path(args.list).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise BadInputError(
+                f"cannot read --list {args.list}: {getattr(error, 'strerror', None) or error}"
+            ) from error
+        given += [line for line in lines if line.strip()]
+    if not given:
+        raise BadInputError(f"no path in {args.list}" if args.list else "no images: name files or folders, or --list")
+    return given
 
 
 def add_output(
@@ -239,10 +258,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def load(args: argparse.Namespace, task: str | None) -> LoadedModel:
-    """The model of `add_model`, to be reduced as `add_ailurus` says. Raises BadInputError."""
+def load(args: argparse.Namespace, task: str | None, device: str | None = None) -> LoadedModel:
+    """The model of `add_model`, to be reduced as `add_ailurus` says; on another device than --device where one
+    is given. Raises BadInputError."""
     from ..evaluation.loading import BadInputError, load_model
 
+    device = device or args.device
     given = {name: getattr(args, name) for name in AILURUS_FIELDS if getattr(args, name) is not None}
     if isinstance(given.get("stages"), int):
         given["stages"] = (given["stages"],)
@@ -254,7 +275,7 @@ def load(args: argparse.Namespace, task: str | None) -> LoadedModel:
         raise BadInputError("--min-keep-ratio keeps another number of tokens for each image: use --batch-size 1")
     texts = getattr(args, "labels_text", None)
     if not getattr(args, "no_ailurus", False):
-        return load_model(args.model, task, args.device, args.dtype, given, args.preset, settings, texts, saved)
+        return load_model(args.model, task, device, args.dtype, given, args.preset, settings, texts, saved)
     if named := [*given, *settings, *(name for name in ("preset", "config") if getattr(args, name))]:
         raise BadInputError(f"--no-ailurus and --{named[0].replace('_', '-')} do not go together")
-    return load_model(args.model, task, args.device, args.dtype, None, labels_text=texts)
+    return load_model(args.model, task, device, args.dtype, None, labels_text=texts)

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AiluRusError
+from .telling import print_json, progress, tell
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
     from ..evaluation.writing import Existing, ResultFolder, ResultLines
+    from .shared_work import Meeting
+
+Show = Callable[[dict[str, Any]], "str | None"]
 
 # Options that decide nothing about a result.
 NO_SETTINGS = {
-    *("run", "images", "recursive", "strict", "output", "overwrite", "resume", "json", "json_lines"),
+    *("run", "images", "list", "recursive", "strict", "output", "overwrite", "resume", "json", "json_lines"),
     *("device", "batch_size", "repeats"),
 }
 
 # What differs from run to run, and is not written down with a result.
 TIMES = {"ms"}
-
-Item = TypeVar("Item")
 
 
 class FailedImageError(AiluRusError):
@@ -37,12 +41,16 @@ class FailedImageError(AiluRusError):
 class Batch:
     """The images of a command.
 
-    images: those to do: not known to fail, and not done already. Headers are read at once, so that a file that holds no
-        image is told before a model is loaded.
+    Where a launcher started several processes, each has its share of them, and the first one tells the results of all.
+
+    todo: the images to do, of all processes: not known to fail, and not done already. Headers are read at once, so that
+        a file that holds no image is told before a model is loaded.
+    images: those of them that this process does.
     names: for each image the relative name of its results, without suffix.
     results, failed: one entry for each image that is done, {"image", …}, and for each that failed, {"image", "error"}.
     skipped: images whose results were there already (--resume).
     folder: where results are written, for a command that has `endings`; lines: the file of results, where one is given.
+    device: the name of the device to load the model to.
 
     Args:
         args: of the command.
@@ -53,40 +61,89 @@ class Batch:
     def __init__(self, args: argparse.Namespace, endings: Sequence[str] = (), to_lines: bool = False) -> None:
         from ..evaluation import writing
         from ..evaluation.folders import find_images, result_names, subfolders
-        from ..images import READING_ERRORS, Image, why
+        from .arguments import given_images
+        from .shared_work import device_for, meeting_folder
 
         self.command, self.strict, self.json = args.command, args.strict, args.json
         self.json_lines = getattr(args, "json_lines", False)
         output = Path(args.output) if endings else None
-        paths = find_images(args.images, args.recursive, leave_out=output)
-        self.names = result_names(args.images, args.recursive, leave_out=output)
+        given = given_images(args)
+        paths = find_images(given, args.recursive, leave_out=output)
+        self.names = result_names(given, args.recursive, leave_out=output)
         self.results: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
         self.skipped: list[Path] = []
-        self.images: list[Path] = []
+        self.todo: list[Path] = []
         self.folder: ResultFolder | None = None
         self.lines: ResultLines | None = None
-        self._left = len(paths)
+        self.lost: list[str] = []
+        self.show: Show = lambda result: None
+        self.meeting = meet(args, to_lines) if endings or to_lines else None
+        self._meeting_folder = meeting_folder(args.output, to_lines) if (endings or to_lines) and args.output else None
+        self._block = getattr(args, "batch_size", 1)
+        self._paths = paths
+        self._ends: dict[int, dict[str, Any]] = {}
+        self._gathered = False
+        # What is known of images and not told yet: it waits for the images before.
+        self._waiting: dict[str, dict[str, Any]] = {}
+        self._told = 0
         if endings:
             self.folder = writing.ResultFolder(args.output, endings, existing(args), result_settings(args))
-            done = self.folder.check(self.names.values(), paths)
-            self.skipped = [path for path in paths if self.names[path] in done]
+        neighbor = self.meeting.neighbors.index(self.meeting.rank) if self.meeting else 0
+        self.device = device_for(args.device, neighbor)
+        if self.meeting is not None and self.meeting.rank:
+            plan = self.meeting.read_plan(paths)
+            self._gathered = plan is None  # the command is over: nobody waits for this process
+            self.todo = [paths[number] for number in plan or ()]
+        else:
+            with self._leading():
+                if not args.recursive and (left_out := subfolders(given)):
+                    tell(f"{len(left_out)} subfolders are left out ({left_out[0]} …): --recursive looks into them")
+                self._check(args, to_lines)
+        self.images = self.meeting.share(self.todo, self._block) if self.meeting else self.todo
+
+    def _check(self, args: argparse.Namespace, to_lines: bool) -> None:
+        """What there is to do, by the process that decides it."""
+        from ..evaluation.writing import ResultLines
+        from ..images import READING_ERRORS, Image, why
+        from .shared_work import check_times, left_results, meeting_folder
+
+        if self.meeting is not None and getattr(args, "compare", False):
+            check_times(self.meeting, args.device, args.labels)
+        if self.folder is not None:
+            done = self.folder.check(self.names.values(), self._paths)
+            self.skipped = [path for path in self._paths if self.names[path] in done]
         elif to_lines and args.output:
-            self.lines = writing.ResultLines(args.output, existing(args), result_settings(args))
-            self.skipped = [path for path in paths if str(path) in self.lines.done]
-        if not args.recursive and (left_out := subfolders(args.images)):
-            tell(f"{len(left_out)} subfolders are left out ({left_out[0]} …): --recursive looks into them")
+            self.lines = ResultLines(args.output, existing(args), result_settings(args))
+            if args.resume:
+                for result in left_results(meeting_folder(args.output, True), self.lines.settings):
+                    self._add_line(result)
+            self.skipped = [path for path in self._paths if str(path) in self.lines.done]
         skipped = set(self.skipped)
-        for path in paths:
+        for path in self._paths:
             if path in skipped:
                 continue
             try:
                 with Image.open(path):
-                    self.images.append(path)
+                    self.todo.append(path)
             except READING_ERRORS as error:
-                self.fail(path, f"{path} is not a readable image: {why(error, path)}")
+                self._tell_failed(path, _named(path, f"{path} is not a readable image: {why(error, path)}"))
 
-    def run(self, work: Callable[[Path], dict[str, Any]], show: Callable[[dict[str, Any]], str | None]) -> None:
+    @contextmanager
+    def _leading(self) -> Iterator[None]:
+        """Around what the first process decides: the others hear of it, or that there is nothing to do."""
+        if self.meeting is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            self.meeting.write_plan(None)
+            raise
+        todo = set(self.todo)
+        self.meeting.write_plan(self._paths, [number for number, path in enumerate(self._paths) if path in todo])
+
+    def run(self, work: Callable[[Path], dict[str, Any]], show: Show) -> None:
         """Does the work for each image.
 
         Args:
@@ -96,37 +153,154 @@ class Batch:
         Raises:
             WritingError: a result cannot be written, which would be so for the next one too.
             FailedImageError: an image failed, with --strict.
+            ProcessError: the first process has stopped the work.
         """
+        self.show = show
         with self.told():
             for path in progress(self.images):
-                self.attempt(path, work, show)
+                self.attempt(path, work)
 
-    def attempt(
-        self, path: Path, work: Callable[[Path], dict[str, Any]], show: Callable[[dict[str, Any]], str | None]
-    ) -> None:
-        """Does the work for one image: its result, or the reason why it failed. As in `run`."""
+    def attempt(self, path: Path, work: Callable[[Path], dict[str, Any]]) -> None:
+        """Does the work for one image: its result, or the reason why it failed. As in `run`, with `show` set."""
         try:
             result = {"image": str(path), **work(path)}
         except Exception as error:
             self.fail_with(path, error)
             return
-        self.results.append(result)
-        if self.lines is not None:
-            self.lines.add({name: value for name, value in result.items() if name not in TIMES})
-        if self.json_lines:
-            tell(json.dumps(result), sys.stdout)
-        elif not self.json and (line := show(result)) is not None:
-            tell(line, sys.stdout)
+        self._deliver(str(path), {"result": result})
+
+    def fail(self, path: Path, reason: str) -> None:
+        """Names an image that failed. Raises FailedImageError with --strict."""
+        self._deliver(str(path), {"error": _named(path, reason)})
+
+    def fail_with(self, path: Path, error: Exception) -> None:
+        """Names an image that failed for this error. Raises errors that the next image would meet as well."""
+        from ..evaluation.writing import WritingError
+        from .shared_work import ProcessError
+
+        if isinstance(error, (WritingError, FailedImageError, ProcessError)):
+            raise error
+        # Processors and models refuse an image in as many ways as there are of them.
+        self.fail(path, str(error) if isinstance(error, AiluRusError) else f"{path}: {type(error).__name__}: {error}")
+
+    def gather(self, own: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Waits until all processes are done, or gone, and tells what they did.
+
+        Args:
+            own: what this process has to say of its share, for JSON.
+
+        Returns:
+            What each says; None where this is not the first process: it is done.
+        """
+        self._gathered = True
+        if self.meeting is None:
+            return [own]
+        if self.meeting.rank:
+            self.meeting.end(own)
+            return None
+        with self.told():
+            waiting = set(range(1, self.meeting.size))
+            while waiting:
+                # Looked at before its journal is read: what it wrote last is in there.
+                gone = {rank for rank in waiting if self.meeting.is_gone(rank)}
+                self._collect()
+                self._tell_in_order()
+                waiting -= self._ends.keys()
+                for rank in waiting & gone:
+                    self._lose(rank)
+                waiting -= gone
+                if waiting:
+                    time.sleep(0.1)
+            self._tell_in_order(leave_gaps=True)
+        return [own, *(self._ends[rank] for rank in sorted(self._ends))]
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Says what is done where something ends the run: an interrupt, a signal, a full disk."""
+        """Says what is done where something ends the run: an interrupt, a signal, a full disk; and who is gone."""
         try:
             yield
         except BaseException as error:
+            if self.meeting is not None and self.meeting.rank == 0:
+                self.meeting.stop()
+                self._collect()
             if not isinstance(error, (FailedImageError, BrokenPipeError)):
                 tell(self._summary())
+                for who in self.meeting.gone(self._ends) if self.meeting is not None else ():
+                    tell(f"{who} ended before its share was done")
             raise
+
+    def _deliver(self, image: str, entry: dict[str, Any]) -> None:
+        """Of an image of this process: tells its result or error, or hands it to the first process."""
+        if self.meeting is None or not self.meeting.rank:
+            self._take(image, entry)
+            self._collect()
+            self._tell_in_order()
+            return
+        if "result" in entry:
+            self.results.append(entry["result"])
+        else:
+            self.failed.append({"image": image, "error": entry["error"]})
+        self.meeting.write({"image": image, **entry})
+
+    def _take(self, image: str, entry: dict[str, Any]) -> None:
+        self._waiting[image] = entry
+        if "result" in entry:
+            self._add_line(entry["result"])
+
+    def _collect(self) -> None:
+        """What the other processes have written since."""
+        if self.meeting is None:
+            return
+        for rank in range(1, self.meeting.size):
+            for entry in self.meeting.read(rank):
+                if "image" in entry:
+                    self._take(entry["image"], entry)
+                elif "end" in entry:
+                    self._ends[rank] = entry["end"]
+
+    def _tell_in_order(self, leave_gaps: bool = False) -> None:
+        """Tells what waits, as far as all before it is there."""
+        while self._told < len(self.todo):
+            image = str(self.todo[self._told])
+            if image not in self._waiting and not leave_gaps:
+                return
+            self._told += 1
+            entry = self._waiting.pop(image, {})
+            if "error" in entry:
+                self._tell_failed(Path(image), entry["error"])
+            elif entry:
+                self._tell_result(entry["result"])
+
+    def _tell_result(self, result: dict[str, Any]) -> None:
+        self.results.append(result)
+        if self.json_lines:
+            tell(json.dumps(result), sys.stdout)
+        elif not self.json and (line := self.show(result)) is not None:
+            tell(line, sys.stdout)
+
+    def _tell_failed(self, path: Path, reason: str) -> None:
+        if self.strict:
+            raise FailedImageError(reason)
+        self.failed.append({"image": str(path), "error": reason})
+        tell(f"ailurus-hf {self.command}: error: {reason}")
+        if self.json_lines:
+            tell(json.dumps(self.failed[-1]), sys.stdout)
+
+    def _add_line(self, result: dict[str, Any]) -> None:
+        if self.lines is not None and result["image"] not in self.lines.done:
+            self.lines.add({name: value for name, value in result.items() if name not in TIMES})
+
+    def _lose(self, rank: int) -> None:
+        """Names a process that is gone; the images that it did not do have failed."""
+        assert self.meeting is not None
+        share = self.meeting.share(self.todo, self._block, rank)
+        known = self._waiting.keys() | {each["image"] for each in [*self.results, *self.failed]}
+        left = [str(path) for path in share if str(path) not in known]
+        reason = f"{self.meeting.name(rank)} ended before its share was done"
+        self.failed += [{"image": image, "error": reason} for image in left]
+        self.lost.append(reason)
+        rest = f"{len(left)} of its {len(share)} images are left; --resume does them"
+        tell(f"ailurus-hf {self.command}: error: {reason}: {rest}")
 
     @property
     def result_folder(self) -> ResultFolder:
@@ -145,27 +319,6 @@ class Batch:
         if self.results and not (self.json or self.json_lines):
             tell(line, sys.stdout)
 
-    def fail(self, path: Path, reason: str) -> None:
-        """Names an image that failed. Raises FailedImageError with --strict."""
-        reason = " ".join(reason.split())
-        if path.name not in reason:
-            reason = f"{path}: {reason}"
-        if self.strict:
-            raise FailedImageError(reason)
-        self.failed.append({"image": str(path), "error": reason})
-        tell(f"ailurus-hf {self.command}: error: {reason}")
-        if self.json_lines:
-            tell(json.dumps(self.failed[-1]), sys.stdout)
-
-    def fail_with(self, path: Path, error: Exception) -> None:
-        """Names an image that failed for this error. Raises errors that the next image would meet as well."""
-        from ..evaluation.writing import WritingError
-
-        if isinstance(error, (WritingError, FailedImageError)):
-            raise error
-        # Processors and models refuse an image in as many ways as there are of them.
-        self.fail(path, str(error) if isinstance(error, AiluRusError) else f"{path}: {type(error).__name__}: {error}")
-
     def finish(self, loaded: LoadedModel | None, **fields: Any) -> int:
         """Prints the JSON, if it was asked for, and what was done; returns the exit code.
 
@@ -173,6 +326,14 @@ class Batch:
             loaded: the model that ran; None where no image was left to run it on.
             fields: what the JSON tells beside the model and the images that failed.
         """
+        if not self._gathered:
+            self.gather({})
+        if self.meeting is not None and self.meeting.rank:
+            return 0  # the first process tells the rest
+        if self.lines is not None:
+            self.lines.put_in_order([str(path) for path in self._paths])
+        if self._meeting_folder is not None:
+            shutil.rmtree(self._meeting_folder, ignore_errors=True)
         if self.json_lines:
             pass
         elif self.json:
@@ -180,14 +341,32 @@ class Batch:
             print_json(loaded, **fields, **skipped, failed=self.failed)
         if (self.failed and len(self.names) > 1) or self.skipped:
             tell(self._summary())
-        return 1 if self.failed else 0
+        return 1 if self.failed or self.lost else 0
 
     def _summary(self) -> str:
-        left = self._left - len(self.results) - len(self.failed) - len(self.skipped)
-        parts = [f"{len(self.results)} done"]
+        waiting = sum("result" in entry for entry in self._waiting.values())
+        done, failed = len(self.results) + waiting, len(self.failed) + len(self._waiting) - waiting
+        mine = len(self.images) if self.meeting is not None and self.meeting.rank else len(self._paths)
+        left = mine - done - failed - len(self.skipped)
+        parts = [f"{done} done"]
         parts += [f"{len(self.skipped)} skipped (their results are there)"] if self.skipped else []
-        parts += [f"{len(self.failed)} failed"] + ([f"{left} not begun"] if left else [])
-        return ", ".join(parts)
+        parts += [f"{failed} failed"] + ([f"{left} not begun"] if left else [])
+        who = f"{self.meeting.place}: " if self.meeting is not None and self.meeting.rank else ""
+        return who + ", ".join(parts)
+
+
+def meet(args: argparse.Namespace, to_lines: bool) -> Meeting | None:
+    """The processes that share a command's images; None where it is one alone. Raises BadInputError."""
+    from ..evaluation.bad_input import BadInputError
+    from .launchers import launched
+    from .shared_work import Meeting, meeting_folder
+
+    place = launched()
+    if place.size == 1:
+        return None
+    if not args.output:
+        raise BadInputError(f"{place.size} processes meet where results go: --output is needed")
+    return Meeting(meeting_folder(args.output, to_lines), place, result_settings(args))
 
 
 def existing(args: argparse.Namespace) -> Existing:
@@ -204,31 +383,7 @@ def result_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, "config": read_config(args.config)} if given.get("config") else given
 
 
-def progress(items: Sequence[Item]) -> Iterable[Item]:
-    """The items, with a bar on stderr where they take more than two seconds and someone is watching."""
-    from tqdm import tqdm
-
-    return tqdm(items, delay=2, disable=None, leave=False, unit="image")
-
-
-def tell(line: str, file: Any = None) -> None:
-    """A line on stderr, or on another file, above the bar where there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(line, file=file or sys.stderr)
-    (file or sys.stderr).flush()  # a reader behind a pipe sees each as it comes
-
-
-def print_json(loaded: LoadedModel | None, **fields: Any) -> None:
-    """The model, how it is reduced, and the fields, as JSON on stdout."""
-    from .. import ailurus_status
-
-    found: dict[str, Any] = {}
-    if loaded is not None:
-        found = {
-            "model": loaded.name,
-            "device": str(loaded.device),
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-            "ailurus": ailurus_status(loaded.model).to_dict() if loaded.ailurus else None,
-        }
-    print(json.dumps(found | fields, indent=2))
+def _named(path: Path, reason: str) -> str:
+    """A reason in one line that names the image."""
+    reason = " ".join(reason.split())
+    return reason if path.name in reason else f"{path}: {reason}"

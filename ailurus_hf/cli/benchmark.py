@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.timing import measured_on
     from ..evaluation.verdict import verdict
     from ..images import read_image
-    from .batch import Batch, progress
+    from .batch import Batch
+    from .telling import progress
 
     configs = benchmark.settings(args.methods, args.locations, args.keep)
     batch = Batch(args)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     batch = Batch(args, to_lines=True)
     if not batch.images:
         return batch.finish(None, images=[])
-    loaded = load(args, "classify")
+    loaded = load(args, "classify", batch.device)
     loaded.switch_on()
     names = loaded.class_names()
 

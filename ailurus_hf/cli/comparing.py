@@ -83,15 +83,17 @@ def compare_images(
     batch = Batch(args, ("_comparison.png",) if task != "classify" else (), to_lines=task == "classify")
     if not batch.images:
         return batch.finish(None, images=[])
-    loaded = load(args, task)
+    loaded = load(args, task, batch.device)
     work, scores = begin(loaded, batch)
-    table = PairTable([path.name for path in batch.images], metric if args.labels else None)
+    table = PairTable([path.name for path in batch.todo], metric if args.labels else None)
 
     def row(result: dict[str, Any]) -> str:
         line = table.row(Path(result["image"]).name, result)
         return f"{table.header()}\n{line}" if len(batch.results) == 1 else line
 
     batch.run(work, row)
+    if batch.gather({}) is None:
+        return 0
     if not batch.results:
         return batch.finish(loaded, images=[], all=None, verdict=[])
     summary = summarize_pairs(batch.results, **scores())

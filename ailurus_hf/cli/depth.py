@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     batch = Batch(args, ("_depth.png", "_color.png"))
     if not batch.images:
         return batch.finish(None, images=[])
-    loaded = load(args, "depth")
+    loaded = load(args, "depth", batch.device)
     loaded.switch_on()
     folder, metric = batch.result_folder, is_metric(loaded.model.config)
 

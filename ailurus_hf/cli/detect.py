@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     batch = Batch(args, ("_boxes.json", "_boxes.png"))
     if not batch.images:
         return batch.finish(None, images=[])
-    loaded = load(args, "detect")
+    loaded = load(args, "detect", batch.device)
     loaded.switch_on()
     folder, (names, palette) = batch.result_folder, _classes(loaded)
 

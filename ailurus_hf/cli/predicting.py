@@ -5,20 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AiluRusError
 from ..images import Image, read_image
-from .batch import Batch, progress
+from .batch import Batch, Show
+from .telling import progress
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
 
 # From an image, its path and the model's outputs for it, to its entry in the results.
 Finish = Callable[[Path, Image.Image, Any], dict[str, Any]]
-Show = Callable[[dict[str, Any]], str | None]
 
 
 @dataclass
@@ -53,9 +53,10 @@ def predict(batch: Batch, loaded: LoadedModel, finish: Finish, show: Show, size:
         WritingError, FailedImageError: as `Batch.run`.
     """
     taken = Taken()
+    batch.show = show
 
     def one(path: Path, image: Image.Image, outputs: Any) -> None:
-        batch.attempt(path, lambda _: finish(path, image, outputs), show)
+        batch.attempt(path, lambda _: finish(path, image, outputs))
 
     def forward(inputs: dict[str, Any], count: int) -> Any:
         outputs, ms = timed(loaded, inputs)
@@ -105,7 +106,11 @@ def run(
     """
     from ..evaluation.verdict import verdict
 
-    taken = predict(batch, loaded, finish, show, size)
+    own = predict(batch, loaded, finish, show, size)
+    shares = batch.gather(asdict(own))
+    if shares is None:
+        return 0
+    taken = Taken([ms for share in shares for ms in share["ms"]], max(tuple(share["tokens"]) for share in shares))
     if closing is not None:
         batch.say(closing)
     if taken.ms:

@@ -43,7 +43,7 @@ def _segment(args: argparse.Namespace) -> int:
     batch = Batch(args, ENDINGS)
     if not batch.images:
         return batch.finish(None, images=[])
-    loaded = load(args, "segment")
+    loaded = load(args, "segment", batch.device)
     loaded.switch_on()
     names, folder = loaded.class_names(), batch.result_folder
 

@@ -17,7 +17,8 @@ def run(args: argparse.Namespace) -> int:
     from .. import ailurus_status
     from ..evaluation.loading import noise_image
     from ..images import ImageError, read_image
-    from .batch import FailedImageError, print_json
+    from .batch import FailedImageError
+    from .telling import print_json
 
     try:
         image = read_image(args.image) if args.image else None

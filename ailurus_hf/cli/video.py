@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.loading import BadInputError, choose_device, with_clustering
     from ..images import check_enlarged
     from ..visualization import side_by_side
-    from .batch import progress
+    from .telling import progress
     from .video_sampling import fitted_size, load_pipeline, read_frames, sample_frames, trained_side, write_or_keep
 
     given = {n: v for n in AILURUS_FIELDS if (v := getattr(args, f"ailurus_{n}")) is not None}

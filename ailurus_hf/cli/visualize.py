@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     batch = Batch(args, ("_assignment.png", "_rebuilt.png"))
     if not batch.images:
         return batch.finish(None, images=[])
-    loaded = load(args, None)
+    loaded = load(args, None, batch.device)
     loaded.switch_on()
     folder = batch.result_folder
 
@@ -47,4 +47,6 @@ def run(args: argparse.Namespace) -> int:
         return f"{result['image']}: {' to '.join(map(str, result['tokens']))} tokens, {', '.join(result['files'])}"
 
     batch.run(visualize, drawn)
+    if batch.gather({}) is None:
+        return 0
     return batch.finish(loaded, images=batch.results)

@@ -171,14 +171,14 @@ class ResultFolder:
             return
         pattern = re.compile(rf"\.ailurus-{re.escape(platform.node())}-(\d+)\.\w+")
         for file in self.path.rglob(".ailurus-*"):
-            if (match := pattern.fullmatch(file.name)) and not _is_running(int(match[1])):
+            if (match := pattern.fullmatch(file.name)) and not is_running(int(match[1])):
                 file.unlink(missing_ok=True)
 
 
 class ResultLines:
     """A file of JSON lines, one a result, each written whole; what becomes of one that is there is as in ResultFolder.
 
-    done: from an image to its line, of those that were there.
+    done: from an image to its result, of those that are in the file.
 
     Raises:
         WritingError: it cannot be written; BadInputError: it is there and may not be replaced, or holds something else.
@@ -208,13 +208,22 @@ class ResultLines:
             raise WritingError(f"cannot write {path}: {error.strerror}") from error
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Appends a result. Raises WritingError."""
+        """Appends the result of an image. Raises WritingError."""
         line = json.dumps({**result, "settings": self.settings}) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             raise WritingError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self.done[result["image"]] = dict(result)
+
+    def put_in_order(self, images: Sequence[str]) -> None:
+        """The lines in the order of the images; those of others stay before them. Raises as `save_text`."""
+        place = {image: number for number, image in enumerate(images)}
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        ordered = sorted(lines, key=lambda line: place.get(json.loads(line)["image"], -1))
+        if ordered != lines:
+            save_text("".join(ordered), self.path)
 
     def _read(self) -> None:
         text = self.path.read_bytes()
@@ -245,7 +254,8 @@ def _exists(file: Path) -> bool:
         return False
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine is there (on POSIX)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -136,6 +136,15 @@ def test_labels_without_a_class_are_told(
     assert "the model's classes from 0 to 2" in reasons[0] and "no such file: labels/c.png" in reasons[1]
 
 
+def test_a_list_of_images(models: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos.txt").write_text("images/c.png\n\nimages/a.png\n")
+    given = ["classify", "--model", str(models / "vit"), "--json"]
+    assert main([*given, "--list", "photos.txt"]) == 0
+    assert [each["image"] for each in json.loads(capsys.readouterr().out)["images"]] == ["images/c.png", "images/a.png"]
+    for wrong, told in (([], "no images: name files"), (["--list", "no.txt"], "cannot read --list no.txt: No such")):
+        assert main([*given, *wrong]) == 2 and told in capsys.readouterr().err
+
+
 def test_equal_names_do_not_overwrite_each_other(
     models: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
