@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.loading import LoadedModel
     from ..evaluation.paired import Pair
+    from ..visualization.palettes import ColorMap
 
 EXAMPLES = """
   ailurus-hf depth photos --model depth-anything/Depth-Anything-V2-Small-hf --keep-ratio 0.5 --output out
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predictions(
-    colors: str, loaded: LoadedModel, image: Image.Image, pair: Pair
+    colors: ColorMap, loaded: LoadedModel, image: Image.Image, pair: Pair
 ) -> tuple[float, Sequence[Image.Image]]:
     from ..evaluation.depth import colorize_depth, depth_map, relative_error
 

@@ -1,4 +1,4 @@
-"""`ailurus-hf visualize`: pictures of which tokens are merged and what is left of the image."""
+"""`ailurus-hf visualize`: which tokens are merged, how many a cluster stands for, and what is left of the image."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..images import ImageError, read_image
+    from ..visualization import draw_sheet
     from .batch import Batch
 
-    batch = Batch(args, ("_assignment.png", "_rebuilt.png"))
+    batch = Batch(args, ("_assignment.png", "_counts.png", "_rebuilt.png", "_clusters.png"))
     if not batch.images:
         return batch.finish(None, images=[])
     loaded = load(args, None, batch.device)
@@ -35,13 +36,14 @@ def run(args: argparse.Namespace) -> int:
     folder = batch.result_folder
 
     def visualize(path: Path) -> dict[str, Any]:
-        pictures = loaded.draw_clusters(loaded.prepare(read_image(path)), args.fill)
-        if pictures.assignment is None or pictures.rebuilt is None:
-            raise ImageError(f"{path.name} has {pictures.num_tokens} tokens and none are to be merged")
+        found = loaded.draw_clusters(loaded.prepare(read_image(path)), args.fill)
+        if not (panels := found.panels()):
+            raise ImageError(f"{path.name} has {found.num_tokens} tokens and none are to be merged")
         files = folder.files(batch.names[path])
-        for picture, file in zip((pictures.assignment, pictures.rebuilt), files, strict=True):
+        sheet = draw_sheet(panels, heading=f"{path.name}: {loaded.setting()}")
+        for picture, file in zip([*(panel.picture for panel in panels[1:]), sheet], files, strict=True):
             folder.save(picture, file)
-        return {"tokens": [pictures.num_tokens, pictures.num_clusters], "files": [str(file) for file in files]}
+        return {"tokens": [found.num_tokens, found.num_clusters], "files": [str(file) for file in files]}
 
     def drawn(result: dict[str, Any]) -> str:
         return f"{result['image']}: {' to '.join(map(str, result['tokens']))} tokens, {', '.join(result['files'])}"

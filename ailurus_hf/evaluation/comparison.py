@@ -113,8 +113,9 @@ class SegmentationPairs:
                 matrix = confusion(labels, truth, len(self.names))
                 self.confusions[kind] = self.confusions.get(kind, 0) + matrix
                 scores[kind] = mean_iou(matrix) if matrix.any() else None
-        told = ["" if score is None else f", mIoU {score:.1%}" for score in scores.values()]
-        titles = [f"AiluRus {title}" for title in pair.titles(*told)]
+        agreement = float((maps["plain"] == maps["reduced"]).mean())
+        told = ["" if score is None else f"mIoU {score:.1%}" for score in scores.values()]
+        titles = pair.titles()
         picture = compare_predictions(
             image,
             maps["plain"],
@@ -123,10 +124,12 @@ class SegmentationPairs:
             truth,
             class_names=self.names,
             plain_title=titles[0],
+            plain_note=told[0],
             reduced_title=titles[1],
+            reduced_note=", ".join(filter(None, [told[1], f"{agreement:.1%} of the pixels agree"])),
             assignment_title=f"{pictures.num_tokens} tokens in {pictures.num_clusters} clusters",
+            heading=f"{path.name}: {loaded.setting()}",
         )
-        agreement = float((maps["plain"] == maps["reduced"]).mean())
         return pair.to_dict(agreement, **_named(scores)), picture
 
     def scores(self) -> dict[str, float | None]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ..visualization.palettes import ColorMap, color_table
+
 if TYPE_CHECKING:
     from .loading import LoadedModel
 
-ColorMap = Literal["viridis", "magma", "gray"]
-# Nine colors of each of matplotlib's maps; what lies between is interpolated. They are read by the color-blind.
-COLOR_MAPS: dict[str, tuple[str, ...]] = {
-    "viridis": ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725"),
-    "magma": ("000004", "1d1147", "51127c", "832681", "b73779", "e75263", "fc8961", "fec488", "fcfdbf"),
-    "gray": ("000000", "ffffff"),
-}
 LARGEST = 65535
 
 
@@ -53,12 +48,9 @@ def to_16_bits(depth: np.ndarray, limits: Range) -> Image.Image:
     return Image.fromarray((_shares(depth, limits.low, limits.high) * LARGEST).round().astype(np.uint16))
 
 
-def colorize_depth(depth: np.ndarray, low: float, high: float, colors: str = "viridis") -> Image.Image:
+def colorize_depth(depth: np.ndarray, low: float, high: float, colors: ColorMap = "viridis") -> Image.Image:
     """Depths [H, W] in the colors of a map, from low to high."""
-    table = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in COLOR_MAPS[colors]], dtype=float)
-    positions = np.linspace(0, 255, len(table))
-    steps = np.stack([np.interp(np.arange(256), positions, channel) for channel in table.T], axis=1).round()
-    return Image.fromarray(steps.astype(np.uint8)[(_shares(depth, low, high) * 255).round().astype(np.uint8)])
+    return Image.fromarray(color_table(colors)[(_shares(depth, low, high) * 255).round().astype(np.uint8)])
 
 
 def relative_error(plain: np.ndarray, reduced: np.ndarray) -> float:

@@ -23,10 +23,11 @@ from ..clustering import get_clustering
 from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from ..extras import needs_extra, require
 from ..presets import HALF
-from ..visualization import draw_assignment, reconstruct_image
+from ..visualization import Panel, draw_assignment, draw_token_counts, reconstruct_image, token_count_legend
 from .bad_input import BadInputError
 from .image_size import check_processed_size
 from .tasks import has_text_tower, model_class, task_of
+from .tuned_models import label_of
 from .zero_shot import ZeroShotClassifier
 
 with needs_extra("vision", "Loading a model"):
@@ -115,6 +116,10 @@ class LoadedModel:
 
         return inputs | {"pixel_values": first_window(self.processor, inputs["pixel_values"])}
 
+    def setting(self) -> str:
+        """How it is reduced, in words."""
+        return "not reduced" if self.ailurus is None else label_of(self.ailurus)
+
     def class_names(self) -> list[str]:
         if isinstance(self.model, ZeroShotClassifier):
             return self.model.labels
@@ -129,14 +134,16 @@ class LoadedModel:
         status = ailurus_status(self.model)
         location, clusters, grid = status.locations[0], status.last_clusters, status.last_grid
         if clusters is None or grid is None:  # the image has no more tokens than are kept
-            return ClusterPictures(None, None, location.num_tokens or 0, location.num_clusters or 0)
+            return ClusterPictures(None, None, None, None, location.num_tokens or 0, location.num_clusters or 0)
         seen = self._seen_image(inputs["pixel_values"])
         patch = getattr(self.model.config, "patch_size", None)
         # A model that pads inside has the last tokens reach past the image; otherwise the tokens span it.
         padded = isinstance(patch, int) and tuple(grid) == (-(-seen.height // patch), -(-seen.width // patch))
         side = patch if padded else None
         return ClusterPictures(
+            seen,
             draw_assignment(seen, clusters, grid, fill=fill, patch_size=side),
+            draw_token_counts(seen, clusters, grid, patch_size=side),
             reconstruct_image(seen, clusters, grid, patch_size=side),
             clusters.num_tokens,
             clusters.num_clusters,
@@ -154,12 +161,26 @@ class LoadedModel:
 
 
 class ClusterPictures(NamedTuple):
-    """`draw_assignment` and `reconstruct_image` of one image; None where it had too few tokens to be reduced."""
+    """One image as the model sees it, its clusters, how many tokens each stands for, and what is left of it; None where
+    it had too few tokens to be reduced."""
 
+    seen: Image.Image | None
     assignment: Image.Image | None
+    counts: Image.Image | None
     rebuilt: Image.Image | None
     num_tokens: int
     num_clusters: int
+
+    def panels(self) -> list[Panel]:
+        """The pictures with titles; none where there are none."""
+        if self.seen is None or self.assignment is None or self.counts is None or self.rebuilt is None:
+            return []
+        return [
+            Panel("image", self.seen, f"{self.num_tokens} tokens"),
+            Panel(f"{self.num_tokens} tokens in {self.num_clusters} clusters", self.assignment),
+            Panel("tokens that a cluster stands for", self.counts, legend=token_count_legend()),
+            Panel("what is left", self.rebuilt, "each patch is the mean of its cluster"),
+        ]
 
 
 def load_model(

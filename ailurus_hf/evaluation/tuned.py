@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..apply import apply_ailurus
 from ..config import AiluRusConfig, AiluRusDiffusionConfig
 from ..errors import AiluRusError
-from ..extras import needs_extra
 from .search import AnyConfig
 from .timing import markdown
 
@@ -128,20 +127,20 @@ class Tuned:
         """Speed-up against loss of all rows, the front as a line and the chosen row marked; a figure, not shown.
 
         Raises:
-            AiluRusError: matplotlib is not there.
+            AiluRusError: matplotlib or Pillow is not there.
         """
-        with needs_extra("bench", "A plot"):
-            from matplotlib.figure import Figure
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([r.loss for r in self.front()], [r.speed_up for r in self.front()], color="#0072b2", zorder=1)
-        axes.scatter([r.loss for r in self.rows], [r.speed_up for r in self.rows], color="#0072b2", s=18, zorder=2)
-        best = self.rows[self.chosen]
-        axes.scatter([best.loss], [best.speed_up], color="#d55e00", marker="*", s=160, zorder=3)
-        axes.annotate(best.label, (best.loss, best.speed_up), (6, -12), textcoords="offset points", fontsize=8)
-        axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=self.loss_means or "loss", ylabel="speed-up", title="Speed-up against loss")
-        return figure
+        from ..visualization import plot_front
+
+        goal = ", ".join(f"{name}={value}" for name, value in self.goal.items())
+        return plot_front(
+            [row.loss for row in self.rows],
+            [row.speed_up for row in self.rows],
+            [self.rows.index(row) for row in self.front()],
+            labels=[row.label for row in self.rows],
+            chosen=self.chosen,
+            loss_means=self.loss_means or "loss",
+            title=f"{goal}: {self.rows[self.chosen].label}",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What `save` writes."""

@@ -124,4 +124,10 @@ def label_of(config: AiluRusConfig) -> str:
     """A setting in words: "0.25 after layer 2, ward, smooth"."""
     keep = config.keep_ratio if config.num_clusters is None else config.num_clusters
     clustering = config.clustering if isinstance(config.clustering, str) else config.to_dict()["clustering"]["name"]
-    return f"{keep} after layer {config.cluster_location}, {clustering}, {config.restore}"
+    layers = "layers" if isinstance(config.cluster_location, tuple) else "layer"
+    return f"{_listed(keep)} after {layers} {_listed(config.cluster_location)}, {clustering}, {config.restore}"
+
+
+def _listed(values: Any) -> str:
+    """A number, or several with "and" between them."""
+    return " and ".join(map(str, values)) if isinstance(values, tuple) else str(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ..clusters import TokenClusters
 
 
+# From this gray on a white line would be hard to see.
+BRIGHT = 150
+
+
 def draw_assignment(
     image: ImageLike,
     clusters: TokenClusters | torch.Tensor,
@@ -24,7 +28,7 @@ def draw_assignment(
     *,
     index: int = 0,
     fill: str = "mean",
-    border: Color | None = (255, 255, 255),
+    border: Color | Literal["auto"] | None = "auto",
     patch_size: int | None = None,
 ) -> Image.Image:
     """The image with every cluster of tokens filled with one color and outlined (the paper's Fig. 2).
@@ -35,7 +39,7 @@ def draw_assignment(
         grid: (rows, columns) of tokens, N in all.
         index: which image of the batch.
         fill: "mean", the cluster's mean color, or "distinct", a color of its own.
-        border: color of the outlines, None for none.
+        border: color of the outlines, None for none; "auto" is white on dark clusters and black on bright ones.
         patch_size: side of a token in pixels where the image was padded on the right and at the bottom to make
             whole tokens; None where the tokens span the image.
 
@@ -61,8 +65,28 @@ def draw_assignment(
         raise AiluRusError(f'fill is "mean" or "distinct", not {fill!r}')
     picture = colors.round().astype(np.uint8)[cluster_of_pixel]
     if border is not None:
-        picture[_edges(cluster_of_pixel)] = border
+        draw_borders(picture, cluster_of_pixel, side, border)
     return untiled(picture, crop)
+
+
+def draw_borders(picture: np.ndarray, regions: np.ndarray, side: int, color: Color | Literal["auto"] = "auto") -> None:
+    """Draws lines between regions into a picture.
+
+    Args:
+        picture: uint8 [H, W, 3], changed in place.
+        regions: the region of each pixel, [H, W].
+        side: of a token in pixels; lines are a sixteenth of it wide, so that they survive scaling down.
+        color: of the lines; "auto" is white on dark regions and black on bright ones.
+    """
+    edges = _edges(regions)
+    for _ in range(max(1, round(side / 16)) - 1):
+        edges[:, 1:] |= edges[:, :-1]
+        edges[1:, :] |= edges[:-1, :]
+    if color == "auto":
+        bright = picture[edges] @ np.array([0.299, 0.587, 0.114]) > BRIGHT
+        picture[edges] = np.where(bright[:, None], np.uint8(0), np.uint8(255))
+    else:
+        picture[edges] = color
 
 
 def _edges(regions: np.ndarray) -> np.ndarray:

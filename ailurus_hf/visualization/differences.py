@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image
 
 from .arrays import ImageLike, LabelMap, check_size, label_array, pixel_array
-from .palettes import Color
+from .palettes import BETTER, NEITHER, WORSE, Color
+from .sheets import LegendEntry, striped
 
 UNLABELED: Color = (0, 0, 0)
-RED: Color = (230, 30, 30)
-GREEN: Color = (30, 200, 60)
-YELLOW: Color = (250, 200, 0)
+# Of the photograph's contrast, what is left under the differences.
+FAINT = 0.16
 
 
 def colorize_labels(label_map: LabelMap, palette: np.ndarray) -> Image.Image:
@@ -67,8 +67,8 @@ def draw_difference(
 ) -> Image.Image:
     """The image in pale gray, and in color the pixels where two label maps differ.
 
-    Without labels they are red. With them: red where reduction made it wrong, green where it made it right, yellow
-    where both are wrong or the pixel is unlabeled.
+    Without labels they are orange. With them: orange where reduction made it wrong, blue where it made it right,
+    striped where both are wrong or the pixel is unlabeled. `difference_legend` says so beside the picture.
 
     Args:
         image: [H, W, 3] uint8 or PIL.
@@ -86,21 +86,49 @@ def draw_difference(
         >>> import numpy as np
         >>> photo, labels = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), int)
         >>> draw_difference(photo, labels, labels + 1).getpixel((0, 0))
-        (230, 30, 30)
+        (190, 75, 0)
     """
     photo, first, second = pixel_array(image), label_array(plain), label_array(reduced)
     check_size(Image.fromarray(photo), first, "plain prediction")
     check_size(Image.fromarray(photo), second, "reduced prediction")
-    gray = photo @ np.array([0.299, 0.587, 0.114])
-    picture = np.repeat((255 - (255 - gray) * 0.4)[..., None], 3, axis=2).astype(np.uint8)
+    picture = faint(photo)
     differs = first != second
     if labels is None:
-        picture[differs] = RED
+        picture[differs] = WORSE
         return Image.fromarray(picture)
     truth = label_array(labels)
     check_size(Image.fromarray(photo), truth, "ground truth")
     labeled = (truth >= 0) & (truth < (np.inf if num_classes is None else num_classes))
-    picture[differs] = YELLOW
-    picture[differs & labeled & (first == truth)] = RED
-    picture[differs & labeled & (second == truth)] = GREEN
+    neither = differs & ~(labeled & ((first == truth) | (second == truth)))
+    picture[neither] = striped(picture.shape[:2], NEITHER)[neither]
+    picture[differs & labeled & (first == truth)] = WORSE
+    picture[differs & labeled & (second == truth)] = BETTER
     return Image.fromarray(picture)
+
+
+def faint(photo: np.ndarray) -> np.ndarray:
+    """A photograph, uint8 [H, W, 3], in pale gray, for colors to stand out from."""
+    gray = photo @ np.array([0.299, 0.587, 0.114])
+    return np.repeat((255 - (255 - gray) * FAINT)[..., None], 3, axis=2).astype(np.uint8)
+
+
+def difference_legend(labeled: bool) -> tuple[LegendEntry, ...]:
+    """What the colors of `draw_difference` mean.
+
+    Args:
+        labeled: whether ground truth was given.
+
+    Returns:
+        Entries for a `Panel`.
+
+    Example:
+        >>> [entry.text for entry in difference_legend(labeled=False)]
+        ['differs']
+    """
+    if not labeled:
+        return (LegendEntry(WORSE, "differs"),)
+    return (
+        LegendEntry(WORSE, "only off is right"),
+        LegendEntry(BETTER, "only on is right"),
+        LegendEntry(NEITHER, "neither, or unlabeled", striped=True),
+    )

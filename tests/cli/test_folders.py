@@ -82,7 +82,8 @@ def test_every_readable_image_is_done_and_each_bad_one_named(
         (line,) = [line for line in lines if f"images/{bad} " in line]
         assert " is not a readable image: " in line
     if "--output" in COMMANDS[name]:
-        kinds = {"segment": ("labels", "overlay"), "compare": ("comparison",), "visualize": ("assignment", "rebuilt")}
+        kinds = {"segment": ("labels", "overlay"), "compare": ("comparison",)}
+        kinds["visualize"] = ("assignment", "counts", "rebuilt", "clusters")
         expected = {f"{stem}_{kind}.png" for stem in "abc" for kind in kinds[name]}
         assert {path.name for path in Path("out").iterdir()} == expected
 
@@ -154,7 +155,7 @@ def test_equal_names_do_not_overwrite_each_other(
     given = ["visualize", "c1", "c2", "--model", str(models / "vit"), "--output", "out", "--json"]
     assert main(given) == 0
     files = [file for image in json.loads(capsys.readouterr().out)["images"] for file in image["files"]]
-    assert len(set(files)) == 6 and all(Path(file).is_file() for file in files)
+    assert len(set(files)) == 12 and all(Path(file).is_file() for file in files)
     assert {str(p.relative_to("out")) for p in Path("out").rglob("*_rebuilt.png")} == {
         "c1/street_rebuilt.png",
         "c2/street.jpg_rebuilt.png",
@@ -226,7 +227,9 @@ def test_a_name_too_long_for_its_results_is_that_image_alone(
     assert main(given) == 1
     streams = capsys.readouterr()
     assert "File name too long" in streams.err and "1 done, 1 failed" in streams.err
-    assert {path.name for path in Path("out").iterdir()} == {"a_assignment.png", "a_rebuilt.png"}
+    assert {path.name for path in Path("out").iterdir()} == {
+        f"a_{kind}.png" for kind in ("assignment", "counts", "rebuilt", "clusters")
+    }
 
 
 ROOT = str(Path(__file__).parents[2])

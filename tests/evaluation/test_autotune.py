@@ -173,9 +173,10 @@ def test_plot_marks_the_choice():
     known = Known()
     tuned = tune(known, ("pareto", 0.0), progress=False, timer=lambda: known.now)
     figure = tuned.plot()
-    (line, *_), (every, chosen) = figure.axes[0].lines, figure.axes[0].collections
+    (*_, line), (beaten, front, chosen) = figure.axes[0].lines, figure.axes[0].collections
     assert chosen.get_offsets()[0].tolist() == [tuned.rows[tuned.chosen].loss, tuned.rows[tuned.chosen].speed_up]
-    assert len(every.get_offsets()) == len(tuned.rows) and len(line.get_xdata()) == len(tuned.front())
+    assert len(beaten.get_offsets()) + len(front.get_offsets()) == len(tuned.rows)
+    assert len(line.get_xdata()) == len(front.get_offsets()) == len(tuned.front())
 
 
 def test_a_pipeline_on_its_prompts():

@@ -8,15 +8,23 @@ import torch
 from PIL import Image
 
 from ailurus_hf.visualization import (
+    LegendEntry,
+    Panel,
+    class_legend,
     class_palette,
     colorize_labels,
     compare_predictions,
+    difference_legend,
     distinct_colors,
     draw_assignment,
     draw_difference,
+    draw_sheet,
+    draw_token_counts,
     overlay_labels,
     reconstruct_image,
+    token_count_legend,
 )
+from ailurus_hf.visualization.palettes import BETTER, NEITHER, WORSE
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -112,10 +120,51 @@ def test_the_difference_tells_who_was_right() -> None:
     image = np.full((1, 5, 3), 255, dtype=np.uint8)
     plain, reduced = np.array([[0, 0, 0, 0, 0]]), np.array([[0, 1, 1, 1, 1]])
     labels = np.array([[0, 0, 1, 2, 11]])
-    white, red, green, yellow = [255, 255, 255], [230, 30, 30], [30, 200, 60], [250, 200, 0]
+    white, worse, better, neither = [255, 255, 255], list(WORSE), list(BETTER), list(NEITHER)
     told = np.asarray(draw_difference(image, plain, reduced, labels, num_classes=11))[0].tolist()
-    assert told == [white, red, green, yellow, yellow]
-    assert np.asarray(draw_difference(image, plain, reduced))[0].tolist() == [white, red, red, red, red]
+    assert told == [white, worse, better, white, neither]  # the last two are neither, and striped
+    assert np.asarray(draw_difference(image, plain, reduced))[0].tolist() == [white, *[worse] * 4]
+
+
+def test_a_difference_has_a_legend_of_its_own() -> None:
+    classes = class_legend([np.array([[0, 1, 255]])], ["road", "sky"])
+    assert [entry.text for entry in classes] == ["road", "sky", "unlabeled"]
+    assert [entry.color for entry in difference_legend(labeled=True)] == [WORSE, BETTER, NEITHER]
+    assert [entry.striped for entry in difference_legend(labeled=True)] == [False, False, True]
+    assert difference_legend(labeled=False)[0].color == WORSE
+
+
+def test_borders_are_white_on_dark_clusters_and_black_on_bright_ones() -> None:
+    image = np.zeros((8, 16, 3), dtype=np.uint8)
+    image[:, 8:] = 255
+    picture = np.asarray(draw_assignment(image, torch.arange(8)[None], (2, 4)))
+    assert (picture[:, 3] == 255).all() and (picture[:, 11] == 0).all()
+
+
+def test_the_heat_map_tells_how_many_tokens_a_cluster_stands_for() -> None:
+    legend = {entry.text.split()[0].strip("+"): entry.color for entry in token_count_legend()}
+    assert list(legend) == ["1", "2", "4", "8", "16", "32", "64"]
+    assignment = torch.tensor([[0, 1, 1, *[2] * 4, *[3] * 93]])
+    picture = np.asarray(draw_token_counts(noise(80, 80), assignment, (10, 10)))
+    first = picture[2, 2::8].tolist()  # inside the tokens of the first row
+    assert [tuple(color) for color in first[:4]] == [legend["1"], legend["2"], legend["2"], legend["4"]]
+    assert tuple(first[-1]) == legend["64"]
+    assert len({tuple(color) for color in picture.reshape(-1, 3).tolist()}) == 4 + 1  # and the lines
+
+
+def test_a_sheet_holds_titles_notes_and_legends() -> None:
+    photo = Image.new("RGB", (50, 30), (10, 200, 30))
+    panel = Panel("off", photo)
+    bare = draw_sheet([panel] * 3, panel_width=100)
+    assert bare.width == 2 * (100 + 16) + 16
+    assert draw_sheet([panel], panel_width=100).width == 100 + 2 * 16
+    noted = draw_sheet([panel, Panel("on", photo, note="2.6x")], panel_width=100)
+    assert noted.height > draw_sheet([panel] * 2, panel_width=100).height
+    legend = [LegendEntry(WORSE, "a long explanation")] * 6
+    assert draw_sheet([panel], legend=legend, panel_width=100).height > bare.height // 2 + 6 * 10
+    assert draw_sheet([panel], heading="x" * 300, panel_width=100).width == 100 + 2 * 16
+    with pytest.raises(ValueError, match="not 0 panels in 2"):
+        draw_sheet([])
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -123,7 +172,7 @@ def test_the_difference_tells_who_was_right() -> None:
 def test_a_comparison_holds_every_panel(with_labels: bool, with_assignment: bool) -> None:
     image, labels = noise(30, 50), np.zeros((30, 50), dtype=np.uint8)
     labels[:, 25:], labels[0] = 1, 11
-    assignment = draw_assignment(image, torch.arange(15)[None], (3, 5)) if with_assignment else None
+    assignment = draw_assignment(image, torch.arange(15)[None], (3, 5), border=WORSE) if with_assignment else None
     picture = compare_predictions(
         image,
         labels.clip(max=1),
@@ -134,9 +183,9 @@ def test_a_comparison_holds_every_panel(with_labels: bool, with_assignment: bool
         panel_width=200,
     )
     panels = 4 + with_assignment + with_labels
-    assert picture.width == (2 if panels == 4 else 3) * 212 + 12
+    assert picture.width == (2 if panels == 4 else 3) * 216 + 16
     colors = {color for _, color in picture.getcolors(maxcolors=1 << 20)}
-    assert {(128, 64, 128), (70, 130, 180), (230, 30, 30)} <= colors
+    assert {(128, 64, 128), (70, 130, 180), WORSE} <= colors
     assert ((0, 0, 0) in colors) == with_labels  # black stands for unlabeled alone
 
 
