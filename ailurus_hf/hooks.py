@@ -46,6 +46,8 @@ class Hooks:
         """
         let_compiler_see_hooks()
         handle = module.register_forward_hook(hook, prepend=prepend, with_kwargs=with_kwargs, always_call=always_call)
+        if prepend:
+            _write_in_order(module._forward_hooks)
         self._undo.append(handle.remove)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
@@ -125,6 +127,13 @@ class _ReplacedMethod:
                 del own[slot]
             else:
                 own[slot] = partial(getattr(type(self.module), self.name), self.module)
+
+
+def _write_in_order(hooks: dict[int, Callable[..., Any]]) -> None:
+    """Writes a module's hooks anew: torch.compile reads them in the order in which they were written (torch 2.11)."""
+    in_order = list(hooks.items())
+    hooks.clear()
+    hooks.update(in_order)
 
 
 def let_compiler_see_hooks() -> None:

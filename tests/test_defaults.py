@@ -29,7 +29,7 @@ def test_nothing_set_takes_a_preset_by_task(
         assert apply_ailurus(model) is model
     assert any(told in record.getMessage() for record in caplog.records)
     assert ailurus_status(model).config == expected.to_dict()
-    with torch.inference_mode():
+    with torch.no_grad():
         model(images_for(name), **({"interpolate_pos_encoding": True} if name.startswith("ViT") else {}))
     first = ailurus_status(model).locations[0]
     assert first.num_tokens > first.num_clusters
@@ -48,7 +48,7 @@ def test_typed_fields_are_those_of_the_config(config: type, fields: type) -> Non
 def test_a_notebook_shows_the_table_and_no_tensors() -> None:
     model = apply_ailurus(make_model("ViTModel"), cluster_location=2, keep_ratio=0.5)
     case = CASES["ViTModel"]
-    with torch.inference_mode():
+    with torch.no_grad():
         model(images_for("ViTModel"), interpolate_pos_encoding=True)
     status = ailurus_status(model)
     assert status.last_clusters is not None

@@ -33,6 +33,16 @@ class Model(nn.Module):
         return x
 
 
+def test_hooks_lie_in_the_order_in_which_they_run():
+    # torch.compile reads them as a plain dict, in which moving one to the front moves nothing.
+    layer, hooks = Layer(), Hooks()
+    layer.register_forward_hook(lambda *_: None)
+    hooks.post_forward(layer, lambda *_: None, prepend=True)
+    assert list(dict.keys(layer._forward_hooks)) == list(layer._forward_hooks)
+    hooks.remove()
+    assert len(layer._forward_hooks) == 1
+
+
 class Doubling:
     """Doubles what the later layers (or their linear layers) are given, by a factor that the model's pre-hook sets."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +45,22 @@ class DensityPeaks(Clustering):
         check_density_peaks(self.num_spatial_neighbors, self.alpha, self.num_density_neighbors)
 
     def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
-        return spatial_density_peaks(features, grid, num_clusters, **vars(self))
+        return spatial_density_peaks(features, grid, num_clusters, **self._settings())
 
     def join(
         self, clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
     ) -> TokenClusters:
         """By density peaks among representatives, with its own settings."""
         given = clusters, representatives, tokens, grid, num_clusters
-        return recorded("ailurus::cluster", merge_clusters, *given, **vars(self))
+        return recorded("ailurus::cluster", merge_clusters, *given, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        # Written out: not every torch.compile can read the fields of a frozen dataclass (torch 2.11 cannot).
+        return {
+            "alpha": self.alpha,
+            "num_spatial_neighbors": self.num_spatial_neighbors,
+            "num_density_neighbors": self.num_density_neighbors,
+        }
 
 
 @torch.no_grad()

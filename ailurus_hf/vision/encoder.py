@@ -317,9 +317,12 @@ class EncoderReducer(Reducer):
             self.states.pop()
 
     def enter_decoder_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        state = self.states.get()
+        # Once the forward is over, a checkpoint runs the layer again.
+        state = self.states.get() or self.recompute.find(args[0])
         if state is None or state.reduction is None:
             return args, kwargs
+        if may_run_again(args[0]):
+            self.recompute.keep(args[0], state.kept())
         arguments = {**dict(zip(self.plan.decoder_parameters[1:], args[1:])), **kwargs}
         if arguments.get(self.plan.decoder_bias) is not None:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the model without one")

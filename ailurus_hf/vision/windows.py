@@ -175,7 +175,9 @@ class GlobalLayerReducer(Reducer):
 
 def relative_scores(attention: Any, query: Tensor, reduction: Reduction) -> Tensor:
     """What a query adds for how many rows and columns a key is away, between centroids: Tensor[B, heads, M, M]."""
-    resized = getattr(attention, "get_rel_pos", None) or sys.modules[type(attention).__module__].get_rel_pos
+    # A method of SAM's, a function beside VitDet's.
+    owner = attention if hasattr(attention, "get_rel_pos") else sys.modules[type(attention).__module__]
+    resized = owner.get_rel_pos
     centroids, total = reduction.centroids(), query.new_zeros(())
     for axis, side, table in zip((0, 1), reduction.grid, (attention.rel_pos_h, attention.rel_pos_w), strict=True):
         # Tensor[side, side, D] for every pair of rows, of which one row and one column hold all differences.

@@ -67,7 +67,7 @@ def plain_labels(name: str) -> np.ndarray:
     model = SegmenterForSemanticSegmentation.from_pretrained("segmenter").eval()
     processor = SegmenterImageProcessor.from_pretrained("segmenter")
     image = Image.open(f"images/{name}.png")
-    with torch.inference_mode():
+    with torch.no_grad():
         outputs = model(**processor(images=image, return_tensors="pt"))
     return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].numpy()
 
@@ -329,7 +329,7 @@ def test_windows_of_the_processor_are_used(capsys: pytest.CaptureFixture[str], t
     assert found["images"][0]["tokens"] == [16, 9]  # of a window: 32×32 in patches of 8
     run_json(capsys, *arguments, "--no-ailurus")
     pixels = processor(images=Image.open("images/b.png"), return_tensors="pt")["pixel_values"]
-    with torch.inference_mode():
+    with torch.no_grad():
         windows, whole = sliding_window_logits(model, pixels, 32, 16).argmax(1), model(pixels).logits.argmax(1)
     written = np.asarray(Image.open(tmp_path / "b_labels.png"))
     assert np.array_equal(written, windows[0].numpy()) and not np.array_equal(written, whole[0].numpy())

@@ -257,7 +257,13 @@ def test_a_signal_ends_it_and_says_what_is_done(models: Path, images: Path, numb
     environment = {**os.environ, "PYTHONPATH": ROOT}
     command = [*CLASSIFY, str(models / "vit")]
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite in the background of a script ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout.readline().startswith("many/0000.png")
         time.sleep(0.1)

@@ -103,7 +103,7 @@ def test_depth_of_16_bits_is_the_models(models: Path, capsys: pytest.CaptureFixt
     limits = found["images"][0]["depth"]
     model = hf.AutoModelForDepthEstimation.from_pretrained(models / "depth").eval()
     processor = hf.AutoImageProcessor.from_pretrained(models / "depth")
-    with torch.inference_mode():
+    with torch.no_grad():
         outputs = model(**processor(images=Image.open("images/a.png"), return_tensors="pt"))
     depth = processor.post_process_depth_estimation(outputs, target_sizes=[(32, 48)])[0]["predicted_depth"].numpy()
     written = np.asarray(Image.open("out/a_depth.png"))
@@ -179,7 +179,7 @@ def test_clip_classifies_by_texts(models: Path, capsys: pytest.CaptureFixture[st
     tokenizer = hf.AutoTokenizer.from_pretrained(models / "clip")
     texts = tokenizer(["This is a photo of a cat.", "This is a photo of a dog."], padding=True, return_tensors="pt")
     pixels = hf.AutoImageProcessor.from_pretrained(models / "clip")(images=Image.open("images/a.png"))
-    with torch.inference_mode():
+    with torch.no_grad():
         out = model(
             input_ids=texts.input_ids,
             attention_mask=texts.attention_mask,

@@ -142,6 +142,19 @@ def wrapped_in_checkpoints(model, implementation):
     apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: id(module) in chosen)
 
 
+def test_checkpoints_around_a_decoder_that_runs_on_representatives_give_equal_gradients():
+    every, x = EVERY["Segmenter(ViT, mask transformer)"], images().requires_grad_()
+    settings = {**every.settings, "restore_at": "decoder", "restore": "copy"}
+    want = gradients(every, apply_ailurus(every.make(), **settings), x)
+    model = apply_ailurus(every.make(), **settings)
+    layers = {*find_encoders(model)[0].layers, *model.decoder.layers}
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=layers.__contains__)
+    got = gradients(every, model, x)
+    assert got.keys() == want.keys() and len(want) > 30
+    for parameter in want:
+        torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
+
+
 def test_a_reentrant_checkpoint_inside_is_an_error_and_around_hooks_is_right():
     # The unmerging adds to tokens that the checkpoint was not given, and so hands no gradient to.
     every, x = EVERY[VIT], images().requires_grad_()
