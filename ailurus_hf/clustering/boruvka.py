@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..clusters import TokenClusters, stable_argsort
+from ..grid_cache import constant
 
-# An edge between two clusters that are not each other's cheapest costs this many times more: such edges make chains.
+# An edge between two clusters that are not each other's cheapest counts this many times more: such edges make chains.
 CHAIN_PENALTY = 4.0
 
 
@@ -20,7 +21,7 @@ def united(cost: Tensor, partner: Tensor, unions: int) -> Tensor:
     """Joins clusters to their partners by the cheapest edges.
 
     Args:
-        cost: Tensor[B, n], of joining the partner.
+        cost: Tensor[B, n], of joining the partner; finite.
         partner: LongTensor[B, n], the other cluster that is cheapest to join; ties the same way for all, or edges make
             cycles.
         unions: how many edges to join, at most half of n.
@@ -28,20 +29,18 @@ def united(cost: Tensor, partner: Tensor, unions: int) -> Tensor:
     Returns:
         LongTensor[B, n], the new cluster of each, in [0, n - unions).
     """
-    batch, count = partner.shape
-    itself = torch.arange(count, device=partner.device)
+    itself = torch.arange(partner.shape[1], device=partner.device)
     mutual = partner.gather(1, partner) == itself
-    # A pair that is each other's cheapest has one edge: the higher index joins the lower. NaN comes before its other
-    # edge.
-    edges = torch.where(mutual, cost, cost * CHAIN_PENALTY).nan_to_num(torch.finfo(cost.dtype).max)
-    edges = edges.masked_fill(mutual & (itself < partner), torch.inf)
-    joins = torch.zeros(batch, count, dtype=torch.bool, device=partner.device)
-    joins = joins.scatter(1, stable_argsort(edges)[:, :unions], True)
-    root = torch.where(joins, partner, itself)
+    # A pair that is each other's cheapest has one edge: the higher index joins the lower. Cheaper by the penalty, and
+    # not the others dearer, which could become infinite.
+    edges = torch.where(mutual, (cost / CHAIN_PENALTY).masked_fill(itself < partner, torch.inf), cost)
+    cheapest = stable_argsort(edges)[:, :unions]
+    stays = constant(True, cost.device).expand_as(partner).scatter(1, cheapest, False)
+    root = torch.where(stays, itself, partner)
     # A chain has at most as many steps as there are unions; each round doubles the steps walked.
     for _ in range((unions - 1).bit_length()):
         root = root.gather(1, root)
-    return ((~joins).cumsum(1) - 1).gather(1, root)
+    return (stays.cumsum(1) - 1).gather(1, root)
 
 
 def merged(means: Tensor, sizes: Tensor, into: Tensor, count: int) -> tuple[Tensor, Tensor]:

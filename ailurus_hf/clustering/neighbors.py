@@ -233,3 +233,10 @@ def _rows(table: Tensor, index: Tensor, image: Tensor, tile: Tensor) -> Tensor:
     """table[image, index[tile]] for each pair: [B, L, C] to [pairs, I, C]."""
     flat = (index[tile] + image[:, None] * table.shape[1]).flatten()
     return table.flatten(0, 1).index_select(0, flat).view(-1, index.shape[1], table.shape[2])
+
+
+def image_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image's table: Tensor[B, n, C] at LongTensor[B, P] to [B, P, C]."""
+    batch, count, channels = table.shape
+    flat = index + torch.arange(batch, device=index.device)[:, None] * count
+    return table.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)

@@ -122,4 +122,6 @@ def _costs(means: Tensor, sizes: Tensor) -> Tensor:
     squared = torch.minimum(squared, squared.transpose(1, 2))
     inverse = 1 / sizes
     cost = squared * (inverse[:, :, None] + inverse[:, None]).rsqrt()
+    # NaN is dearest.
+    cost = cost.nan_to_num(torch.finfo(cost.dtype).max)
     return cost.masked_fill(torch.eye(cost.shape[1], dtype=torch.bool, device=cost.device), torch.inf)

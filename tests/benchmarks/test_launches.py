@@ -10,7 +10,7 @@ from benchmarks.harness import launches
 
 GRID, NUM_CLUSTERS = (32, 32), 256
 # Operators that launch a kernel, for 1024 tokens and 256 clusters.
-BUDGET = {"local_kmeans": 40, "density_peaks": 60, "kmeans": 40}
+BUDGET = {"local_kmeans": 40, "density_peaks": 60, "ward": 150, "kmeans": 40}
 
 
 def test_counts_what_launches_and_no_view():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from oracle import GRIDS
 
-from ailurus_hf.clustering import all_pairs, local_kmeans, spatial_density_peaks
+from ailurus_hf.clustering import all_pairs, join_regions, local_kmeans, spatial_density_peaks, ward
 
 
 def in_both_forms(cluster, *args, **kwargs):
@@ -19,7 +19,7 @@ def in_both_forms(cluster, *args, **kwargs):
     for prefers in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             # The packages' functions stand before the modules of the same name.
-            for module in ("local_kmeans", "density_peaks"):
+            for module in ("local_kmeans", "density_peaks", "ward"):
                 name = f"ailurus_hf.clustering.{module}"
                 patch.setattr(sys.modules[name], "prefers_all_pairs", lambda *_, prefers=prefers: prefers)
             found.append(cluster(*args, **kwargs))
@@ -65,6 +65,27 @@ def test_local_kmeans_are_the_same(grid, num_clusters, rounds, dtype):
     assert equal(*in_both_forms(local_kmeans, x, grid, num_clusters, num_rounds=rounds))
 
 
+@pytest.mark.parametrize("grid, num_clusters", [*GRIDS, ((24, 32), 100), ((3, 4), 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ward_and_its_join_are_the_same(grid, num_clusters, dtype):
+    x = torch.randn(3, math.prod(grid), 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    edges, pairs = in_both_forms(ward, x, grid, num_clusters)
+    assert equal(edges, pairs)
+    for fewer in {1, max(num_clusters // 2, 1), num_clusters}:
+        joined = in_both_forms(join_regions, edges, edges.merge(x.float()), x, grid, fewer)
+        assert equal(*joined)
+
+
+def test_ward_joins_empty_clusters_in_both_forms():
+    x = torch.zeros(1, 64, 4)
+    x.view(1, 8, 8, 4)[:, :, 3:] = 1
+    first = local_kmeans(x, (8, 8), 16)
+    assert (first.counts == 0).any()
+    for joined in in_both_forms(join_regions, first, first.merge(x), x, (8, 8), 3):
+        assert joined.counts.sum() == 64 and joined.num_clusters == 3
+        torch.testing.assert_close(joined.unmerge(joined.merge(x)), x)
+
+
 def test_a_cell_without_tokens_stays_empty_in_both():
     # Two values: cells in the middle of a region lose all their tokens to those around them.
     x = torch.zeros(1, 64, 4)
@@ -75,7 +96,7 @@ def test_a_cell_without_tokens_stays_empty_in_both():
 
 def test_products_are_in_fp32_under_autocast():
     x = 100 + torch.randn(1, 192, 32, generator=torch.Generator().manual_seed(0))
-    for cluster in (local_kmeans, spatial_density_peaks):
+    for cluster in (local_kmeans, spatial_density_peaks, ward):
         _, want = in_both_forms(cluster, x, (12, 16), 48)
         with torch.autocast("cpu", torch.bfloat16):
             _, got = in_both_forms(cluster, x, (12, 16), 48)
@@ -85,7 +106,7 @@ def test_products_are_in_fp32_under_autocast():
 def test_nan_is_no_crash_and_no_wrong_index():
     x = torch.randn(1, 48, 4)
     x[0, 7] = math.nan
-    for cluster in (local_kmeans, spatial_density_peaks):
+    for cluster in (local_kmeans, spatial_density_peaks, ward):
         _, found = in_both_forms(cluster, x, (6, 8), 12)
         assert found.assignment.min() >= 0 and found.assignment.max() < 12
 

@@ -22,7 +22,7 @@ def test_what_is_no_number_gives_some_clusters(tokens, wrong, cluster):
     tokens[0, 3, 1] = wrong
     tokens[0, 7] = wrong
     found = cluster(tokens, GRID, 10)
-    assert found.counts.sum(1).tolist() == [48, 48] and found.counts.min() >= 1
+    assert found.counts.sum(1).tolist() == [48, 48] and found.num_clusters == 10
     assert torch.equal(found.assignment[1:], cluster(tokens[1:], GRID, 10).assignment)
 
 

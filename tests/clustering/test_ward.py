@@ -13,7 +13,16 @@ from oracle import GRIDS, partition, slow_unions
 
 from ailurus_hf import TokenClusters, ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
 from ailurus_hf.clustering import get_clustering, neighbors
-from ailurus_hf.clustering.ward import LEAST_SHARE, SHARE, adjacent_clusters, join_regions, ward
+from ailurus_hf.clustering.ward import (
+    LEAST_SHARE,
+    LEAST_SHARE_OF_CLUSTERS,
+    MOVES,
+    SHARE,
+    SHARE_OF_CLUSTERS,
+    adjacent_clusters,
+    join_regions,
+    ward,
+)
 from benchmarks.methods.variants import exact_ward
 
 
@@ -33,15 +42,38 @@ def variance(x, clusters):
 
 def slow_ward(points, grid, num_clusters, clusters=None):
     cells = list(itertools.product(*map(range, grid)))
+    share, least_share = (SHARE, LEAST_SHARE) if clusters is None else (SHARE_OF_CLUSTERS, LEAST_SHARE_OF_CLUSTERS)
 
     def near(a, b):
         return any(math.dist(cells[i], cells[j]) == 1 for i in a for j in b)
 
     def unions(count):
         to_go = count - num_clusters
-        return min(max(int(to_go * SHARE), int(num_clusters * LEAST_SHARE), 1), to_go, count // 2)
+        return min(max(int(to_go * share), int(num_clusters * least_share), 1), to_go, count // 2)
 
-    return slow_unions(points, num_clusters, lambda squared, m, n: squared * m * n / (m + n), near, unions, clusters)
+    joined, fragile = slow_unions(
+        points, num_clusters, lambda squared, m, n: squared * m * n / (m + n), near, unions, clusters
+    )
+    # Clusters that join clusters stay whole.
+    for _ in range(MOVES if clusters is None and len(points) > num_clusters else 0):
+        joined, doubtful = slow_moves(points, cells, joined)
+        fragile |= doubtful
+    return joined, fragile
+
+
+def slow_moves(points, cells, clusters):
+    """Each token in the most similar of the clusters that lie at its sides and corners, and whether rounding decided
+    it."""
+    clusters = sorted(clusters, key=min)
+    owner = {i: number for number, cluster in enumerate(clusters) for i in cluster}
+    means = [points[list(cluster)].mean(0) for cluster in clusters]
+    found, fragile = [set() for _ in clusters], False
+    for i, cell in enumerate(cells):
+        around = {owner[j] for j, other in enumerate(cells) if max(abs(a - b) for a, b in zip(cell, other)) <= 1}
+        costs = sorted((float((points[i] - means[c]).square().sum()), c != owner[i], c) for c in around)
+        fragile |= len(costs) > 1 and costs[1][0] < costs[0][0] * (1 + 1e-5)
+        found[costs[0][2]].add(i)
+    return {frozenset(cluster) for cluster in found if cluster}, fragile
 
 
 @pytest.mark.parametrize("grid, num_clusters", [(grid, count) for grid, count in GRIDS if math.prod(grid) < 150])
@@ -98,14 +130,17 @@ def test_so_many_clusters_of_any_tokens_and_equal_neighbors_first(data):
     x = torch.tensor(values, dtype=torch.float32).view(1, count, 1)
     num_clusters = data.draw(st.integers(1, count))
     found = ward(x, grid, num_clusters)
-    assert found.counts.min() >= 1 and found.counts.sum() == count
+    assert found.num_clusters == num_clusters and found.counts.sum() == count
     if variance(x, exact_ward(x, grid, num_clusters)) == 0:
         assert variance(x, found) == 0
 
 
 @pytest.mark.parametrize("grid, num_clusters", GRIDS)
-def test_so_many_connected_clusters_the_same_alone_and_in_a_batch(grid, num_clusters):
+def test_so_many_clusters_the_same_alone_and_in_a_batch_connected_until_tokens_move(grid, num_clusters, monkeypatch):
     x = tokens(grid, 2)
+    found = ward(x, grid, num_clusters)
+    assert torch.equal(ward(x[1:], grid, num_clusters).assignment, found.assignment[1:])
+    monkeypatch.setattr(importlib.import_module("ailurus_hf.clustering.ward"), "MOVES", 0)
     found = ward(x, grid, num_clusters)
     assert found.num_clusters == num_clusters and found.counts.min() >= 1 and found.centers is None
     assert torch.equal(ward(x[1:], grid, num_clusters).assignment, found.assignment[1:])
@@ -127,12 +162,12 @@ def test_near_to_the_exact_one_and_better_than_regular_cells(monkeypatch):
     grid, x = (12, 16), tokens((12, 16))
     for num_clusters in (20, 40, 80):
         exact, fast = variance(x, exact_ward(x, grid, num_clusters)), variance(x, ward(x, grid, num_clusters))
-        assert fast < 1.02 * exact
+        assert fast < 1.04 * exact
         assert fast < 0.95 * variance(x, local_kmeans(x, grid, num_clusters))
     assert variance(x, exact_ward(x, grid, 40)) <= 1.001 * variance(x, ward(x, grid, 40))
     # One pair a round, the cheapest: the exact one.
-    for name in ("SHARE", "LEAST_SHARE"):
-        monkeypatch.setattr(importlib.import_module("ailurus_hf.clustering.ward"), name, 0.0)
+    for name in ("SHARE", "LEAST_SHARE", "MOVES"):
+        monkeypatch.setattr(importlib.import_module("ailurus_hf.clustering.ward"), name, 0)
     same = [f(x, grid, 40).assignment[0] for f in (ward, exact_ward)]
     assert torch.equal(*(each[:, None] == each for each in same))
 

@@ -148,7 +148,9 @@ def hunyuan():
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 16}
     sizes |= {"num_layers": 1, "hidden_size": 16, "cross_attention_dim": 16, "cross_attention_dim_t5": 16}
     network = HunyuanDiT2DModel(**sizes, pooled_projection_dim=16, text_len=5, text_len_t5=5, mlp_ratio=2.0)
-    rotary = tuple(torch.as_tensor(r).float() for r in get_2d_rotary_pos_embed(8, ((0, 0), (8, 8)), (8, 8), output_type="pt"))
+    rotary = tuple(
+        torch.as_tensor(r).float() for r in get_2d_rotary_pos_embed(8, ((0, 0), (8, 8)), (8, 8), output_type="pt")
+    )
     return network, lambda: network(
         latents((4, 16, 16), 1), torch.tensor([5.0]), text(1), text_embedding_mask=torch.ones(1, 5),
         encoder_hidden_states_t5=text(1), text_embedding_mask_t5=torch.ones(1, 5), image_meta_size=torch.ones(1, 6),
