@@ -93,12 +93,27 @@ def add_compare(parser: argparse.ArgumentParser, metric: str = "", labels: str =
     else:
         parser.set_defaults(labels=None)
     parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--report", metavar="FILE", help="page with sliders, report.html: one file, of up to 50 images (with --compare)"
+    )
 
 
 def check_compare(args: argparse.Namespace) -> None:
     """Raises BadInputError where options of `add_compare` do not go with the others."""
     from ..evaluation.bad_input import BadInputError
+    from .launchers import launched
 
+    if args.report:
+        if not args.compare:
+            raise BadInputError("--report is for --compare: without it there is nothing to compare")
+        if args.resume:
+            raise BadInputError("--report and --resume do not go together: the page would lack what is done already")
+        if (processes := launched().size) > 1:
+            raise BadInputError(f"--report is written by one process, and {processes} were started")
+        if Path(args.report).is_dir():
+            raise BadInputError(f"--report {args.report} is a folder: name a file, such as report.html")
+        if Path(args.report).exists() and not args.overwrite:
+            raise BadInputError(f"{args.report} is there already: --overwrite replaces it, --report names another file")
     if args.labels and not args.compare:
         raise BadInputError("--labels is for --compare: without it nothing is scored")
     if args.compare and args.no_ailurus:

@@ -25,7 +25,7 @@ Show = Callable[[dict[str, Any]], "str | None"]
 # Options that decide nothing about a result.
 NO_SETTINGS = {
     *("run", "images", "list", "recursive", "strict", "output", "overwrite", "resume", "json", "json_lines"),
-    *("device", "batch_size", "repeats"),
+    *("device", "batch_size", "repeats", "report"),
 }
 
 # What differs from run to run, and is not written down with a result.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.loading import LoadedModel
     from ..evaluation.paired import Pair
+    from ..evaluation.report import Shown
 
 EXAMPLES = """
   ailurus-hf classify photos --model google/vit-base-patch16-384 --preset classification
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         from .comparing import compare
 
-        return compare(args, "classify", _equal, "accuracy")
+        return compare(args, "classify", lambda *found: _predictions(args.top, *found), "accuracy")
     from . import predicting
     from .batch import Batch
 
@@ -56,11 +57,9 @@ def run(args: argparse.Namespace) -> int:
         return batch.finish(None, images=[])
     loaded = load(args, "classify", batch.device)
     loaded.switch_on()
-    names = loaded.class_names()
 
     def finish(path: Path, image: Image.Image, outputs: Any) -> dict[str, Any]:
-        best = outputs.logits[0].float().softmax(0).topk(min(args.top, len(names)))
-        return {"scores": {names[int(i)]: round(float(score), 4) for score, i in zip(*best, strict=True)}}
+        return {"scores": _likeliest(loaded, outputs, args.top)}
 
     def scores(result: dict[str, Any]) -> str:
         return f"{result['image']}: " + ", ".join(f"{name} {score:.1%}" for name, score in result["scores"].items())
@@ -68,6 +67,18 @@ def run(args: argparse.Namespace) -> int:
     return predicting.run(batch, loaded, finish, scores, args.batch_size)
 
 
-def _equal(loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, tuple[()]]:
-    """Whether the likeliest class is the same."""
-    return float(pair.plain.logits[0].argmax() == pair.reduced.logits[0].argmax()), ()
+def _predictions(top: int, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:
+    """Whether the likeliest class is the same, and the likeliest ones of both."""
+    from ..evaluation.report import Shown
+
+    same = pair.plain.logits[0].argmax() == pair.reduced.logits[0].argmax()
+    told = [_likeliest(loaded, outputs, top) for outputs in (pair.plain, pair.reduced)]
+    plain, reduced = (", ".join(f"{name} {score:.1%}" for name, score in scores.items()) for scores in told)
+    return float(same), Shown(rows=[("likeliest", plain, reduced)])
+
+
+def _likeliest(loaded: LoadedModel, outputs: Any, top: int) -> dict[str, float]:
+    """The likeliest classes with their scores, the best first."""
+    names = loaded.class_names()
+    best = outputs.logits[0].float().softmax(0).topk(min(top, len(names)))
+    return {names[int(i)]: round(float(score), 4) for score, i in zip(*best, strict=True)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from ..evaluation.loading import LoadedModel
     from ..evaluation.paired import Pair
+    from ..evaluation.report import Report, Shown
 
-# From the model, an image and both outputs: how equal they are, and two pictures of the predictions (or none).
-Predictions = Callable[["LoadedModel", "Image.Image", "Pair"], tuple[float, Sequence["Image.Image"]]]
+# From the model, an image and both outputs: how equal they are, and what there is to show of the predictions.
+Predictions = Callable[["LoadedModel", "Image.Image", "Pair"], "tuple[float, Shown]"]
 # From an image's path to its entry in the results.
 Work = Callable[[Path], dict[str, Any]]
 # The scores of all images, by the names that an entry has them under.
@@ -34,7 +35,7 @@ def compare(args: argparse.Namespace, task: str, predictions: Predictions, metri
         metric: what --labels are scored by; None: they are not.
     """
 
-    def begin(loaded: LoadedModel, batch: Batch) -> tuple[Work, Scores]:
+    def begin(loaded: LoadedModel, batch: Batch, report: Report | None) -> tuple[Work, Scores]:
         from ..evaluation.paired import run_pair
         from ..evaluation.scoring import scorer_for
         from ..images import read_image
@@ -46,16 +47,19 @@ def compare(args: argparse.Namespace, task: str, predictions: Predictions, metri
         def work(path: Path) -> dict[str, Any]:
             image = read_image(path)
             pair = run_pair(loaded, loaded.prepare(image), args.repeats)
-            agreement, pictures = predictions(loaded, image, pair)
+            agreement, shown = predictions(loaded, image, pair)
             scores: dict[str, float | None] = dict.fromkeys(keys)
             if scorer is not None:
                 for key, outputs in zip(keys, (pair.plain, pair.reduced), strict=True):
                     scores[key] = scorer.add(key, path, image, outputs)
             result = pair.to_dict(agreement, **scores)
-            if pictures:
+            if shown.sides:
                 (file,) = batch.result_folder.files(batch.names[path])
-                batch.result_folder.save(side_by_side([[each] for each in pictures], pair.titles())[0], file)
+                sides = [[side.picture] for side in shown.sides]
+                batch.result_folder.save(side_by_side(sides, pair.titles())[0], file)
                 result["file"] = str(file)
+            if report is not None:
+                report.add(str(batch.names[path]), image, pair, result, shown)
             return result
 
         return work, lambda: {key: None if scorer is None else scorer.score(key) for key in keys}
@@ -67,24 +71,27 @@ def compare_images(
     args: argparse.Namespace,
     task: str,
     metric: str | None,
-    begin: Callable[[LoadedModel, Batch], tuple[Work, Scores]],
+    begin: Callable[[LoadedModel, Batch, Report | None], tuple[Work, Scores]],
     closing: str | None = None,
 ) -> int:
     """The loop of a comparison: a line an image, one for all, a verdict.
 
     Args:
         args, task, metric: as in `compare`.
-        begin: makes what does the work for one image, and what scores all of them.
+        begin: makes what does the work for one image and puts it into the report (None: there is none), and what
+            scores all of them.
         closing: a line where results are, for people.
     """
     from ..evaluation.paired import PairTable, summarize_pairs
+    from ..evaluation.report import Report
     from ..evaluation.verdict import verdict
 
     batch = Batch(args, ("_comparison.png",) if task != "classify" else (), to_lines=task == "classify")
     if not batch.images:
         return batch.finish(None, images=[])
     loaded = load(args, task, batch.device)
-    work, scores = begin(loaded, batch)
+    report = Report(loaded, Path(args.report), metric if args.labels else None) if args.report else None
+    work, scores = begin(loaded, batch, report)
     table = PairTable([path.name for path in batch.todo], metric if args.labels else None)
 
     def row(result: dict[str, Any]) -> str:
@@ -102,5 +109,8 @@ def compare_images(
     if closing is not None:
         batch.say(closing)
     told = verdict(max(result["tokens"][0] for result in batch.results), summary["speedup"])
+    if report is not None:
+        report.write(batch.results, summary, told)
+        batch.say(f"report: {args.report}")
     batch.advise(told)
     return batch.finish(loaded, images=batch.results, all=summary, verdict=told)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add_model, add_output, check_compare, load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL import Image
 
     from ..evaluation.loading import LoadedModel
     from ..evaluation.paired import Pair
+    from ..evaluation.report import Shown
     from ..visualization.palettes import ColorMap
 
 EXAMPLES = """
@@ -66,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
     return predicting.run(batch, loaded, finish, shown, args.batch_size)
 
 
-def _predictions(
-    colors: ColorMap, loaded: LoadedModel, image: Image.Image, pair: Pair
-) -> tuple[float, Sequence[Image.Image]]:
-    from ..evaluation.depth import colorize_depth, depth_map, relative_error
+def _predictions(colors: ColorMap, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:
+    from ..evaluation.depth import colorize_depth, depth_difference, depth_map, relative_error
+    from ..evaluation.report import Shown
+    from ..visualization import Panel
 
     plain, reduced = depth_map(loaded, pair.plain, image), depth_map(loaded, pair.reduced, image)
     low, high = float(plain.min()), float(plain.max())  # of plain, for both: equal colors are equal depths
-    pictures = [colorize_depth(depth, low, high, colors) for depth in (plain, reduced)]
-    return max(0.0, 1 - relative_error(plain, reduced)), pictures
+    sides = [Panel("depth", colorize_depth(depth, low, high, colors)) for depth in (plain, reduced)]
+    return max(0.0, 1 - relative_error(plain, reduced)), Shown(sides, [depth_difference(plain, reduced)])

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add_model, add_output, check_compare, load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from PIL import Image
 
     from ..evaluation.loading import LoadedModel
     from ..evaluation.paired import Pair
+    from ..evaluation.report import Shown
 
 EXAMPLES = """
   ailurus-hf detect photos --model hustvl/yolos-small --keep-ratio 0.5 --output out
@@ -74,14 +73,16 @@ def run(args: argparse.Namespace) -> int:
     return predicting.run(batch, loaded, finish, shown, args.batch_size)
 
 
-def _predictions(
-    threshold: float, loaded: LoadedModel, image: Image.Image, pair: Pair
-) -> tuple[float, Sequence[Image.Image]]:
+def _predictions(threshold: float, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:
     from ..evaluation.boxes import box_agreement, draw_boxes, find_boxes
+    from ..evaluation.report import Shown
+    from ..visualization import Panel
 
     names, palette = _classes(loaded)
     plain, reduced = (find_boxes(loaded, outputs, image).above(threshold) for outputs in (pair.plain, pair.reduced))
-    return box_agreement(plain, reduced), [draw_boxes(image, boxes, names, palette) for boxes in (plain, reduced)]
+    sides = [Panel("boxes", draw_boxes(image, boxes, names, palette)) for boxes in (plain, reduced)]
+    counts = ("boxes", str(len(plain.scores)), str(len(reduced.scores)))
+    return box_agreement(plain, reduced), Shown(sides, rows=[counts])
 
 
 def _classes(loaded: LoadedModel) -> tuple[dict[int, str], np.ndarray]:

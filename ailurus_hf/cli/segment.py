@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..evaluation.loading import LoadedModel
+    from ..evaluation.report import Report
     from .batch import Batch
 
 EXAMPLES = """
   ailurus-hf segment photos --model nvidia/segformer-b0-finetuned-ade-512-512 --output out
   ailurus-hf segment street.jpg --model my-segmenter --preset dense --compare --labels street_label.png
+  ailurus-hf segment photos --model my-segmenter --preset dense --compare --report report.html
 """
 ENDINGS = ("_labels.png", "_overlay.png")
 
@@ -65,12 +67,12 @@ def _compare(args: argparse.Namespace) -> int:
     from ..images import read_image
     from .comparing import Scores, Work, compare_images
 
-    def begin(loaded: LoadedModel, batch: Batch) -> tuple[Work, Scores]:
+    def begin(loaded: LoadedModel, batch: Batch, report: Report | None) -> tuple[Work, Scores]:
         pairs, folder = SegmentationPairs(loaded, args.labels, args.repeats), batch.result_folder
 
         def work(path: Path) -> dict[str, Any]:
             (file,) = folder.files(batch.names[path])
-            result, picture = pairs.compare(path, read_image(path))
+            result, picture = pairs.compare(path, read_image(path), report)
             folder.save(picture, file)
             return {**result, "file": str(file)}
 

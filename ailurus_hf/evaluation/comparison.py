@@ -14,9 +14,18 @@ import torch
 from PIL import Image
 
 from ..apply import ailurus_enabled
-from ..visualization import class_palette, compare_predictions, overlay_labels
+from ..visualization import (
+    Panel,
+    class_legend,
+    class_palette,
+    compare_predictions,
+    difference_legend,
+    draw_difference,
+    overlay_labels,
+)
 from .folders import read_labels
 from .paired import run_pair
+from .report import Report, Shown
 from .writing import save_picture
 
 if TYPE_CHECKING:
@@ -98,8 +107,8 @@ class SegmentationPairs:
         # By "plain" and "reduced", pixels of all images by true and predicted class.
         self.confusions: dict[str, np.ndarray] = {}
 
-    def compare(self, path: Path, image: Image.Image) -> tuple[dict[str, Any], Image.Image]:
-        """The numbers of one image, of `Pair.to_dict`, and a picture of both label maps."""
+    def compare(self, path: Path, image: Image.Image, report: Report | None) -> tuple[dict[str, Any], Image.Image]:
+        """The numbers of one image, of `Pair.to_dict`, and a picture of both label maps; both go into the report."""
         loaded = self.loaded
         truth = read_labels(path, self.labels, image.size, len(self.names)) if self.labels else None
         inputs = loaded.prepare(image)
@@ -130,7 +139,21 @@ class SegmentationPairs:
             assignment_title=f"{pictures.num_tokens} tokens in {pictures.num_clusters} clusters",
             heading=f"{path.name}: {loaded.setting()}",
         )
-        return pair.to_dict(agreement, **_named(scores)), picture
+        result = pair.to_dict(agreement, **_named(scores))
+        if report is not None:
+            report.add(path.name, image, pair, result, self._shown(image, maps["plain"], maps["reduced"], truth))
+        return result, picture
+
+    def _shown(self, image: Image.Image, plain: np.ndarray, reduced: np.ndarray, truth: np.ndarray | None) -> Shown:
+        """Both label maps laid over the image, where they differ, and the ground truth."""
+        palette, maps = class_palette(self.names), [plain, reduced, *([] if truth is None else [truth])]
+        legend = class_legend(maps, self.names, palette)
+        sides = [Panel("labels", overlay_labels(image, labels, palette), legend=legend) for labels in (plain, reduced)]
+        difference = draw_difference(image, plain, reduced, truth, len(self.names))
+        panels = [Panel("where they differ", difference, legend=difference_legend(truth is not None))]
+        if truth is not None:
+            panels.append(Panel("ground truth", overlay_labels(image, truth, palette)))
+        return Shown(sides, panels)
 
     def scores(self) -> dict[str, float | None]:
         """mIoU over all pixels, of plain and reduced; None without ground truth."""

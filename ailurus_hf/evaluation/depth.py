@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..visualization import LegendEntry, Panel
 from ..visualization.palettes import ColorMap, color_table
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
 
 LARGEST = 65535
+# Share of the range of depths from which on a difference has the brightest color.
+MOST_DIFFERENT = 0.1
 
 
 class Range(NamedTuple):
@@ -51,6 +54,18 @@ def to_16_bits(depth: np.ndarray, limits: Range) -> Image.Image:
 def colorize_depth(depth: np.ndarray, low: float, high: float, colors: ColorMap = "viridis") -> Image.Image:
     """Depths [H, W] in the colors of a map, from low to high."""
     return Image.fromarray(color_table(colors)[(_shares(depth, low, high) * 255).round().astype(np.uint8)])
+
+
+def depth_difference(plain: np.ndarray, reduced: np.ndarray) -> Panel:
+    """Where two depth maps [H, W] differ, dark to bright, as a share of the plain depths' range."""
+    span = (float(plain.max()) - float(plain.min())) or 1.0
+    shares = np.array([[0, MOST_DIFFERENT / 4, MOST_DIFFERENT / 2, MOST_DIFFERENT]])
+    colors = np.asarray(colorize_depth(shares, 0, MOST_DIFFERENT, "magma"))[0].tolist()
+    texts = [f"{share:.1%}" for share in shares[0]]
+    texts[-1] += " of the range or more"
+    legend = tuple(LegendEntry((r, g, b), text) for (r, g, b), text in zip(colors, texts, strict=True))
+    picture = colorize_depth(np.abs(plain - reduced) / span, 0, MOST_DIFFERENT, "magma")
+    return Panel("how far the depths differ", picture, legend=legend)
 
 
 def relative_error(plain: np.ndarray, reduced: np.ndarray) -> float:

@@ -15,17 +15,20 @@ with needs_extra("vision", "ailurus_hf.visualization"):
     from .figures import plot_front, plot_similarity
     from .palettes import class_palette, distinct_colors
     from .rebuilt import reconstruct_image
+    from .report import ComparedImage, comparison_page
     from .sheets import LegendEntry, Panel, draw_sheet
     from .side_by_side import side_by_side
     from .token_counts import draw_token_counts, token_count_legend
 
 __all__ = [
+    "ComparedImage",
     "LegendEntry",
     "Panel",
     "class_legend",
     "class_palette",
     "colorize_labels",
     "compare_predictions",
+    "comparison_page",
     "difference_legend",
     "distinct_colors",
     "draw_assignment",

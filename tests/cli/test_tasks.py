@@ -98,6 +98,56 @@ def test_compare_tells_times_agreement_and_a_verdict(
     assert capsys.readouterr().out.splitlines()[0].split()[:5] == ["image", "off", "ms", "on", "ms"]
 
 
+@pytest.mark.parametrize("command", [*FILES, "classify"])
+def test_a_report_is_a_page_of_all_images(
+    command: str, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ailurus_hf.visualization.report.MOST_IMAGES", 1)
+    words = {"segment": "where they differ", "depth": "of the range", "detect": ">boxes<", "classify": ">likeliest<"}
+    if command == "classify":
+        arguments = ["classify", "images", "--model", str(models / "clip"), "--labels-text", "a cat", "a dog"]
+    else:
+        arguments = given(command, models)
+    arguments += ["--compare", "--repeats", "1", "--report", "new/report.html", "--keep-ratio", "0.5"]
+    assert main(arguments) == 0
+    assert "report: new/report.html" in capsys.readouterr().out
+    page = Path("new/report.html").read_text(encoding="utf-8")
+    assert page.count('<div class="slider"') == 1 and "The first 1 of 2 images are shown" in page
+    for text in (
+        words[command],
+        "→",
+        "agreement",
+        "0.5 after layer",
+        "tokens that a cluster stands for",
+        "AiluRus on:",
+    ):
+        assert text in page
+    assert main([*arguments, "--output", "other"]) == 2 and "is there already" in capsys.readouterr().err
+    assert main([*arguments, "--output", "other", "--overwrite"]) == 0
+
+
+def test_scores_are_in_the_report(models: Path) -> None:
+    Path("labels.csv").write_text("a.png,a cat\nb.png,a dog\n")
+    arguments = ["classify", "images", "--model", str(models / "clip"), "--labels-text", "a cat", "a dog", "--compare"]
+    assert main([*arguments, "--repeats", "1", "--labels", "labels.csv", "--report", "report.html"]) == 0
+    assert "<dt>accuracy</dt>" in Path("report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--report", "report.html"], "--report is for --compare"),
+        (["--compare", "--resume", "--report", "report.html"], "do not go together"),
+        (["--compare", "--report", "images"], "images is a folder"),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused(
+    options: list[str], told: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*given("depth", models), *options]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_depth_of_16_bits_is_the_models(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, *given("depth", models, "--no-ailurus"))
     limits = found["images"][0]["depth"]
