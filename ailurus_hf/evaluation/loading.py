@@ -177,8 +177,15 @@ class ClusterPictures(NamedTuple):
             return []
         return [
             Panel("image", self.seen, f"{self.num_tokens} tokens"),
-            Panel(f"{self.num_tokens} tokens in {self.num_clusters} clusters", self.assignment),
-            Panel("tokens that a cluster stands for", self.counts, legend=token_count_legend()),
+            Panel(
+                f"{self.num_tokens} tokens in {self.num_clusters} clusters", self.assignment, "each is one token later"
+            ),
+            Panel(
+                "tokens that a cluster stands for",
+                self.counts,
+                "dark: kept as they are; bright: one for many",
+                token_count_legend(),
+            ),
             Panel("what is left", self.rebuilt, "each patch is the mean of its cluster"),
         ]
 

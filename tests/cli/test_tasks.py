@@ -148,6 +148,15 @@ def test_a_report_that_cannot_be_is_refused(
     assert told in capsys.readouterr().err
 
 
+def test_several_processes_write_no_report(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*given("depth", models), "--compare", "--report", "report.html"]) == 2
+    assert "one process, and 2 were started" in capsys.readouterr().err
+
+
 def test_depth_of_16_bits_is_the_models(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, *given("depth", models, "--no-ailurus"))
     limits = found["images"][0]["depth"]
