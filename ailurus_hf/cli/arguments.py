@@ -18,6 +18,7 @@ from ..presets import VISION_PRESETS
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
+    from ..evaluation.writing import Existing
 
 AILURUS_FIELDS = (
     "cluster_location",
@@ -31,6 +32,12 @@ AILURUS_FIELDS = (
     "stages",
 )
 
+# Options that decide nothing about a result.
+NO_SETTINGS = {
+    *("run", "images", "list", "rows", "streaming", "recursive", "strict", "output", "overwrite", "resume"),
+    *("json", "json_lines", "device", "batch_size", "repeats", "report"),
+}
+
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Images and folders of them, and what happens where one cannot be read."""
@@ -42,22 +49,14 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_images(args: argparse.Namespace) -> list[str]:
-    """The paths given as arguments, then those of --list. Raises BadInputError where there are none."""
-    from ..evaluation.bad_input import BadInputError
-
-    given = list(args.images)
-    if args.list:
-        try:
-            lines = Path(args.list).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise BadInputError(
-                f"cannot read --list {args.list}: {getattr(error, 'strerror', None) or error}"
-            ) from error
-        given += [line for line in lines if line.strip()]
-    if not given:
-        raise BadInputError(f"no path in {args.list}" if args.list else "no images: name files or folders, or --list")
-    return given
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Images of a data set, in place of files."""
+    group = parser.add_argument_group("data sets", 'needs pip install "ailurus-hf[datasets]"')
+    group.add_argument("--dataset", metavar="NAME", help="of the Hub, or a folder, as `datasets` loads it")
+    group.add_argument("--split", default="train", help="of the data set (default: %(default)s)")
+    group.add_argument("--column", help="that holds the images (default: the only one that does)")
+    group.add_argument("--streaming", action="store_true", help="read rows as they come and store none")
+    group.add_argument("--rows", type=positive, metavar="N", help="only the first N rows (default: all)")
 
 
 def add_output(
@@ -271,6 +270,20 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def existing(args: argparse.Namespace) -> Existing:
+    """What becomes of results that are there already."""
+    return "overwrite" if args.overwrite else "resume" if args.resume else "refuse"
+
+
+def result_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what a result is: those that were given or have a default, but not where images come
+    from, where results go, and how they are told."""
+    of_rows = set() if getattr(args, "dataset", None) else {"split", "column"}
+    left_out = NO_SETTINGS | of_rows
+    given = {k: v for k, v in sorted(vars(args).items()) if k not in left_out and v not in (None, False)}
+    return {**given, "config": read_config(args.config)} if given.get("config") else given
 
 
 def load(args: argparse.Namespace, task: str | None, device: str | None = None) -> LoadedModel:

@@ -17,16 +17,9 @@ from .telling import print_json, progress, tell
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
-    from ..evaluation.writing import Existing, ResultFolder, ResultLines
-    from .shared_work import Meeting
+    from ..evaluation.writing import ResultFolder, ResultLines
 
 Show = Callable[[dict[str, Any]], "str | None"]
-
-# Options that decide nothing about a result.
-NO_SETTINGS = {
-    *("run", "images", "list", "recursive", "strict", "output", "overwrite", "resume", "json", "json_lines"),
-    *("device", "batch_size", "repeats", "report"),
-}
 
 # What differs from run to run, and is not written down with a result.
 TIMES = {"ms"}
@@ -46,30 +39,36 @@ class Batch:
     todo: the images to do, of all processes: not known to fail, and not done already. Headers are read at once, so that
         a file that holds no image is told before a model is loaded.
     images: those of them that this process does.
-    names: for each image the relative name of its results, without suffix.
+    names: for each image the relative name of its results, without suffix; read: gives the image of a path.
     results, failed: one entry for each image that is done, {"image", …}, and for each that failed, {"image", "error"}.
     skipped: images whose results were there already (--resume).
     folder: where results are written, for a command that has `endings`; lines: the file of results, where one is given.
     device: the name of the device to load the model to.
+    write_together: a command's own; called when all images are done, by the process that tells the results.
 
     Args:
         args: of the command.
         endings: of an image's result files, as of `ResultFolder`.
         to_lines: --output is a file of JSON lines, and may be left out.
+        together: as of `ResultFolder`.
     """
 
-    def __init__(self, args: argparse.Namespace, endings: Sequence[str] = (), to_lines: bool = False) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        endings: Sequence[str] = (),
+        to_lines: bool = False,
+        together: Sequence[str] = (),
+    ) -> None:
         from ..evaluation import writing
-        from ..evaluation.folders import find_images, result_names, subfolders
-        from .arguments import given_images
-        from .shared_work import device_for, meeting_folder
+        from .arguments import existing, result_settings
+        from .shared_work import device_for, meet, meeting_folder
+        from .sources import find_source
 
         self.command, self.strict, self.json = args.command, args.strict, args.json
         self.json_lines = getattr(args, "json_lines", False)
-        output = Path(args.output) if endings else None
-        given = given_images(args)
-        paths = find_images(given, args.recursive, leave_out=output)
-        self.names = result_names(given, args.recursive, leave_out=output)
+        self._source = find_source(args, Path(args.output) if endings else None)
+        paths, self.names, self.read = self._source.paths, self._source.names, self._source.read
         self.results: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
         self.skipped: list[Path] = []
@@ -78,6 +77,7 @@ class Batch:
         self.lines: ResultLines | None = None
         self.lost: list[str] = []
         self.show: Show = lambda result: None
+        self.write_together: Callable[[], None] = lambda: None
         self.meeting = meet(args, to_lines) if endings or to_lines else None
         self._meeting_folder = meeting_folder(args.output, to_lines) if (endings or to_lines) and args.output else None
         self._block = getattr(args, "batch_size", 1)
@@ -88,7 +88,7 @@ class Batch:
         self._waiting: dict[str, dict[str, Any]] = {}
         self._told = 0
         if endings:
-            self.folder = writing.ResultFolder(args.output, endings, existing(args), result_settings(args))
+            self.folder = writing.ResultFolder(args.output, endings, existing(args), result_settings(args), together)
         neighbor = self.meeting.neighbors.index(self.meeting.rank) if self.meeting else 0
         self.device = device_for(args.device, neighbor)
         if self.meeting is not None and self.meeting.rank:
@@ -97,7 +97,7 @@ class Batch:
             self.todo = [paths[number] for number in plan or ()]
         else:
             with self._leading():
-                if not args.recursive and (left_out := subfolders(given)):
+                if left_out := self._source.left_out:
                     tell(f"{len(left_out)} subfolders are left out ({left_out[0]} …): --recursive looks into them")
                 self._check(args, to_lines)
         self.images = self.meeting.share(self.todo, self._block) if self.meeting else self.todo
@@ -105,7 +105,8 @@ class Batch:
     def _check(self, args: argparse.Namespace, to_lines: bool) -> None:
         """What there is to do, by the process that decides it."""
         from ..evaluation.writing import ResultLines
-        from ..images import READING_ERRORS, Image, why
+        from ..images import READING_ERRORS, why
+        from .arguments import existing, result_settings
         from .shared_work import check_times, left_results, meeting_folder
 
         if self.meeting is not None and getattr(args, "compare", False):
@@ -124,8 +125,8 @@ class Batch:
             if path in skipped:
                 continue
             try:
-                with Image.open(path):
-                    self.todo.append(path)
+                self._source.check(path)
+                self.todo.append(path)
             except READING_ERRORS as error:
                 self._tell_failed(path, _named(path, f"{path} is not a readable image: {why(error, path)}"))
 
@@ -175,10 +176,11 @@ class Batch:
 
     def fail_with(self, path: Path, error: Exception) -> None:
         """Names an image that failed for this error. Raises errors that the next image would meet as well."""
+        from ..evaluation.rows import EndOfRowsError
         from ..evaluation.writing import WritingError
         from .shared_work import ProcessError
 
-        if isinstance(error, (WritingError, FailedImageError, ProcessError)):
+        if isinstance(error, (WritingError, FailedImageError, ProcessError, EndOfRowsError)):
             raise error
         # Processors and models refuse an image in as many ways as there are of them.
         self.fail(path, str(error) if isinstance(error, AiluRusError) else f"{path}: {type(error).__name__}: {error}")
@@ -332,6 +334,7 @@ class Batch:
             return 0  # the first process tells the rest
         if self.lines is not None:
             self.lines.put_in_order([str(path) for path in self._paths])
+        self.write_together()
         if self._meeting_folder is not None:
             shutil.rmtree(self._meeting_folder, ignore_errors=True)
         if self.json_lines:
@@ -353,34 +356,6 @@ class Batch:
         parts += [f"{failed} failed"] + ([f"{left} not begun"] if left else [])
         who = f"{self.meeting.place}: " if self.meeting is not None and self.meeting.rank else ""
         return who + ", ".join(parts)
-
-
-def meet(args: argparse.Namespace, to_lines: bool) -> Meeting | None:
-    """The processes that share a command's images; None where it is one alone. Raises BadInputError."""
-    from ..evaluation.bad_input import BadInputError
-    from .launchers import launched
-    from .shared_work import Meeting, meeting_folder
-
-    place = launched()
-    if place.size == 1:
-        return None
-    if not args.output:
-        raise BadInputError(f"{place.size} processes meet where results go: --output is needed")
-    return Meeting(meeting_folder(args.output, to_lines), place, result_settings(args))
-
-
-def existing(args: argparse.Namespace) -> Existing:
-    """What becomes of results that are there already."""
-    return "overwrite" if args.overwrite else "resume" if args.resume else "refuse"
-
-
-def result_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what a result is: those that were given or have a default, but not where images come
-    from, where results go, and how they are told."""
-    from .arguments import read_config
-
-    given = {k: v for k, v in sorted(vars(args).items()) if k not in NO_SETTINGS and v not in (None, False)}
-    return {**given, "config": read_config(args.config)} if given.get("config") else given
 
 
 def _named(path: Path, reason: str) -> str:

@@ -10,6 +10,7 @@ from .arguments import (
     add_ailurus,
     add_batch_size,
     add_compare,
+    add_dataset,
     add_images,
     add_labels_text,
     add_model,
@@ -34,6 +35,7 @@ EXAMPLES = """
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
+    add_dataset(parser)
     add_model(parser, lines=True)
     add_output(parser, "file of JSON lines for the scores, such as scores.jsonl (default: none)", None)
     parser.add_argument("--top", type=positive, default=3, help="classes to show (default: %(default)s)")

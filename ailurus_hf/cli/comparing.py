@@ -38,14 +38,13 @@ def compare(args: argparse.Namespace, task: str, predictions: Predictions, metri
     def begin(loaded: LoadedModel, batch: Batch, report: Report | None) -> tuple[Work, Scores]:
         from ..evaluation.paired import run_pair
         from ..evaluation.scoring import scorer_for
-        from ..images import read_image
         from ..visualization import side_by_side
 
         scorer = scorer_for(loaded, args.labels) if args.labels else None
         keys = [f"{kind}_{metric.lower()}" for kind in ("plain", "reduced")] if metric else []
 
         def work(path: Path) -> dict[str, Any]:
-            image = read_image(path)
+            image = batch.read(path)
             pair = run_pair(loaded, loaded.prepare(image), args.repeats)
             agreement, shown = predictions(loaded, image, pair)
             scores: dict[str, float | None] = dict.fromkeys(keys)

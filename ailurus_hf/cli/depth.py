@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add_model, add_output, check_compare, load
+from .arguments import (
+    add_ailurus,
+    add_batch_size,
+    add_compare,
+    add_dataset,
+    add_images,
+    add_model,
+    add_output,
+    check_compare,
+    load,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +35,7 @@ COLORS = ("viridis", "magma", "gray")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
+    add_dataset(parser)
     add_model(parser, lines=True)
     add_output(parser)
     parser.add_argument("--colors", choices=COLORS, default="viridis", help="of the color maps (default: %(default)s)")

@@ -7,7 +7,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add_model, add_output, check_compare, load
+from .arguments import (
+    add_ailurus,
+    add_batch_size,
+    add_compare,
+    add_dataset,
+    add_images,
+    add_model,
+    add_output,
+    check_compare,
+    load,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,15 +26,19 @@ if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
     from ..evaluation.paired import Pair
     from ..evaluation.report import Shown
+    from .batch import Batch
 
 EXAMPLES = """
   ailurus-hf detect photos --model hustvl/yolos-small --keep-ratio 0.5 --output out
   ailurus-hf detect val2017 --model hustvl/yolos-small --compare --labels instances_val2017.json
 """
+# Of all images: COCO's results, and which image and category each number in them is.
+DETECTIONS, IMAGES = "detections.json", "detections_images.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
+    add_dataset(parser)
     add_model(parser, lines=True)
     add_output(parser)
     parser.add_argument(
@@ -45,12 +59,17 @@ def run(args: argparse.Namespace) -> int:
         from .comparing import compare
 
         return compare(args, "detect", lambda *found: _predictions(args.threshold, *found), "AP")
+    return _detect(args)
+
+
+def _detect(args: argparse.Namespace) -> int:
     from ..evaluation.boxes import draw_boxes, find_boxes, to_coco
     from ..evaluation.writing import save_text
     from . import predicting
     from .batch import Batch
 
-    batch = Batch(args, ("_boxes.json", "_boxes.png"))
+    batch = Batch(args, ("_boxes.json", "_boxes.png"), together=(DETECTIONS, IMAGES))
+    batch.write_together = lambda: _write_together(batch)
     if not batch.images:
         return batch.finish(None, images=[])
     loaded = load(args, "detect", batch.device)
@@ -71,6 +90,22 @@ def run(args: argparse.Namespace) -> int:
         return f"{result['image']}: {', '.join(boxes[:6]) or 'nothing'}{more}"
 
     return predicting.run(batch, loaded, finish, shown, args.batch_size)
+
+
+def _write_together(batch: Batch) -> None:
+    """The boxes of all images in one file; read from those of each, for some were there already."""
+    from ..evaluation.boxes import to_one_coco
+    from ..evaluation.writing import save_text
+
+    folder, found = batch.result_folder, {}
+    for path, name in batch.names.items():
+        file = folder.files(name)[0]
+        boxes = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        found[str(name.with_name(path.name))] = boxes
+    results, images = to_one_coco(found)
+    lines = ",\n".join(json.dumps(each) for each in results)
+    save_text(f"[\n{lines}\n]\n" if results else "[]\n", folder.path / DETECTIONS)
+    save_text(json.dumps(images, indent=1) + "\n", folder.path / IMAGES)
 
 
 def _predictions(threshold: float, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:

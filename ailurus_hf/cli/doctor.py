@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "diffusion": ("diffusers", "transformers", "accelerate"),
     "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow", "controlnet-aux", "torchvision"),
     "detection": ("torchvision", "pycocotools"),
+    "datasets": ("datasets",),
     "bench": ("matplotlib", "tomesd", "pyarrow", "scikit-image"),
 }
 

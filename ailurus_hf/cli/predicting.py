@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AiluRusError
-from ..images import Image, read_image
+from ..images import Image
 from .batch import Batch, Show
 from .telling import progress
 
@@ -127,7 +127,7 @@ def _groups(batch: Batch, loaded: LoadedModel, size: int) -> Iterator[list[_Prep
     shape = None
     for path in progress(batch.images):
         try:
-            image = read_image(path)
+            image = batch.read(path)
             inputs = loaded.prepare(image)
         except Exception as error:
             batch.fail_with(path, error)

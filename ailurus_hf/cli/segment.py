@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_ailurus, add_batch_size, add_compare, add_images, add_model, add_output, check_compare, load
+from .arguments import (
+    add_ailurus,
+    add_batch_size,
+    add_compare,
+    add_dataset,
+    add_images,
+    add_model,
+    add_output,
+    check_compare,
+    load,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +35,7 @@ ENDINGS = ("_labels.png", "_overlay.png")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser)
+    add_dataset(parser)
     add_model(parser, lines=True)
     add_output(parser)
     add_compare(parser, "mIoU", "ground truth as class ids: a PNG, or a folder of PNGs named as the images")
@@ -64,7 +75,6 @@ def _segment(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from ..evaluation.comparison import SegmentationPairs
-    from ..images import read_image
     from .comparing import Scores, Work, compare_images
 
     def begin(loaded: LoadedModel, batch: Batch, report: Report | None) -> tuple[Work, Scores]:
@@ -72,7 +82,7 @@ def _compare(args: argparse.Namespace) -> int:
 
         def work(path: Path) -> dict[str, Any]:
             (file,) = folder.files(batch.names[path])
-            result, picture = pairs.compare(path, read_image(path), report)
+            result, picture = pairs.compare(path, batch.read(path), report)
             folder.save(picture, file)
             return {**result, "file": str(file)}
 

@@ -9,6 +9,7 @@ journals, tells all results in order, and notices who is gone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 from ..errors import AiluRusError
 from ..evaluation.bad_input import BadInputError
 from ..evaluation.writing import WritingError, is_running, save_text
-from .launchers import Place
+from .arguments import result_settings
+from .launchers import Place, launched
 
 PATIENCE = 600.0  # seconds until a process that never came is given up
 BEAT, SILENCE = 10.0, 180.0  # seconds between signs of life; and without one, until a process elsewhere counts as gone
@@ -108,8 +110,8 @@ class Meeting:
         plan = json.loads(self._plan.read_text(encoding="utf-8"))
         if plan["images"] not in (None, _digest(images)):
             raise BadInputError(
-                f"{self.name(self.rank)} finds {len(images)} images, which are not those that the first process finds: "
-                "all have to see the same files under the same paths"
+                f"the {len(images)} images found here are not those that the first process finds: all have to see the "
+                "same files under the same paths"
             )
         return None if plan["images"] is None else plan["todo"]
 
@@ -221,6 +223,16 @@ class Meeting:
                 os.utime(self._hello(self.rank))
             except OSError:  # the folder is removed: all is told
                 return
+
+
+def meet(args: argparse.Namespace, to_lines: bool) -> Meeting | None:
+    """The processes that share a command's images; None where it is one alone. Raises BadInputError."""
+    place = launched()
+    if place.size == 1:
+        return None
+    if not args.output:
+        raise BadInputError(f"{place.size} processes meet where results go: --output is needed")
+    return Meeting(meeting_folder(args.output, to_lines), place, result_settings(args))
 
 
 def left_results(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

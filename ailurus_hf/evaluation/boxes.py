@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -74,6 +75,31 @@ def to_coco(boxes: Boxes, image_id: int | str, names: Mapping[int, str]) -> list
         }
         for (x0, y0, x1, y1), label, score in zip(*boxes, strict=True)
     ]
+
+
+def to_one_coco(found: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The boxes of all images as COCO's evaluation reads them, with numbers for images.
+
+    Args:
+        found: by the name of each image's file, what `to_coco` gave; None where the image failed.
+
+    Returns:
+        The results, and which image and category each number is: {"images": [{"id", "file_name"}], "categories": …}. An
+        image's number is its file's name, where all of them are numbers as in COCO; else its place in order, from 1 on.
+    """
+    stems = [PurePath(name).stem for name in found]
+    numbered = all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems)
+    ids = {name: int(stem) if numbered else i for i, (name, stem) in enumerate(zip(found, stems, strict=True), 1)}
+    results = [
+        {"image_id": ids[name], **{key: box[key] for key in ("category_id", "bbox", "score")}}
+        for name, boxes in found.items()
+        for box in boxes or ()
+    ]
+    categories = {box["category_id"]: box["category"] for boxes in found.values() for box in boxes or ()}
+    return results, {
+        "images": [{"id": ids[name], "file_name": name} for name, boxes in found.items() if boxes is not None],
+        "categories": [{"id": number, "name": categories[number]} for number in sorted(categories)],
+    }
 
 
 def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -88,14 +88,21 @@ class ResultFolder:
         existing: "refuse" results that are there, "overwrite" them, or "resume": an image whose results are all there
             is done.
         settings: what makes the results; those that other settings made are no reason to skip an image.
+        together: names of files that hold something of all images.
 
     Raises:
         WritingError: nothing can be written there.
     """
 
     def __init__(
-        self, path: str | Path, endings: Sequence[str], existing: Existing, settings: Mapping[str, Any]
+        self,
+        path: str | Path,
+        endings: Sequence[str],
+        existing: Existing,
+        settings: Mapping[str, Any],
+        together: Sequence[str] = (),
     ) -> None:
+        self.together = tuple(together)
         self.path, self.endings, self.existing = make_folder(path), tuple(endings), existing
         self.settings = json.loads(json.dumps(settings))  # as it is read again: no tuples
         if existing == "resume":
@@ -129,6 +136,9 @@ class ResultFolder:
                 if len(found) == len(files):
                     done.add(name)
             there += found
+        there += (together := [self.path / name for name in self.together if _exists(self.path / name)])
+        if self.existing == "resume" and together and not done:
+            raise BadInputError(f"{together[0]} is there, and no result of these images: choose another --output")
         if there and self.existing == "refuse":
             more = f" (and {len(there) - 1} other results)" if len(there) > 1 else ""
             raise BadInputError(

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,16 +147,14 @@ def test_compare_where_each_has_a_machine_of_its_own(
     assert len(contents("out")) == 10
 
 
-def test_other_images_are_refused(tmp_path: Path) -> None:
-    def lead() -> None:
-        meeting = Meeting(tmp_path / "run", Place(0, 2), {})
-        meeting.write_plan([Path("a.png")], [0])
-
-    thread = threading.Thread(target=lead)
-    thread.start()
-    with pytest.raises(ValueError, match="finds 2 images, which are not those that the first process finds"):
-        Meeting(tmp_path / "run", Place(1, 2), {}).read_plan([Path("a.png"), Path("b.png")])
-    thread.join()
+def test_other_images_are_refused(models: Path, ranks: Ranks) -> None:
+    Path("other.png").write_bytes(Path("images/00.png").read_bytes())
+    here = [{"RANK": str(i), "WORLD_SIZE": "2"} for i in range(2)]
+    here[1]["MORE_ARGUMENTS"] = "--list list.txt"
+    Path("list.txt").write_text("other.png")
+    first, second = ranks(*command(models, "segment", "out"), environments=here)
+    assert second.code == 2 and "rank 1 of 2: the 13 images found here are not those" in second.err
+    assert first.code == 1 and "rank 1 of 2 (process " in first.err
 
 
 def test_who_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,9 @@ def test_every_task_writes_its_results_and_resumes(
 ) -> None:
     found = run_json(capsys, *given(command, models, "--keep-ratio", "0.5"))
     assert len(found["images"]) == 2 and found["took"]["tokens"][0] > found["took"]["tokens"][1] > 0
-    assert {path.name for path in Path("out").iterdir()} == {f"{x}{kind}" for x in "ab" for kind in FILES[command]}
+    together = {"detections.json", "detections_images.json"} if command == "detect" else set()
+    expected = {f"{x}{kind}" for x in "ab" for kind in FILES[command]} | together
+    assert {path.name for path in Path("out").iterdir()} == expected
     assert main(given(command, models, "--keep-ratio", "0.5")) == 2
     assert len(run_json(capsys, *given(command, models, "--keep-ratio", "0.5", "--resume"))["skipped"]) == 2
     assert main(given(command, models, "--overwrite", "--batch-size", "2")) == 0
@@ -176,6 +178,44 @@ def test_depths_in_meters_are_millimeters() -> None:
     assert np.asarray(to_16_bits(depth, depth_range(depth, metric=True))).tolist() == [[500, 1250]]
     assert depth_range(depth * 100, metric=True).metric is False
     assert np.asarray(colorize_depth(depth, 0.5, 1.25)).tolist() == [[[68, 1, 84], [253, 231, 37]]]
+
+
+def test_one_file_of_all_boxes_is_as_coco_reads_it(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("images/b.png").rename("images/000139.png")
+    Path("images/bad.png").write_text("no image")
+    assert main(given("detect", models, "--threshold", "0")) == 1
+    written, images = (json.loads(Path(f"out/detections{end}.json").read_text()) for end in ("", "_images"))
+    names = {image["id"]: image["file_name"] for image in images["images"]}
+    assert names == {1: "000139.png", 2: "a.png"}
+    categories = {category["id"]: category["name"] for category in images["categories"]}
+    for name, file in zip(("000139", "a"), (1, 2), strict=True):
+        alone = json.loads(Path(f"out/{name}_boxes.json").read_text())
+        mine = [box for box in written if box["image_id"] == file]
+        assert [{**box, "image_id": f"{name}.png", "category": categories[box["category_id"]]} for box in mine] == alone
+    before = Path("out/detections.json").read_bytes()
+    Path("out/a_boxes.png").unlink()
+    assert main(given("detect", models, "--threshold", "0", "--resume")) == 1
+    assert Path("out/detections.json").read_bytes() == before
+    for path in Path("out").glob("*_boxes.*"):
+        path.unlink()
+    for options in ([], ["--resume"]):
+        assert main(given("detect", models, "--threshold", "0", *options)) == 2
+    assert Path("out/detections.json").read_bytes() == before
+    capsys.readouterr()
+    Path("images/a.png").rename("images/7.png")
+    Path("images/bad.png").unlink()
+    run_json(capsys, *given("detect", models, "--overwrite"))
+    ids = [image["id"] for image in json.loads(Path("out/detections_images.json").read_text())["images"]]
+    assert ids == [139, 7]
+
+
+def test_cocos_own_evaluation_reads_it(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coco = pytest.importorskip("pycocotools.coco", reason="needs pycocotools")
+    run_json(capsys, *given("detect", models, "--threshold", "0"))
+    truth = coco.COCO()
+    truth.dataset = json.loads(Path("out/detections_images.json").read_text()) | {"annotations": []}
+    truth.createIndex()
+    assert len(truth.loadRes("out/detections.json").anns) == 10
 
 
 def test_boxes_are_those_of_the_model(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,8 @@ class Ranks:
     """Call it with a command's arguments.
 
     die: from a rank to the number of images after which it kills itself; the others wait for that with their first.
-    environments: of each process; by default what torchrun sets. MADE_MACHINE: what it takes for its machine.
+    environments: of each process; by default what torchrun sets. MADE_MACHINE: what it takes for its machine;
+        MORE_ARGUMENTS: of this one alone.
     """
 
     def __enter__(self) -> "Ranks":
@@ -100,7 +101,7 @@ def fork(argv: list[str], env: dict[str, str], die_after: int | None, log: str) 
     if machine := env.get("MADE_MACHINE"):
         shared_work._machine = lambda: machine
     try:
-        code = main(argv)
+        code = main([*argv, *env.get("MORE_ARGUMENTS", "").split()])
     except SystemExit as exit:
         code = exit.code
     sys.stdout.flush()
