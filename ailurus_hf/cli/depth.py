@@ -77,11 +77,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predictions(colors: ColorMap, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:
-    from ..evaluation.depth import colorize_depth, depth_difference, depth_map, relative_error
+    import torch
+
+    from ..evaluation.agreement import relative_error
+    from ..evaluation.depth import colorize_depth, depth_difference, depth_map
     from ..evaluation.report import Shown
     from ..visualization import Panel
 
     plain, reduced = depth_map(loaded, pair.plain, image), depth_map(loaded, pair.reduced, image)
     low, high = float(plain.min()), float(plain.max())  # of plain, for both: equal colors are equal depths
     sides = [Panel("depth", colorize_depth(depth, low, high, colors)) for depth in (plain, reduced)]
-    return max(0.0, 1 - relative_error(plain, reduced)), Shown(sides, [depth_difference(plain, reduced)])
+    error = relative_error(torch.from_numpy(plain), torch.from_numpy(reduced))
+    return max(0.0, 1 - error), Shown(sides, [depth_difference(plain, reduced)])

@@ -17,10 +17,10 @@ from ..versions import OLDEST, installed_version, too_old, torchvision_problem
 
 # The distributions each extra of pyproject.toml names itself; the extras it includes are listed on their own.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "vision": ("transformers", "accelerate", "pillow", "safetensors", "pyyaml", "tqdm"),
+    "vision": ("transformers", "accelerate", "pillow", "safetensors", "pyyaml", "tqdm", "pycocotools"),
     "diffusion": ("diffusers", "transformers", "accelerate"),
     "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow", "controlnet-aux", "torchvision"),
-    "detection": ("torchvision", "pycocotools"),
+    "detection": ("torchvision",),
     "datasets": ("datasets",),
     "bench": ("matplotlib", "tomesd", "pyarrow", "scikit-image"),
 }

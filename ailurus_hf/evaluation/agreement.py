@@ -14,7 +14,7 @@ from ..errors import AiluRusError
 MEANING = {
     "labels": "share of labels that differ",
     "objects": "share of objects lost or moved",
-    "depth": "mean relative difference of depth",
+    "depth": "mean difference of depth as a share of its mean",
     "features": "one minus the cosine of features",
     "pictures": "RMS difference of pictures, of 1",
 }
@@ -61,10 +61,7 @@ def loss(plain: Any, reduced: Any) -> float:
     if kind == "pictures":
         return float((plain.float() - reduced.float()).square().mean().sqrt())
     if kind == "depth":
-        want, got = plain.predicted_depth.float(), reduced.predicted_depth.float()
-        # Relative to no less than a hundredth of the mean, so that the far end of inverse depth does not decide alone.
-        floor = want.abs().mean() / 100
-        return float(((got - want).abs() / want.abs().clamp_min(floor)).mean())
+        return relative_error(plain.predicted_depth.float(), reduced.predicted_depth.float())
     if kind == "objects":
         return _objects_lost(plain, reduced)
     if kind == "labels":
@@ -73,6 +70,12 @@ def loss(plain: Any, reduced: Any) -> float:
     pairs = zip(_features(plain), _features(reduced), strict=True)
     cosines = [float(F.cosine_similarity(a, b, dim=-1).mean()) for a, b in pairs]
     return max(1 - sum(cosines) / len(cosines), 0.0)
+
+
+def relative_error(plain: Tensor, reduced: Tensor) -> float:
+    """Mean difference of depths as a share of the mean of the plain depths' absolute values; 0: equal."""
+    mean = float(plain.abs().mean())
+    return float((plain - reduced).abs().mean()) / mean if mean else 0.0
 
 
 def _given(output: Any, name: str) -> Any:

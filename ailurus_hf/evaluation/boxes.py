@@ -1,4 +1,4 @@
-"""Boxes of detected objects: read from a model's outputs, drawn, written as COCO has them, matched, scored by AP."""
+"""Boxes of detected objects: read from a model's outputs, drawn, written as COCO has them, matched."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from ..errors import AiluRusError
 if TYPE_CHECKING:
     from .loading import LoadedModel
 
-THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # of COCO's AP
-RECALLS = np.linspace(0, 1, 101)
 MOST_BOXES = 100  # an image, as COCO counts them
 
 
@@ -135,74 +133,3 @@ class Truth(NamedTuple):
     corners: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
-
-
-def average_precision(found: Sequence[Boxes], truth: Sequence[Truth]) -> float | None:
-    """COCO's AP: the mean over classes and over overlaps of 0.5 to 0.95 of the precision at 101 recalls.
-
-    Args:
-        found, truth: one entry an image.
-
-    Returns:
-        0 to 1; None where the truth has no box.
-    """
-    classes = sorted({int(label) for image in truth for label in image.labels[~image.crowd]})
-    if not classes:
-        return None
-    return float(np.mean([_precision(found, truth, label) for label in classes]))
-
-
-def _precision(found: Sequence[Boxes], truth: Sequence[Truth], label: int) -> float:
-    """Of one class."""
-    hits, scores, ignored, total = [], [], [], 0
-    for boxes, there in zip(found, truth, strict=True):
-        mine = boxes.labels == label
-        theirs = there.labels == label
-        crowd = there.crowd[theirs]
-        order = np.argsort(crowd, kind="stable")  # what counts comes first
-        corners, crowd = there.corners[theirs][order], crowd[order]
-        total += int((~crowd).sum())
-        best = np.argsort(-boxes.scores[mine], kind="stable")[:MOST_BOXES]
-        candidates = boxes.corners[mine][best]
-        scores.append(boxes.scores[mine][best])
-        matched, unscored = _matches(candidates, corners, crowd)
-        hits.append(matched)
-        ignored.append(unscored)
-    order = np.argsort(-np.concatenate(scores), kind="mergesort")
-    hit, ignore = np.concatenate(hits, axis=1)[:, order], np.concatenate(ignored, axis=1)[:, order]
-    return float(np.mean([_area(h[~i], total) for h, i in zip(hit, ignore, strict=True)]))
-
-
-def _matches(candidates: np.ndarray, corners: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At each overlap, whether a candidate hits a box, and whether it lies in a crowd: [T, K] each."""
-    hit = np.zeros((len(THRESHOLDS), len(candidates)), dtype=bool)
-    ignored = np.zeros_like(hit)
-    shares = overlaps(candidates, corners)
-    for number in np.flatnonzero(crowd):  # of a crowd, the share of the candidate that lies in it
-        low = np.maximum(candidates[:, :2], corners[number, :2])
-        high = np.minimum(candidates[:, 2:], corners[number, 2:])
-        areas = np.prod(candidates[:, 2:] - candidates[:, :2], axis=1)
-        common = np.prod(np.clip(high - low, 0, None), axis=1)
-        shares[:, number] = np.divide(common, areas, out=np.zeros_like(common), where=areas > 0)
-    for t, threshold in enumerate(THRESHOLDS):
-        free = np.ones(len(corners), dtype=bool)
-        for k in range(len(candidates)):
-            for kind in (~crowd, crowd):
-                row = np.where(kind & (free | crowd), shares[k], -1.0)
-                if row.size and row.max() >= min(threshold, 1 - 1e-10):
-                    chosen = len(row) - 1 - int(row[::-1].argmax())  # of equal ones the last, as COCO's own code
-                    free[chosen] = False
-                    hit[t, k], ignored[t, k] = not crowd[chosen], bool(crowd[chosen])
-                    break
-    return hit, ignored
-
-
-def _area(hit: np.ndarray, total: int) -> float:
-    """Precision at 101 recalls, each the best at that recall or a higher one."""
-    if not len(hit):
-        return 0.0
-    right = np.cumsum(hit)
-    recall, precision = right / total, right / np.arange(1, len(hit) + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    indices = np.searchsorted(recall, RECALLS, side="left")
-    return float(np.mean([best[index] if index < len(best) else 0.0 for index in indices]))

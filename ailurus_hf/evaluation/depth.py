@@ -68,11 +68,5 @@ def depth_difference(plain: np.ndarray, reduced: np.ndarray) -> Panel:
     return Panel("how far the depths differ", picture, legend=legend)
 
 
-def relative_error(plain: np.ndarray, reduced: np.ndarray) -> float:
-    """Mean difference as a share of the mean of the plain depths' absolute values; 0: equal."""
-    mean = float(np.abs(plain).mean())
-    return float(np.abs(plain - reduced).mean()) / mean if mean else 0.0
-
-
 def _shares(depth: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip((depth.astype(np.float64) - low) / ((high - low) or 1.0), 0, 1)

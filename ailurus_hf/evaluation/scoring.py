@@ -14,7 +14,7 @@ import numpy as np
 
 from ..images import Image, ImageError
 from .bad_input import BadInputError
-from .boxes import Boxes, Truth, average_precision, find_boxes
+from .boxes import Boxes, Truth, find_boxes
 from .comparison import confusion, label_map, mean_iou
 from .folders import read_labels
 
@@ -154,6 +154,8 @@ class DetectionScorer(Scorer):
         return find_boxes(self.loaded, outputs, image), truth
 
     def score_of(self, found: Sequence[tuple[Boxes, Truth]]) -> float | None:
+        from .average_precision import average_precision
+
         return average_precision([boxes for boxes, _ in found], [truth for _, truth in found])
 
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ailurus_hf import AiluRusConfig
 from ailurus_hf.cli import main
-from ailurus_hf.evaluation.boxes import Boxes, Truth, average_precision, box_agreement
+from ailurus_hf.evaluation.average_precision import average_precision
+from ailurus_hf.evaluation.boxes import Boxes, Truth, box_agreement
 from ailurus_hf.evaluation.depth import colorize_depth, depth_range, to_16_bits
 from ailurus_hf.evaluation.verdict import verdict
 
@@ -246,7 +247,7 @@ def test_boxes_are_those_of_the_model(models: Path, capsys: pytest.CaptureFixtur
 def test_average_precision_of_known_cases() -> None:
     corners = np.array([[0, 0, 10, 10], [20, 0, 30, 10]], float)
     truth = [Truth(corners, np.array([0, 0]), np.zeros(2, bool))]
-    assert average_precision([Boxes(corners, np.array([0, 0]), np.array([0.9, 0.8]))], truth) == 1
+    assert average_precision([Boxes(corners, np.array([0, 0]), np.array([0.9, 0.8]))], truth) == pytest.approx(1)
     assert average_precision([Boxes(corners, np.array([1, 1]), np.array([0.9, 0.8]))], truth) == 0
     # One of two found: recall 0.5 at precision 1, which is 51 of 101 recalls.
     half = [Boxes(corners[:1], np.array([0]), np.array([0.9]))]
@@ -257,7 +258,7 @@ def test_average_precision_of_known_cases() -> None:
     # A box in a crowd is no error, nor is a missed crowd.
     crowd = [Truth(corners, np.array([0, 0]), np.array([False, True]))]
     inside = Boxes(np.array([[0, 0, 10, 10], [21, 1, 24, 4]], float), np.array([0, 0]), np.array([0.5, 0.9]))
-    assert average_precision([inside], crowd) == 1
+    assert average_precision([inside], crowd) == pytest.approx(1)
     assert average_precision(half, [Truth(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))]) is None
 
 
