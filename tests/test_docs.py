@@ -64,7 +64,7 @@ def test_the_blocks_run(document, stand_ins, registries, tmp_path, monkeypatch) 
     names: dict = {"__name__": "__main__"}
     printed = None
     for block in blocks(document):
-        if block.title.startswith(NOT_RUN) or (block.language == "python" and lacks_torchvision(block)):
+        if block.title.startswith(NOT_RUN) or lacks_library(block):
             printed = None
         elif block.language == "python":
             printed = run_python(with_stand_ins(block.text, stand_ins), document, names)
@@ -97,13 +97,16 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-def lacks_torchvision(block: Block) -> bool:
-    return "extra detection" in block.title and not torchvision_ops.prepare()
+def lacks_library(block: Block) -> bool:
+    if "extra detection" in block.title and block.language == "python":
+        return not torchvision_ops.prepare()
+    needed = {"extra datasets": "datasets", "ray[data]": "ray"}
+    return any(name in block.title and not importlib.util.find_spec(module) for name, module in needed.items())
 
 
 def run_command(line: str) -> None:
     """Runs a command of ailurus-hf; of another, checks that its script, target, extra or options are there."""
-    program, *arguments = shlex.split(line, comments=True) or [""]
+    program, *arguments = shlex.split(line.removeprefix("srun "), comments=True) or [""]
     if program == "ailurus-hf":
         try:
             code = main(arguments)

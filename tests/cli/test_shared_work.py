@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,16 @@ def test_scores_in_a_file_outlive_a_dead_process(
     assert ("4 done, 6 skipped" if rank == 0 else "2 done, 8 skipped") in told, told
     assert Path("more").read_bytes() == Path("one").read_bytes()
     assert sorted(path.name for path in Path().iterdir()) == ["images", "more", "one"]
+
+
+def test_the_slurm_script_of_the_page(models: Path, ranks: Ranks) -> None:
+    page = (ROOT / "docs/how-to/many-images.md").read_text()
+    (line,) = re.findall(r"^srun ailurus-hf (.*)$", page, re.MULTILINE)
+    argv = line.replace("photos/", "images").replace("my-segmenter", str(models / "segmenter")).split()
+    steps = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_NUM_TASKS": "2"} for i in range(2)]
+    first, second = ranks(*argv, environments=steps)
+    assert (first.code, second) == (1, (0, "", "")) and first.err.endswith("10 done, 2 failed\n")
+    assert len(contents("results-slurm")) == 20
 
 
 def test_a_wrong_call_is_told_once(models: Path, ranks: Ranks) -> None:
