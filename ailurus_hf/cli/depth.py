@@ -46,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_compare(args)
+    from .clips import are_clips, measuring_depth, run_clips
+
+    if are_clips(args):
+        return run_clips(args, "depth", "_depth", lambda loaded: measuring_depth(loaded, args.colors))
     if args.compare:
         from .comparing import compare
 

@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     check_compare(args)
     if not 0 <= args.threshold <= 1:
         raise BadInputError(f"--threshold must be from 0 to 1, got {args.threshold}")
+    from .clips import are_clips, detecting, run_clips
+
+    if are_clips(args):
+        return run_clips(args, "detect", "_boxes", lambda loaded: detecting(loaded, args.threshold, _classes(loaded)))
     if args.compare:
         from .comparing import compare
 

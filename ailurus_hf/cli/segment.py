@@ -29,6 +29,7 @@ EXAMPLES = """
   ailurus-hf segment photos --model nvidia/segformer-b0-finetuned-ade-512-512 --output out
   ailurus-hf segment street.jpg --model my-segmenter --preset dense --compare --labels street_label.png
   ailurus-hf segment photos --model my-segmenter --preset dense --compare --report report.html
+  ailurus-hf segment walk.mp4 --model my-segmenter --preset dense --output clips
 """
 ENDINGS = ("_labels.png", "_overlay.png")
 
@@ -45,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_compare(args)
+    from .clips import are_clips, run_clips, segmenting
+
+    if are_clips(args):
+        return run_clips(args, "segment", "_overlay", segmenting)
     return _compare(args) if args.compare else _segment(args)
 
 
