@@ -34,7 +34,7 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(autouse=True)
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten images, of which one cannot be read and one is refused by the model."""
+    """Twelve images, of which one is none, and one is cut off."""
     monkeypatch.chdir(tmp_path)
     Path("images").mkdir()
     for seed in range(12):
@@ -65,6 +65,8 @@ def test_what_is_written_and_said_is_as_of_one_process(
     streams = capfd.readouterr()
     first, *others = ranks(*command(models, kind, ends[1], "--json-lines"), size=size)
     assert first.code == 1 and first.out == streams.out.replace("one/", "more/")
+    told = [Path(json.loads(line)["image"]).stem for line in first.out.splitlines()]
+    assert told == ["05", *(f"{number:02d}" for number in range(12) if number != 5)]
     assert first.err.splitlines()[:2] == streams.err.splitlines()[:2], first.err
     assert first.err.endswith("10 done, 2 failed\n")
     assert others == [(0, "", "")] * (size - 1)
