@@ -17,7 +17,7 @@ from ..versions import OLDEST, installed_version, too_old, torchvision_problem
 
 # The distributions each extra of pyproject.toml names itself; the extras it includes are listed on their own.
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "vision": ("transformers", "accelerate", "pillow", "safetensors", "pyyaml", "tqdm", "pycocotools"),
+    "vision": ("transformers", "accelerate", "pillow", "safetensors", "pyyaml", "tqdm", "pycocotools", "shtab"),
     "diffusion": ("diffusers", "transformers", "accelerate"),
     "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow", "controlnet-aux", "torchvision"),
     "detection": ("torchvision",),

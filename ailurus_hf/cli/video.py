@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..choices import FRAMES, SCOPES
 from ..presets import DIFFUSION_PRESETS
-from .arguments import add_clustering, add_model, add_preset, given_clustering, positive
+from .arguments import add_clustering, add_config, add_model, add_preset, given_clustering, positive
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from .. import AiluRusDiffusionConfig
 
 DEFAULT_FRAMES = 15  # as ControlVideo
 DEFAULT_FPS = 8  # of a folder of pictures, as ControlVideo
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("AiluRus", "default: keep half of the tokens of large grids")
     add_preset(group, DIFFUSION_PRESETS)
+    add_config(group)
     add = partial(_add_setting, group)
     add("keep-ratio", type=float, metavar="R", help="share of the tokens to keep, in (0, 1]")
     # --frames says how many there are.
@@ -98,7 +102,7 @@ def _add_setting(group: Any, name: str, **fields: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the video; returns 0, or raises AiluRusError before anything is written."""
-    from .. import AiluRusDiffusionConfig, ailurus_status, apply_ailurus, remove_ailurus
+    from .. import ailurus_status, apply_ailurus, remove_ailurus
     from .. import video as media
     from ..evaluation.loading import BadInputError, choose_device, with_clustering
     from ..images import check_enlarged
@@ -108,16 +112,17 @@ def run(args: argparse.Namespace) -> int:
 
     given = {n: v for n in AILURUS_FIELDS if (v := getattr(args, f"ailurus_{n}")) is not None}
     settings = given_clustering(args)
-    if args.no_ailurus and (given or settings or args.preset or args.compare):
-        named = [f"ailurus-{name.replace('_', '-')}" for name in (*given, *settings)]
-        other = "--compare" if args.compare else "--preset" if args.preset else f"--{named[0]}"
+    if args.config and args.preset:
+        raise BadInputError("--config and --preset do not go together: both are whole settings")
+    if args.no_ailurus and (given or settings or args.preset or args.config or args.compare):
+        whole = [name for name in ("compare", "preset", "config") if getattr(args, name)]
+        other = f"--{[*whole, *(f'ailurus-{name}'.replace('_', '-') for name in (*given, *settings))][0]}"
         raise BadInputError(f"--no-ailurus and {other} do not go together")
     if args.interpolator and not args.smooth_steps:
         raise BadInputError("--interpolator is for --smooth-steps: without it nothing is interpolated")
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
     # What can be wrong is told before anything slow, in the order of its cost.
-    preset = partial(AiluRusDiffusionConfig.preset, args.preset) if args.preset else AiluRusDiffusionConfig
-    config = with_clustering(preset(**given), settings)
+    config = with_clustering(_config(args, given), settings)
     output = media.check_output(args.output, source=args.video)
     beside = media.check_output(_beside(output), source=args.video) if args.compare else None
     for path in (output, beside):
@@ -201,6 +206,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"plain {result['plain_seconds']:.1f} s, AiluRus {seconds:.1f} s: {result['speedup']:.2f}x", end=", ")
         print(f"PSNR between the two {result['psnr']:.1f} dB, side by side in {beside}")
     return 0
+
+
+def _config(args: argparse.Namespace, given: dict[str, Any]) -> AiluRusDiffusionConfig:
+    """Of the preset, the file or the defaults, some fields replaced by those that were given."""
+    from .. import AiluRusDiffusionConfig
+    from ..config_base import read_config
+
+    if args.preset:
+        return AiluRusDiffusionConfig.preset(args.preset, **given)
+    if args.config:
+        return dataclasses.replace(read_config(AiluRusDiffusionConfig, args.config), **given)
+    return AiluRusDiffusionConfig(**given)
 
 
 def _beside(output: Path) -> Path:

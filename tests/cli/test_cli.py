@@ -51,6 +51,16 @@ def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
+def test_a_shell_completes_commands_and_options(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    words = ("ailurus-hf dep", "ailurus-hf segment --keep-r", "ailurus-hf segment --restore sm")
+    for line, want in zip(words, ("depth", "--keep-ratio", "smooth"), strict=True):
+        given = f"COMP_WORDS=({line}); COMP_CWORD={line.count(' ')}; _shtab_ailurus_hf; echo ${{COMPREPLY[@]}}"
+        found = subprocess.run(["bash", "-c", f"{script}\n{given}"], capture_output=True, text=True, check=True)
+        assert want in found.stdout.split()
+
+
 def test_segment_writes_label_maps_and_overlays(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["segment", "images", "--model", "segmenter", "--keep-ratio", "0.5", "--output", str(tmp_path)]
     found = run_json(capsys, *arguments)

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HIDDEN = ("PIL", "transformers", "diffusers", "cv2", "torchvision", "imageio_ffmpeg", "tqdm", "huggingface_hub")
+HIDDEN = (
+    "PIL",
+    "transformers",
+    "diffusers",
+    "cv2",
+    "torchvision",
+    "imageio_ffmpeg",
+    "tqdm",
+    "huggingface_hub",
+    "shtab",
+)
 HIDE = f"""
 import sys
 
@@ -50,6 +60,7 @@ COMMANDS = {
     "tune": ["x.jpg", "--model", "m"],
     "visualize": ["x.jpg", "--model", "m"],
     "status": ["--model", "m"],
+    "completion": ["bash"],
     "convert-segmenter": ["x.pth", "out"],
     "video": ["--model", "m", "--controlnet", "c", "--prompt", "p", "--video", "v.mp4", "--output", "out.mp4"],
 }

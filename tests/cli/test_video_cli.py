@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from video_clips import moving_square, save_pipeline
 
-from ailurus_hf import config, video
+from ailurus_hf import AiluRusDiffusionConfig, config, video
 from ailurus_hf.cli import build_parser, main, video_sampling
 from ailurus_hf.cli import video as cli_video
 from ailurus_hf.pipelines import ControlVideoPipeline
@@ -50,6 +50,17 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     streams = capsys.readouterr()
     assert streams.err == ""  # no bar where nobody watches, and no library speaks
     return json.loads(streams.out)
+
+
+def test_settings_of_a_file_some_replaced(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    AiluRusDiffusionConfig(keep_ratio=0.5, min_tokens=16, refresh_every=2).save(tmp_path / "settings.json")
+    rest = ["--config", str(tmp_path / "settings.json"), "--output", str(tmp_path / "out.mp4"), "--frames", "3"]
+    call = [*MODEL, "--video", "square.mp4", "--steps", "2"]
+    location = run_json(capsys, *call, *rest, "--keep-ratio", "0.25")["ailurus"]["locations"][0]
+    assert location["num_clusters"] * 4 == location["num_tokens"]
+    assert main([*call, *rest, "--overwrite", "--preset", "fast"]) == 2
+    assert "--config and --preset" in capsys.readouterr().err
+    assert main([*call, "--config", "text.mp4", "--output", str(tmp_path / "other.mp4")]) == 2
 
 
 def test_a_clip_goes_in_and_a_video_comes_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
