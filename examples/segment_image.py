@@ -1,4 +1,4 @@
-"""Segments a street image with AiluRus off and on: how fast, how well, how equal, and one picture of it all.
+"""Segments a street image with AiluRus off and on: how fast, how well, how equal, and one picture of it.
 
 python examples/segment_image.py
 python examples/segment_image.py --image photo.jpg --model my-segmenter --keep-ratio 0.25 --output out/photo.png
@@ -21,7 +21,7 @@ from ailurus_hf import (
 )
 from ailurus_hf.evaluation.comparison import confusion, format_table, mean_iou
 from ailurus_hf.evaluation.timing import interleaved
-from ailurus_hf.visualization import compare_predictions, draw_assignment
+from ailurus_hf.visualization import Panel, class_legend, class_palette, colorize_labels, draw_assignment, draw_sheet
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -29,10 +29,10 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--image", type=Path, default=ASSETS / "street.jpg")
 parser.add_argument("--labels", type=Path, help="ground truth, a PNG of class ids (default: that of the default image)")
 parser.add_argument("--model", default=str(ASSETS / "segmenter-camvid"), help="Segmenter folder or Hub name")
-parser.add_argument("--cluster-location", type=int, default=2, help="merge at the output of this layer")
-parser.add_argument("--keep-ratio", type=float, default=0.45, help="share of the tokens to keep")
-parser.add_argument("--clustering", default="local_kmeans", help="density_peaks or local_kmeans")
-parser.add_argument("--restore", default="residual", help="copy, residual or smooth: what a token gets back")
+parser.add_argument("--cluster-location", type=int, help="merge at the output of this layer (preset: 2)")
+parser.add_argument("--keep-ratio", type=float, help="share of the tokens to keep (preset: 0.25)")
+parser.add_argument("--clustering", help="ward, local_kmeans or density_peaks (preset: ward)")
+parser.add_argument("--restore", help="copy, residual or smooth: what a token gets back (preset: smooth)")
 parser.add_argument("--repeats", type=int, default=11, help="timed runs of each")
 parser.add_argument("--output", type=Path, default=Path("demo/street_comparison.png"))
 args = parser.parse_args()
@@ -47,12 +47,9 @@ image = Image.open(args.image).convert("RGB")
 labels = np.asarray(Image.open(args.labels)).astype(int) if args.labels else None
 class_names = [model.config.id2label[i] for i in range(model.config.num_labels)]
 inputs = processor(images=image, return_tensors="pt").to(device)
-reduction = AiluRusConfig(
-    cluster_location=args.cluster_location,
-    keep_ratio=args.keep_ratio,
-    clustering=args.clustering,
-    restore=args.restore,
-)
+fields = ("cluster_location", "keep_ratio", "clustering", "restore")
+given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+reduction = AiluRusConfig.preset("dense", **given)
 
 
 @torch.inference_mode()
@@ -82,26 +79,34 @@ agreement = (plain == reduced).mean()
 rows = [
     ["milliseconds", f"{off_ms:.1f}", f"{on_ms:.1f}"],
     ["speed-up", "", f"{off_ms / on_ms:.2f}x"],
-    ["tokens after layer " + str(args.cluster_location), str(clusters.num_tokens), str(clusters.num_clusters)],
+    [f"tokens after layer {reduction.cluster_location}", str(clusters.num_tokens), str(clusters.num_clusters)],
     ["pixels that agree", "", f"{agreement:.2%}"],
 ]
-titles = ["AiluRus off", "AiluRus on"]  # without times: those are this machine's, and the picture is anyone's
+notes = [f"{clusters.num_tokens} tokens in every layer", f"{agreement:.1%} of the pixels as before"]
 if labels is not None:
     scores = [mean_iou(confusion(prediction, labels, len(class_names))) for prediction in (plain, reduced)]
     rows.append(["mIoU on this image", *(f"{score:.2%}" for score in scores)])
-    titles = [f"{title}: mIoU {score:.1%}" for title, score in zip(titles, scores, strict=True)]
+    notes = [f"{note}, mIoU {score:.1%}" for note, score in zip(notes, scores, strict=True)]
 
+# On the left what the layers get, on the right what they make of it; above without AiluRus, below with it.
+palette = class_palette(class_names)
+sheet = draw_sheet(
+    [
+        Panel("A photograph", image, f"{clusters.num_tokens} patches, each a token"),
+        Panel(f"AiluRus off: {off_ms:.0f} ms", colorize_labels(plain, palette), notes[0]),
+        Panel(
+            f"{clusters.num_tokens} tokens in {clusters.num_clusters} clusters",
+            assignment,
+            f"after layer {reduction.cluster_location} each cluster is one token",
+        ),
+        Panel(
+            f"AiluRus on: {on_ms:.0f} ms, {off_ms / on_ms:.1f}x as fast", colorize_labels(reduced, palette), notes[1]
+        ),
+    ],
+    legend=class_legend([plain, reduced], class_names),
+    panel_width=600,
+)
 args.output.parent.mkdir(parents=True, exist_ok=True)
-compare_predictions(
-    image,
-    plain,
-    reduced,
-    assignment,
-    labels,
-    class_names=class_names,
-    plain_title=titles[0],
-    reduced_title=titles[1],
-    assignment_title=f"{clusters.num_tokens} tokens in {clusters.num_clusters} clusters",
-).save(args.output)
+sheet.save(args.output)
 print(format_table([f"{args.image.name} on {device}", "off", "on"], rows))
 print(f"picture: {args.output}")

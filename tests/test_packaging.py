@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_package_with_its_pipelines_and_nothing_else(wheel: 
     assert {"ailurus_hf/__init__.py", "ailurus_hf/py.typed", "ailurus_hf/pipelines/__init__.py"} <= names
     sources = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("ailurus_hf/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
+    assert "ailurus_hf/visualization/report.html" in names
     assert {name.split("/")[0] for name in names} == {"ailurus_hf", f"ailurus_hf-{PROJECT['version']}.dist-info"}
     assert wheel.stat().st_size < 2**20  # no weights, no pictures
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from .batch import Batch
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..evaluation.comparison import Add
     from ..evaluation.loading import LoadedModel
     from ..evaluation.paired import Pair
     from ..evaluation.report import Report, Shown
@@ -57,8 +59,8 @@ def compare(args: argparse.Namespace, task: str, predictions: Predictions, metri
                 sides = [[side.picture] for side in shown.sides]
                 batch.result_folder.save(side_by_side(sides, pair.titles())[0], file)
                 result["file"] = str(file)
-            if report is not None:
-                report.add(str(batch.names[path]), image, pair, result, shown)
+            if add := adding(report, batch, path):
+                add(image, pair, result, shown)
             return result
 
         return work, lambda: {key: None if scorer is None else scorer.score(key) for key in keys}
@@ -109,7 +111,12 @@ def compare_images(
         batch.say(closing)
     told = verdict(max(result["tokens"][0] for result in batch.results), summary["speedup"])
     if report is not None:
-        report.write(batch.results, summary, told)
-        batch.say(f"report: {args.report}")
+        batch.say(f"report: {report.write(batch.results, summary, told)}")
     batch.advise(told)
-    return batch.finish(loaded, images=batch.results, all=summary, verdict=told)
+    written = {"report": args.report} if report is not None else {}
+    return batch.finish(loaded, images=batch.results, all=summary, verdict=told, **written)
+
+
+def adding(report: Report | None, batch: Batch, path: Path) -> Add | None:
+    """What puts an image into the report, under the name that tells it from the others; None without a report."""
+    return None if report is None else partial(report.add, str(batch.names[path].with_name(path.name)))

@@ -80,14 +80,14 @@ def _segment(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from ..evaluation.comparison import SegmentationPairs
-    from .comparing import Scores, Work, compare_images
+    from .comparing import Scores, Work, adding, compare_images
 
     def begin(loaded: LoadedModel, batch: Batch, report: Report | None) -> tuple[Work, Scores]:
         pairs, folder = SegmentationPairs(loaded, args.labels, args.repeats), batch.result_folder
 
         def work(path: Path) -> dict[str, Any]:
             (file,) = folder.files(batch.names[path])
-            result, picture = pairs.compare(path, batch.read(path), report)
+            result, picture = pairs.compare(path, batch.read(path), adding(report, batch, path))
             folder.save(picture, file)
             return {**result, "file": str(file)}
 

@@ -24,14 +24,15 @@ from ..visualization import (
     overlay_labels,
 )
 from .folders import read_labels
-from .paired import run_pair
-from .report import Report, Shown
+from .paired import Pair, run_pair
+from .report import Shown
 from .writing import save_picture
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
 
 Save = Callable[[Image.Image, Path], None]
+Add = Callable[[Image.Image, Pair, dict[str, Any], Shown], None]
 # Scores of classes, four bytes each, that a label map may take: half a GiB.
 MAX_SCORES = 2**27
 
@@ -107,8 +108,13 @@ class SegmentationPairs:
         # By "plain" and "reduced", pixels of all images by true and predicted class.
         self.confusions: dict[str, np.ndarray] = {}
 
-    def compare(self, path: Path, image: Image.Image, report: Report | None) -> tuple[dict[str, Any], Image.Image]:
-        """The numbers of one image, of `Pair.to_dict`, and a picture of both label maps; both go into the report."""
+    def compare(self, path: Path, image: Image.Image, report: Add | None) -> tuple[dict[str, Any], Image.Image]:
+        """The numbers of one image, of `Pair.to_dict`, and a picture of both label maps; both go into the report.
+
+        Args:
+            path, image: of the image.
+            report: `Report.add` with the image's name; None: there is no report.
+        """
         loaded = self.loaded
         truth = read_labels(path, self.labels, image.size, len(self.names)) if self.labels else None
         inputs = loaded.prepare(image)
@@ -141,7 +147,7 @@ class SegmentationPairs:
         )
         result = pair.to_dict(agreement, **_named(scores))
         if report is not None:
-            report.add(path.name, image, pair, result, self._shown(image, maps["plain"], maps["reduced"], truth))
+            report(image, pair, result, self._shown(image, maps["plain"], maps["reduced"], truth))
         return result, picture
 
     def _shown(self, image: Image.Image, plain: np.ndarray, reduced: np.ndarray, truth: np.ndarray | None) -> Shown:

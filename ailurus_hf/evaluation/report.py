@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..apply import ailurus_enabled
 from ..visualization import ComparedImage, Panel
-from ..visualization.report import Page, Row
+from ..visualization.report import LARGE, Page, Row
 from .timing import measured_on
 from .writing import save_text
 
@@ -49,7 +49,7 @@ class Report:
         """An image.
 
         Args:
-            name: of the image.
+            name: that the page has for it.
             image: in its own size.
             pair, result: both runs, and their numbers as `Pair.to_dict` has them.
             shown: what the task shows.
@@ -60,17 +60,18 @@ class Report:
         with ailurus_enabled(self.loaded.model, self.loaded.ailurus):
             clusters = self.loaded.draw_clusters(self.loaded.prepare(image)).panels()
         panels = [*clusters, *shown.panels]
-        titles, sides = pair.titles(), list(shown.sides)
+        titles, sides = list(pair.titles()), list(shown.sides)
         if not sides:  # then what the first layers see, and what the later ones do
-            sides = [clusters[0], clusters[-1]] if clusters else [Panel("", image)] * 2
+            sides = [clusters[0], clusters[-1]] if clusters else [Panel("image", image)] * 2
+            titles = [f"{title}: {side.title}" for title, side in zip(titles, sides, strict=True)]
         plain, reduced = (
-            Panel(title, side.picture, legend=side.legend) for title, side in zip(titles, sides, strict=True)
+            Panel(title, side.picture, side.title, side.legend) for title, side in zip(titles, sides, strict=True)
         )
         rows = [*number_rows(result, self.metric), *shown.rows]
         self.page.add(ComparedImage(name, plain, reduced, panels, rows))
 
-    def write(self, results: Sequence[dict[str, Any]], summary: dict[str, Any], told: Sequence[str]) -> None:
-        """Writes the file. Raises WritingError.
+    def write(self, results: Sequence[dict[str, Any]], summary: dict[str, Any], told: Sequence[str]) -> str:
+        """Writes the file, and returns what it holds, in words. Raises WritingError.
 
         Args:
             results: of all images; summary: of `summarize_pairs`; told: what `verdict` says.
@@ -93,17 +94,18 @@ class Report:
             setting=f"Reduced: {loaded.setting()}",
             summary=tiles,
             notes=notes,
-            footer="Written by ailurus-hf. This file needs no other, and no network.",
+            footer=f"Written by ailurus-hf. Pictures: at most {LARGE} pixels wide or high. It needs no other file.",
         )
         save_text(page, self.file)
+        shown, total = len(self.page.sections), self.page.num_images
+        return f"{self.file}, {shown} of {total} images" if shown < total else str(self.file)
 
 
 def number_rows(result: dict[str, Any], metric: str | None) -> list[Row]:
-    """The numbers of an image, or of all, as rows: time, speed-up, tokens, agreement, score."""
+    """The numbers of an image as rows: time, speed-up, tokens, agreement, score."""
     rows: list[Row] = [("time", f"{result['plain_ms']:.0f} ms", f"{result['reduced_ms']:.0f} ms")]
     rows.append(("speed-up", "", f"{result['speedup']:.2f}×"))
-    if "tokens" in result:
-        rows.append(("tokens", str(result["tokens"][0]), str(result["tokens"][1])))
+    rows.append(("tokens", str(result["tokens"][0]), str(result["tokens"][1])))
     rows.append(("agreement", "", f"{result['agreement']:.2%}"))
     return rows + _score_rows(result, metric)
 

@@ -28,7 +28,8 @@ class ComparedImage:
 
     Args:
         name: of the image.
-        plain, reduced: what the slider divides; the legend of the first is written below it.
+        plain, reduced: what the slider divides. The legend of the first is written below it; notes tell those who do
+            not see the pictures what they are.
         panels: pictures below the slider, such as the clusters and the heat map of token counts.
         rows: numbers: what each is, without reduction, with it; "" for none.
 
@@ -203,6 +204,7 @@ def _picture(panel: Panel, name: str, longest: int) -> str:
     else:
         picture.save(written, "JPEG", quality=85, subsampling=0)
     data = base64.b64encode(written.getvalue()).decode()
-    alt = escape(f"{panel.title}: {name}", quote=True)
+    told = f"{panel.title}, {panel.note}" if panel.note else panel.title
+    alt = escape(f"{told}: {name}", quote=True)
     size_of = f'width="{picture.width}" height="{picture.height}"'
     return f'<img alt="{alt}" {size_of} decoding="async" draggable="false" src="data:image/{kind};base64,{data}">'

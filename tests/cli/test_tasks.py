@@ -113,7 +113,7 @@ def test_a_report_is_a_page_of_all_images(
         arguments = given(command, models)
     arguments += ["--compare", "--repeats", "1", "--report", "new/report.html", "--keep-ratio", "0.5"]
     assert main(arguments) == 0
-    assert "report: new/report.html" in capsys.readouterr().out
+    assert "report: new/report.html, 1 of 2 images" in capsys.readouterr().out
     page = Path("new/report.html").read_text(encoding="utf-8")
     assert page.count('<div class="slider"') == 1 and "The first 1 of 2 images are shown" in page
     for text in (
@@ -126,7 +126,8 @@ def test_a_report_is_a_page_of_all_images(
     ):
         assert text in page
     assert main([*arguments, "--output", "other"]) == 2 and "is there already" in capsys.readouterr().err
-    assert main([*arguments, "--output", "other", "--overwrite"]) == 0
+    found = run_json(capsys, *arguments, "--output", "other", "--overwrite")
+    assert found["report"] == "new/report.html"
 
 
 def test_scores_are_in_the_report(models: Path) -> None:
