@@ -100,13 +100,17 @@ class LocationStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What is on and what it did; `str()` is a table, `to_dict()` its JSON. No locations: nothing is on."""
+    """What is on and what it did; `str()` is a table, `to_dict()` its JSON. No locations: nothing is on.
+
+    settings_are_off: whether the target was saved with settings that nothing has switched on.
+    """
 
     model: str
     config: dict[str, Any] | None = None
     locations: list[LocationStatus] = field(default_factory=list)
     last_clusters: TokenClusters | None = None
     last_grid: tuple[int, ...] | None = None
+    settings_are_off: bool = False
 
     @property
     def active(self) -> bool:
@@ -142,7 +146,10 @@ class Status:
 
     def __str__(self) -> str:
         if not self.active:
-            return f"{self.model}: AiluRus is off"
+            hint = (
+                "; it was saved with settings: apply_ailurus(model) switches them on" if self.settings_are_off else ""
+            )
+            return f"{self.model}: AiluRus is off{hint}"
         rows = self._rows()
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -74,7 +74,7 @@ def status(target: nn.Module) -> Status:
     reducers = reducers_of(target)
     name = type(target).__name__
     if not reducers:
-        return Status(name)
+        return Status(name, settings_are_off=saved_config(target) is not None)
     last = next((r for r in reversed(reducers[-1].records) if r.last_clusters is not None), reducers[-1].records[-1])
     return Status(
         name,

@@ -103,6 +103,7 @@ def test_settings_are_saved_with_a_network_and_taken_from_it(name, tmp_path):
     reduced = predict(apply_ailurus(network, config), name, x)
     network.save_pretrained(tmp_path)
     loaded = type(network).from_pretrained(tmp_path)
+    assert "it was saved with settings" in str(ailurus_status(loaded))
     # Without AiluRus it is a plain network.
     assert not ailurus_status(loaded).active
     torch.testing.assert_close(predict(apply_ailurus(loaded), name, x), reduced)

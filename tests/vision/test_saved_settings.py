@@ -73,3 +73,12 @@ def test_a_copy_of_the_model_has_its_own():
     twin = remove_ailurus(copy.deepcopy(model))
     assert not hasattr(twin.config, "ailurus_config") and hasattr(model.config, "ailurus_config")
     assert CASES[VIT].num_tokens == 96 and ailurus_status(model).active
+
+
+def test_status_says_that_saved_settings_are_off(tmp_path):
+    apply_ailurus(make_model("ViTModel"), cluster_location=1, keep_ratio=0.5).save_pretrained(tmp_path)
+    loaded = hf.AutoModel.from_pretrained(tmp_path)
+    off = "ViTModel: AiluRus is off"
+    assert str(ailurus_status(loaded)) == f"{off}; it was saved with settings: apply_ailurus(model) switches them on"
+    assert ailurus_status(apply_ailurus(loaded)).active
+    assert str(ailurus_status(remove_ailurus(loaded))) == off
