@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from every_model import EVERY
-from models import SIZES, images
+from models import CASES, SIZES, images
 from torch._dynamo.testing import CompileCounter
 from transformers import ViTConfig, ViTModel
 
@@ -58,8 +58,9 @@ def agree(got, want):
 def test_on_changed_and_off_before_and_after_compiling(name, attention, compiled_by):
     every, model, x = made(name, attention)
     torch.compiler.reset()
-    # A plain SegFormer's blocks have hooks of transformers' own by now, which do not compile.
-    fullgraph = name != "SegFormer" or compiled_by is whole
+    # A plain SegFormer's blocks have hooks of transformers' own by now, which do not compile; grids that are given as
+    # tensors, as SigLIP 2's, are read between two graphs.
+    fullgraph = (name != "SegFormer" or compiled_by is whole) and (name not in CASES or CASES[name].compiles)
     other = compiled_by(copy.deepcopy(model), fullgraph)
     every.predict(other, x)  # a plain model of the class, compiled before
     eager = copy.deepcopy(model)
