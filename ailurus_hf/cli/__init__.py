@@ -48,6 +48,7 @@ COMMANDS = {
     "status": Command("status", "what is reduced where in a model, and what it saves"),
     "video": Command("video", "text to video along a clip's motion (ControlVideo), reduced or compared", "video"),
     "doctor": Command("doctor", "versions, extras, devices, attention kernels, and a self-check"),
+    "export": Command("export", "a model as one file for ONNX Runtime, OpenVINO or torch, and a check of it"),
     "completion": Command("completion", "a script for your shell that completes commands and options"),
     "convert-segmenter": Command(
         "convert_segmenter", "convert an official Segmenter checkpoint (variant.yml beside it) to a model folder"

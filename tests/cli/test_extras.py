@@ -60,6 +60,7 @@ COMMANDS = {
     "tune": ["x.jpg", "--model", "m"],
     "visualize": ["x.jpg", "--model", "m"],
     "status": ["--model", "m"],
+    "export": ["--model", "m", "--output", "m.onnx"],
     "completion": ["bash"],
     "convert-segmenter": ["x.pth", "out"],
     "video": ["--model", "m", "--controlnet", "c", "--prompt", "p", "--video", "v.mp4", "--output", "out.mp4"],

@@ -1,0 +1,67 @@
+"""`ailurus-hf export`: files that run elsewhere, checked against the model; what no file can hold is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli_models import run_json, save_models
+
+from ailurus_hf.cli import export, main
+
+REDUCED = ["--keep-ratio", "0.5", "--cluster-location", "1"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", export.FORMATS)
+def test_a_file_that_gives_the_models_outputs(suffix: str, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip({".onnx": "onnxruntime", ".xml": "openvino"}.get(suffix, "torch"))
+    call = ["export", "--model", str(models / "vit"), "--output", f"out/vit{suffix}", "--dynamic-batch"]
+    told = run_json(capsys, *call, *REDUCED)
+    assert told["export"]["outputs"] == ["logits"] and told["export"]["difference"] < 1e-4
+    assert told["ailurus"]["active"] and Path(f"out/vit{suffix}").is_file() and told["export"]["megabytes"] > 0
+    run_file = export.READERS[export.FORMATS[suffix]](Path(f"out/vit{suffix}"))
+    (logits,) = run_file(torch.rand(5, 3, 64, 64))
+    assert logits.shape == (5, 3)
+    assert main([*call, *REDUCED]) == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_what_openvino_cannot_convert_is_told(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+    call = ["export", "--model", str(models / "vit"), "--output", "vit.xml", "--clustering", "ward"]
+    assert main([*call, *REDUCED]) == 2
+    assert "OpenVINO cannot convert it: " in capsys.readouterr().err and not Path("vit.xml").exists()
+
+
+def test_in_words_and_all_outputs_that_are_tensors(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--model", str(models / "segmenter"), "--output", "segmenter.pt2", *REDUCED]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("segmenter.pt2: torch-export, ") and lines[1] == "takes 1 × 3 × 64 × 64, gives logits"
+    assert lines[2].startswith("on other images its outputs differ from the model's by ")
+
+
+def test_a_file_that_gives_something_else_is_named(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = export.READERS["torch-export"]
+    monkeypatch.setitem(export.READERS, "torch-export", lambda path: lambda x: [y + 1 for y in read(path)(x)])
+    assert main(["export", "--model", str(models / "vit"), "--output", "vit.pt2", *REDUCED]) == 1
+    assert "gives other outputs than the model" in capsys.readouterr().err
+
+
+def test_what_no_file_can_hold_is_refused(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit = ["export", "--model", str(models / "vit")]
+    for rest, message in (
+        (["--output", "vit.txt"], "must end in .onnx, .pt2, .xml, got vit.txt"),
+        (["--output", "vit.pt2", "--keep-ratio", "0.5", "--min-keep-ratio", "0.2"], "a file has one number"),
+    ):
+        assert main([*vit, *rest]) == 2 and message in capsys.readouterr().err
+    assert not list(Path().iterdir())
