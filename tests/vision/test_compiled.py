@@ -35,7 +35,9 @@ def layer_by_layer(model, fullgraph):
     found = found or [layer for encoder in find_encoders(model) for layer in encoder.layers]
     assert len(found) >= 4
     for module in found:
-        module.compile(backend="eager", fullgraph=fullgraph)
+        # transformers' own hooks, for hidden states, do not compile.
+        has_hooks = any(part._forward_hooks for part in module.modules())
+        module.compile(backend="eager", fullgraph=fullgraph and not has_hooks)
     return model
 
 
@@ -58,9 +60,8 @@ def agree(got, want):
 def test_on_changed_and_off_before_and_after_compiling(name, attention, compiled_by):
     every, model, x = made(name, attention)
     torch.compiler.reset()
-    # A plain SegFormer's blocks have hooks of transformers' own by now, which do not compile; grids that are given as
-    # tensors, as SigLIP 2's, are read between two graphs.
-    fullgraph = (name != "SegFormer" or compiled_by is whole) and (name not in CASES or CASES[name].compiles)
+    # Grids that are given as tensors, as SigLIP 2's, are read between two graphs.
+    fullgraph = name not in CASES or CASES[name].compiles
     other = compiled_by(copy.deepcopy(model), fullgraph)
     every.predict(other, x)  # a plain model of the class, compiled before
     eager = copy.deepcopy(model)
