@@ -5,6 +5,7 @@ A few of all models, as each compiles for seconds; AILURUS_TEST_EVERY=1 tests th
 
 import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,3 +109,18 @@ def test_layers_of_one_kind_share_what_was_compiled():
         counts.append(counter.frame_count)
     # Layers on all tokens, layers on representatives, merging, the bias, unmerging; nothing for each of nine layers.
     assert counts[0] <= 5 and counts[1:] == counts[:2]
+
+
+@pytest.mark.parametrize("name", ("ViTForImageClassification", "BeitModel"))
+def test_threads_share_a_compiled_model(name):
+    every = EVERY[name]
+    model = apply_ailurus(every.make(), cluster_location=1, keep_ratio=0.25)
+    inputs = [every.images() + seed for seed in range(4)]
+    want = [every.predict(model, x) for x in inputs]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda number: every.predict(compiled, inputs[number % 4]), range(24)))
+    for number, output in enumerate(got):
+        agree(output, want[number % 4])
+    assert not torch.allclose(want[0], want[1], rtol=1e-2)
