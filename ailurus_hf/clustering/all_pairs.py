@@ -76,12 +76,28 @@ class AllCells:
 
     closed: Tensor[N, M], infinite where a cell is not around a token, else 0.
     share: Tensor[M, N], 1 / size for the tokens of each cell: times features, the cells' means.
-    one_hot: Tensor[M, M], a row for each cell, 1 at the cell.
     """
 
     closed: Tensor
     share: Tensor
-    one_hot: Tensor
+
+
+@grid_table
+def _one_hot(count: int, device: torch.device) -> Tensor:
+    """Tensor[count, count], a row for each number, 1 at the number."""
+    return torch.eye(count).to(device)
+
+
+def membership(assignment: Tensor, num_clusters: int) -> Tensor:
+    """LongTensor[B, N] in [0, M) as Tensor[B, N, M] (fp32), 1 at each token's cluster, else 0; one launch."""
+    rows = _one_hot(num_clusters, assignment.device).index_select(0, assignment.flatten())
+    return rows.view(*assignment.shape, num_clusters)
+
+
+def all_scores(features: Tensor, means: Tensor) -> Tensor:
+    """|mean|^2 / 2 - token . mean of all pairs: [B, N, C], [B, M, C] to [B, N, M]; least is nearest."""
+    half_norms = means.square().sum(-1)[:, None]
+    return torch.baddbmm(half_norms, features, means.transpose(1, 2), beta=0.5, alpha=-1)
 
 
 @without_autocast
@@ -96,19 +112,18 @@ def kmeans_rounds(features: Tensor, cells: AllCells, num_rounds: int) -> tuple[T
     Returns:
         LongTensor[B, N] and Tensor[B, M].
     """
-    batch, count, _ = features.shape
+    batch = features.shape[0]
+    num_cells = cells.share.shape[0]
     # One product gives sums and counts.
     counted = torch.nn.functional.pad(features, (0, 1), value=1.0)
     means = cells.share.expand(batch, -1, -1) @ features
     is_empty = None
     for number in range(num_rounds):
-        half_norms = means.square().sum(-1)[:, None]
+        scores = all_scores(features, means) + cells.closed
         if is_empty is not None:
-            half_norms = half_norms.masked_fill(is_empty, math.inf)
-        # |mean|^2 / 2 - token . mean: the least is nearest.
-        scores = torch.baddbmm(half_norms, features, means.transpose(1, 2), beta=0.5, alpha=-1) + cells.closed
+            scores = scores.masked_fill(is_empty, math.inf)
         assignment = scores.argmin(-1)
-        member = cells.one_hot.index_select(0, assignment.flatten()).view(batch, count, -1)
+        member = membership(assignment, num_cells)
         if number == num_rounds - 1:
             return assignment, member.sum(1)
         sums = member.transpose(1, 2) @ counted

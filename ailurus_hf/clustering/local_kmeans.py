@@ -127,9 +127,8 @@ def all_cells(grid: Grid, num_cells: int, device: torch.device) -> AllCells:
     """The same cells, as what they say of all pairs of a token and a cell."""
     cells = grid_cells(grid, num_cells, torch.device("cpu"))
     closed = torch.full((len(cells.start), num_cells), math.inf).scatter(1, cells.candidates, 0.0)
-    one_hot = torch.eye(num_cells)
-    member = one_hot[cells.start].t()
-    return AllCells(closed.to(device), (member / member.sum(1, keepdim=True)).to(device), one_hot.to(device))
+    member = torch.eye(num_cells)[cells.start].t()
+    return AllCells(closed.to(device), (member / member.sum(1, keepdim=True)).to(device))
 
 
 def _cells_around(coordinates: Tensor, grid: Grid, num_cells: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..clusters import TokenClusters
 from ..grid_cache import grid_table
 from ..precision import without_autocast
+from .all_pairs import all_scores, membership
 from .neighbors import Grid, chunk_length, image_rows
 
 
@@ -43,20 +44,10 @@ def moved(features: Tensor, assignment: Tensor, grid: Grid, num_clusters: int) -
 @without_autocast
 def moved_all_pairs(features: Tensor, assignment: Tensor, grid: Grid, num_clusters: int) -> Tensor:
     """The same by a few dense products, where a launch costs more than arithmetic."""
-    batch, count, _ = features.shape
-    member = one_hot(num_clusters, features.device).index_select(0, assignment.flatten()).view(batch, count, -1)
+    member = membership(assignment, num_clusters)
     means = member.transpose(1, 2) @ features / member.sum(1).clamp_min(1)[..., None]
-    is_far = _is_around(grid, features.device).expand(batch, -1, -1) @ member == 0
-    # |mean|^2 / 2 - token . mean: the least is nearest.
-    half_norms = means.square().sum(-1)[:, None]
-    scores = torch.baddbmm(half_norms, features, means.transpose(1, 2), beta=0.5, alpha=-1)
-    return scores.masked_fill(is_far, math.inf).argmin(-1)
-
-
-@grid_table
-def one_hot(count: int, device: torch.device) -> Tensor:
-    """Tensor[count, count], a row for each number, 1 at the number."""
-    return torch.eye(count).to(device)
+    is_far = _is_around(grid, features.device).expand(member.shape[0], -1, -1) @ member == 0
+    return all_scores(features, means).masked_fill(is_far, math.inf).argmin(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..grid_cache import grid_table
 from ..precision import without_autocast
+from .all_pairs import membership
 from .boruvka import united
-from .moving import one_hot
 
 
 @without_autocast
@@ -36,7 +36,7 @@ def joined_all_pairs(means: Tensor, sizes: Tensor, touches: Tensor, rounds: Sequ
         owner = step if owner is None else step.gather(1, owner)
         if number < len(rounds) - 1:
             count -= unions
-            member = one_hot(count, step.device).index_select(0, step.flatten()).view(batch, -1, count)
+            member = membership(step, count)
             totals = sizes @ member
             # Times means: the new means.
             share = member * (sizes.transpose(1, 2) / totals)

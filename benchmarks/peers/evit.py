@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ailurus_hf.clustering.neighbors import image_rows
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
 from ailurus_hf.vision.discovery import FoundEncoder
 
-from .hooks import Applied, Peer, attach, copy_back, rows
+from .hooks import Applied, Peer, attach, copy_back
 
 
 def cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -75,14 +76,14 @@ class EViT(Peer):
         attention = cls_attention(self.queries[index]["output"], self.keys[index]["output"], heads)[:, self.prefix :]
         order = attention.argsort(dim=1, descending=True, stable=True)
         kept, dropped = order[:, :count], order[:, count:]
-        rest = rows(tokens, dropped)
+        rest = image_rows(tokens, dropped)
         weights = attention.gather(1, dropped)[..., None].to(tokens.dtype)
         fused = (rest * weights).sum(1, keepdim=True)
         if self.restore == "fused":
             self._track(kept, dropped)
         else:
             self._store(kept, dropped, rest)
-        return torch.cat([prefix, rows(tokens, kept), fused], 1)
+        return torch.cat([prefix, image_rows(tokens, kept), fused], 1)
 
     def _track(self, kept: Tensor, dropped: Tensor) -> None:
         count = kept.shape[1]

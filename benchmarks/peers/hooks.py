@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ailurus_hf.clustering.neighbors import image_rows
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
 from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.adapters import relative_bias_modules
@@ -231,14 +232,7 @@ def attach(model: nn.Module, method: type[Peer], **settings: Any) -> Applied:
 
 def copy_back(source: Tensor) -> Unmerge:
     """The unmerging that gives each of N cells the value of the token it belongs to now: LongTensor[B, N]."""
-    return lambda tokens: rows(tokens, source)
-
-
-def rows(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens[b, index[b, i]]: Tensor[B, L, C], LongTensor[B, I] to [B, I, C]."""
-    batch, length, channels = tokens.shape
-    flat = index + torch.arange(batch, device=index.device)[:, None] * length
-    return tokens.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)
+    return lambda tokens: image_rows(tokens, source)
 
 
 def _check_plain(found: FoundEncoder) -> None:

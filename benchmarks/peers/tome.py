@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ailurus_hf.clustering.neighbors import image_rows
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 
-from .hooks import Applied, Peer, attach, copy_back, rows
+from .hooks import Applied, Peer, attach, copy_back
 
 
 class Matching(NamedTuple):
@@ -57,11 +58,11 @@ def merge_matched(tokens: Tensor, sizes: Tensor, matching: Matching) -> tuple[Te
     merged_sizes = first_sizes.gather(1, matching.merged)
     new_sizes = second_sizes.scatter_add(1, matching.into, merged_sizes)
     into = matching.into[..., None].expand(-1, -1, tokens.shape[-1])
-    weighted = rows(first, matching.merged) * merged_sizes[..., None].to(tokens.dtype)
+    weighted = image_rows(first, matching.merged) * merged_sizes[..., None].to(tokens.dtype)
     sums = (second * second_sizes[..., None].to(tokens.dtype)).scatter_add(1, into, weighted)
     means = sums / new_sizes[..., None].to(tokens.dtype)
     kept_sizes = first_sizes.gather(1, matching.kept)
-    return torch.cat([rows(first, matching.kept), means], 1), torch.cat([kept_sizes, new_sizes], 1)
+    return torch.cat([image_rows(first, matching.kept), means], 1), torch.cat([kept_sizes, new_sizes], 1)
 
 
 class ToMe(Peer):
