@@ -30,15 +30,20 @@ def clear_settings(network: nn.Module) -> None:
 
 def saved_settings(network: nn.Module) -> AiluRusDiffusionConfig | None:
     """The settings in a network's config, None where there are none."""
-    fields = (vars(network).get("_internal_dict") or {}).get(CONFIG_KEY)
+    fields = saved_fields(network)
     return None if fields is None else AiluRusDiffusionConfig.from_dict(fields)
+
+
+def saved_fields(network: nn.Module) -> dict[str, Any] | None:
+    """The same as it was saved, which may be of no use here."""
+    return (vars(network).get("_internal_dict") or {}).get(CONFIG_KEY)
 
 
 @contextmanager
 def kept_settings(target: Any) -> Iterator[None]:
     """After the block, settings that networks had before stand there again: switching off clears them."""
     networks = [module for _, part in modules_of(target) for module in part.modules()]
-    before = [(each, (vars(each).get("_internal_dict") or {}).get(CONFIG_KEY)) for each in networks]
+    before = [(each, saved_fields(each)) for each in networks]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from .flops import TEXT_TOKENS, projection_flops
 from .networks import parts_left_whole
 from .processor import AiluRusProcessor, OwnClusters
 from .reducer import NetworkReducer, reducers_of
-from .saved import saved_settings
+from .saved import saved_fields
 from .stacks import Stack, self_attentions
 
 
@@ -98,7 +98,7 @@ def _status_of_processors(target: Any) -> Status:
         ],
         None if last is None else last.last_clusters,
         None if last is None else last.last_grid,
-        not layers and any(saved_settings(module) is not None for _, module in modules_of(target)),
+        not layers and any(saved_fields(module) is not None for _, module in modules_of(target)),
     )
 
 

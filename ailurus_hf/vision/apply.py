@@ -12,7 +12,7 @@ from ..config import AiluRusConfig
 from ..status import Status
 from .base import Reducer
 from .encoder import EncoderReducer
-from .saved_settings import SavedSettings, clear_settings, kept_settings, saved_config
+from .saved_settings import SavedSettings, clear_settings, kept_settings, saved_config, saved_fields
 from .stages import StageReducer
 from .windows import GlobalLayerReducer
 
@@ -74,7 +74,7 @@ def status(target: nn.Module) -> Status:
     reducers = reducers_of(target)
     name = type(target).__name__
     if not reducers:
-        return Status(name, settings_are_off=saved_config(target) is not None)
+        return Status(name, settings_are_off=saved_fields(target) is not None)
     last = next((r for r in reversed(reducers[-1].records) if r.last_clusters is not None), reducers[-1].records[-1])
     return Status(
         name,

@@ -56,9 +56,15 @@ def clear_settings(target: nn.Module) -> None:
 
 def saved_config(source: Any) -> AiluRusConfig | None:
     """The AiluRusConfig that a model or a config carries, if any; one at the top comes before one of a part."""
+    found = saved_fields(source)
+    return None if found is None else AiluRusConfig.from_dict(found)
+
+
+def saved_fields(source: Any) -> dict[str, Any] | None:
+    """The same as it was saved, which may be of no use here."""
     configs = list(_outermost_configs(source)) if isinstance(source, nn.Module) else [source]
-    found = [each for config in configs for each in _with_parts(config) if CONFIG_KEY in vars(each)]
-    return AiluRusConfig.from_dict(vars(found[0])[CONFIG_KEY]) if found else None
+    parts = (each for config in configs for each in _with_parts(config))
+    return next((vars(each)[CONFIG_KEY] for each in parts if CONFIG_KEY in vars(each)), None)
 
 
 def _outermost_configs(target: nn.Module) -> Iterator[PreTrainedConfig]:

@@ -82,3 +82,6 @@ def test_status_says_that_saved_settings_are_off(tmp_path):
     assert str(ailurus_status(loaded)) == f"{off}; it was saved with settings: apply_ailurus(model) switches them on"
     assert ailurus_status(apply_ailurus(loaded)).active
     assert str(ailurus_status(remove_ailurus(loaded))) == off
+    # Settings of another version, or wrong ones, are no reason not to say what is on.
+    loaded.config.ailurus_config = {"keep_ratio": 7}
+    assert ailurus_status(loaded).settings_are_off
