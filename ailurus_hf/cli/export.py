@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AiluRusError
@@ -70,21 +71,26 @@ def run(args: argparse.Namespace) -> int:
     example = _pixels(loaded, image or noise_image(loaded))
     module, names = _tensors_only(loaded.model, example)
     details: dict[str, Any] = {"format": kind, "file": str(output), "input": list(example.shape), "outputs": names}
-    with warnings.catch_warnings():  # the exporters warn of their own code
-        warnings.simplefilter("ignore")
+    # Beside the output, which is made or replaced by a file that was checked, and by no other.
+    with TemporaryDirectory(prefix=".ailurus-", dir=output.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters warn of their own code
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        details |= WRITERS[kind](module, example, output, names, args.dynamic_batch)
-        details["difference"] = _difference(module, example, READERS[kind](output), args.dynamic_batch)
-    details["megabytes"] = round(sum(f.stat().st_size for f in output.parent.glob(f"{output.stem}.*")) / 1e6, 1)
-    if not details["difference"] <= TOLERANCE:
-        raise ExportError(
-            f"{output} gives other outputs than the model: they differ by {details['difference']:.2g} of their size, "
-            f"and {TOLERANCE:g} at most would be rounding"
-        )
+        file = Path(folder) / output.name
+        details |= WRITERS[kind](module, example, file, names, args.dynamic_batch)
+        details["difference"] = _difference(module, example, READERS[kind](file), args.dynamic_batch)
+        if not details["difference"] <= TOLERANCE:
+            raise ExportError(
+                f"what was made for {output} gives other outputs than the model: they differ by "
+                f"{details['difference']:.2g} of their size, and {TOLERANCE:g} at most would be rounding"
+            )
+        parts = list(Path(folder).iterdir())  # large weights lie in files of their own
+        details["megabytes"] = round(sum(part.stat().st_size for part in parts) / 1e6, 1)
+        for part in parts:
+            part.replace(output.with_name(part.name))
     if args.json:
         print_json(loaded, export=details)
         return 0
-    shape = " × ".join(["1 to 64" if args.dynamic_batch else "1", *map(str, example.shape[1:])])
+    shape = " × ".join([f"1 to {MOST_IMAGES}" if args.dynamic_batch else "1", *map(str, example.shape[1:])])
     print(f"{output}: {kind}{details.get('opset', '')}, {details['megabytes']} MB, {loaded.setting()}")
     print(f"takes {shape}, gives {', '.join(names)}")
     print(f"on other images its outputs differ from the model's by {details['difference']:.1e} of their size")

@@ -4,16 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_models import run_json, save_models
+from cli_models import run_json
 
 from ailurus_hf.cli import export, main
 
 REDUCED = ["--keep-ratio", "0.5", "--cluster-location", "1"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +50,7 @@ def test_a_file_that_gives_something_else_is_named(
     monkeypatch.setitem(export.READERS, "torch-export", lambda path: lambda x: [y + 1 for y in read(path)(x)])
     assert main(["export", "--model", str(models / "vit"), "--output", "vit.pt2", *REDUCED]) == 1
     assert "gives other outputs than the model" in capsys.readouterr().err
+    assert not list(Path().iterdir())
 
 
 def test_what_no_file_can_hold_is_refused(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
