@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AiluRusError
-from .telling import print_json, progress, tell
+from .telling import print_json, progress, reason_of, tell
 
 if TYPE_CHECKING:
     from ..evaluation.loading import LoadedModel
@@ -182,8 +182,7 @@ class Batch:
 
         if isinstance(error, (WritingError, FailedImageError, ProcessError, EndOfRowsError)):
             raise error
-        # Processors and models refuse an image in as many ways as there are of them.
-        self.fail(path, str(error) if isinstance(error, AiluRusError) else f"{path}: {type(error).__name__}: {error}")
+        self.fail(path, reason_of(path, error))
 
     def gather(self, own: dict[str, Any]) -> list[dict[str, Any]] | None:
         """Waits until all processes are done, or gone, and tells what they did.

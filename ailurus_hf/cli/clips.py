@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import AiluRusError
 from .arguments import existing, load
 from .launchers import launched
-from .telling import print_json, tell
+from .telling import print_json, reason_of, tell
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,18 +66,21 @@ def run_clips(
             continue
         try:
             result = _run_clip(loaded, path, output, new_draw())
-        except Exception as error:  # models refuse a frame in as many ways as there are of them
+        except Exception as error:
             if args.strict:
                 raise
-            reason = str(error) if isinstance(error, AiluRusError) else f"{path}: {type(error).__name__}: {error}"
-            failed.append({"clip": path, "error": " ".join(reason.split())})
+            failed.append({"clip": path, "error": " ".join(reason_of(path, error).split())})
             tell(f"ailurus-hf {args.command}: error: {failed[-1]['error']}")
+            if args.json_lines:
+                print(json.dumps(failed[-1]), flush=True)
             continue
         done.append(result)
-        if not args.json:
+        if args.json_lines:
+            print(json.dumps(result), flush=True)
+        elif not args.json:
             tokens = f", {result['tokens'][0]} → {result['tokens'][1]} tokens" if result["tokens"] else ""
             print(f"{path}: {result['frames']} frames, {result['ms']:.1f} ms of the model a frame{tokens}, {output}")
-    if args.json:
+    if args.json and not args.json_lines:
         print_json(loaded, clips=done, skipped=skipped, failed=failed)
     return 1 if failed else 0
 
@@ -87,8 +90,8 @@ def _outputs(args: argparse.Namespace, ending: str) -> list[Path]:
     from ..evaluation.bad_input import BadInputError
 
     paths = [Path(path) for path in args.images]
-    names = [path.stem for path in paths]
-    names = [path.name.replace(".", "_") if names.count(path.stem) > 1 else path.stem for path in paths]
+    stems = [path.stem for path in paths]
+    names = [path.name.replace(".", "_") if stems.count(path.stem) > 1 else path.stem for path in paths]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadInputError(
             f"two clips are called {twice[0]}: their results would have one name; give them in two calls"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..errors import AiluRusError
 from .launchers import launched
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ def tell(line: str, file: Any = None) -> None:
 
     tqdm.write(line, file=file or sys.stderr)
     (file or sys.stderr).flush()  # a reader behind a pipe sees each as it comes
+
+
+def reason_of(path: str | Path, error: Exception) -> str:
+    """Why a file failed. Processors and models refuse one in as many ways as there are of them."""
+    return str(error) if isinstance(error, AiluRusError) else f"{path}: {type(error).__name__}: {error}"
 
 
 def print_json(loaded: LoadedModel | None, **fields: Any) -> None:

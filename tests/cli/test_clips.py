@@ -1,14 +1,13 @@
 """Clips through segment, depth and detect: a clip of as many frames, each bad one named, and what is refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers as hf
-from cli_models import run_json
+from cli_models import run_json, save_task_models
 from model_parts import PATCH, SQUARE
-from models import CASES, make_model
+from models import make_model
 from PIL import Image
 
 from ailurus_hf import SegmenterImageProcessor
@@ -16,20 +15,15 @@ from ailurus_hf.cli import main
 from ailurus_hf.video import open_clip, write_video
 
 SIDE = SQUARE[0] * PATCH
-SIZE = {"height": SIDE, "width": SIDE}
 ENDINGS = {"segment": "_overlay", "depth": "_depth", "detect": "_boxes"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
+    save_task_models(folder)
     make_model("Segmenter(ViT, mask transformer)").save_pretrained(folder / "segment")
     SegmenterImageProcessor(size={"shortest_edge": SIDE}, window_size=SIDE).save_pretrained(folder / "segment")
-    CASES["DepthAnything"].make().save_pretrained(folder / "depth")
-    hf.DPTImageProcessor(size=SIZE).save_pretrained(folder / "depth")
-    CASES["YOLOS"].make().save_pretrained(folder / "detect")
-    hf.YolosImageProcessor(size={"height": 32, "width": 48}).save_pretrained(folder / "detect")
     return folder
 
 
@@ -64,6 +58,9 @@ def test_a_bad_clip_is_named_and_the_rest_is_done(models: Path, capsys: pytest.C
     out, err = capsys.readouterr()
     assert out.startswith("walk.mp4: 3 frames, ") and " tokens, ailurus_output/walk_overlay.mp4" in out
     assert "ailurus-hf segment: error: " in err and "broken.mp4" in err and "Traceback" not in err
+    assert main(given("segment", models, "broken.mp4", "walk.mp4", "--overwrite", "--json-lines")) == 1
+    bad, good = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert "broken.mp4" in bad["error"] and good["frames"] == 3
     assert [file.name for file in Path("ailurus_output").iterdir()] == ["walk_overlay.mp4"]
 
 

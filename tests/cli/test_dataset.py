@@ -2,29 +2,17 @@
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_models import run_json, save_models
+from cli_models import run_json
 from PIL import Image
 from ranks import Ranks
 
 from ailurus_hf.cli import main
 
 datasets = pytest.importorskip("datasets", reason="needs the extra datasets")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

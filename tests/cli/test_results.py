@@ -11,18 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_models import save_models
 from PIL import Image
 
 from ailurus_hf.cli import main
 from ailurus_hf.evaluation.writing import ResultFolder
 
 ROOT = str(Path(__file__).parents[2])
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)

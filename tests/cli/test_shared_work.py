@@ -5,12 +5,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_models import save_models
 from PIL import Image
 from ranks import ROOT, Ranks
 
@@ -19,17 +17,6 @@ from ailurus_hf.cli.launchers import LaunchError, Place, launched
 from ailurus_hf.cli.shared_work import Meeting, ProcessError, device_for
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from cli_models import run_json
+from cli_models import run_json, save_task_models
 from model_parts import PATCH, SQUARE
 from models import CASES
 from PIL import Image
@@ -32,12 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers.pre_tokenizers import Whitespace
 
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    (yolos,) = [name for name in CASES if name == "YOLOS"]
-    CASES["DepthAnything"].make().save_pretrained(folder / "depth")
-    hf.DPTImageProcessor(size=SIZE).save_pretrained(folder / "depth")
-    CASES[yolos].make().save_pretrained(folder / "detect")
-    hf.YolosImageProcessor(size={"height": 32, "width": 48}).save_pretrained(folder / "detect")
+    save_task_models(folder)
     CASES["EoMT"].make().save_pretrained(folder / "segment")
     hf.EomtImageProcessor(size={"shortest_edge": SIDE, "longest_edge": SIDE}, do_pad=True).save_pretrained(
         folder / "segment"

@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from model_parts import PATCH, SQUARE
+from models import CASES
+from transformers import (
+    DPTImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    YolosImageProcessor,
+)
 
 from ailurus_hf import SegmenterConfig, SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.cli import main
@@ -22,6 +30,16 @@ def save_models(folder: Path) -> Path:
     segmenter.save_pretrained(folder / "segmenter")
     SegmenterImageProcessor().save_pretrained(folder / "segmenter")
     return folder
+
+
+def save_task_models(folder: Path) -> None:
+    """A model for "depth" and one to "detect", of random weights."""
+    torch.manual_seed(0)
+    side = SQUARE[0] * PATCH
+    CASES["DepthAnything"].make().save_pretrained(folder / "depth")
+    DPTImageProcessor(size={"height": side, "width": side}).save_pretrained(folder / "depth")
+    CASES["YOLOS"].make().save_pretrained(folder / "detect")
+    YolosImageProcessor(size={"height": 32, "width": 48}).save_pretrained(folder / "detect")
 
 
 def run_json(capsys, *arguments: str) -> dict:
