@@ -260,6 +260,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "joint flops": rows_as_measured("cpu/joint_flops-fp32", joint_speed.COLUMNS),
     "cost": rows_as_measured("cpu/clustering_cost-fp32", clustering_cost.COLUMNS),
     "overhead": rows_as_measured("cpu/clustering_overhead-fp32", clustering_overhead.COLUMNS),
+    "Ward now": rows_as_measured("cpu/ward_moving-fp32", clusterings.COLUMNS),
+    "Ward in time": rows_as_measured("cpu/presets_camvid-fp32", segmenter_quality.COLUMNS),
     "clusters of CamVid": rows_as_measured("cpu/clusterings_smooth-fp32", clusterings.COLUMNS),
     "clusters at the size of detection": rows_as_measured("cpu/clusterings_detection-fp32", clusterings.COLUMNS),
     "clusters of CIFAR": rows_as_measured("cpu/clusterings_cifar10-fp32", clusterings.COLUMNS),
