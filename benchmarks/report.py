@@ -23,6 +23,7 @@ from . import tables
 from .clustering import clustering_cost, clustering_overhead, clusterings
 from .diffusion import diffusion_quality, diffusion_speed, joint_speed
 from .harness import RESULTS, ROOT, markdown, measured_columns
+from .harness.bootstrap import BY_CHANCE
 from .training import finetune_quality, finetune_speed, trained_models
 from .video import controlvideo_speed, video_quality
 from .vision import (
@@ -84,12 +85,21 @@ def quality_table() -> str:
         best = max(cells.values(), key=lambda row: row["miou"])
         line = {"setting": f"{location}, {-negative}"}
         for method in methods:
-            text = f"{cells[method]['miou']:.1f}"
+            text = f"{cells[method]['miou']:.1f}" + (" ≈" if cells[method].get("lost_is") == BY_CHANCE else "")
             line[method] = f"{f'**{text}**' if cells[method] is best else text} ({cells[method]['speed_up']:.2f}×)"
         lines.append(line)
-    head = f"Unreduced: {plain['miou']:.1f} mIoU, {plain['ms']:.0f} ms an image, {result['images']} images.\n\n"
+    head = f"Unreduced: {plain['miou']:.1f} mIoU, {plain['ms']:.0f} ms an image, {result['images']} images."
+    head += " ≈: the loss may be chance.\n\n" if any("lost_is" in row for row in rows) else "\n\n"
     table = markdown(lines, {"setting": "L, M", **{method: method for method in methods}})
     return head + table + "\n" + source(result, "cpu/segmenter_quality-fp32")
+
+
+def between(row: dict[str, Any]) -> str:
+    """The interval of what a row lost, and whether that may be chance; nothing where it was not measured."""
+    if "lost_between" not in row:
+        return ""
+    low, high = row["lost_between"]
+    return f" [{low:+.2f}, {high:+.2f}]" + (f", {BY_CHANCE}," if row["lost_is"] == BY_CHANCE else "")
 
 
 def equal_speed_table() -> str:
@@ -106,7 +116,7 @@ def equal_speed_table() -> str:
                 setting = f"L {best['location']}, M {best['num_clusters']}"
                 if best["restore_location"]:
                     setting += f", R {best['restore_location']}"
-                line[str(target)] = f"{best['lost']:+.2f} ({setting}, {best['speed_up']:.2f}×)"
+                line[str(target)] = f"{best['lost']:+.2f}{between(best)} ({setting}, {best['speed_up']:.2f}×)"
         lines.append(line)
     heads = {str(target): f"lost at ≥ {target}×" for target in TARGETS}
     head = f"Unreduced: {plain['miou']:.2f} mIoU.\n\n"

@@ -1,9 +1,10 @@
 """The registry of methods: by name, how to reduce a model after layer L to a share of its tokens.
 
-Ours and the controls take L and the keep ratio as they are, and so do the peers that reduce once (Expedite, CTM). The
-peers that reduce little by little (ToMe, EViT, ALGM), or attention alone (ACT), have one knob instead: it is turned
-until the FLOPs on a few inputs are at most those of the paper's form at that L and keep ratio. "NAME:key=value,…" sets
-a method's own settings; where that says the knob, nothing is turned. Tables show the speed that came out.
+Ours and the controls take L and the keep ratio as they are, and so do the peers that reduce once (Expedite, CTM,
+CubistMerge). The peers that reduce little by little (ToMe, PiToMe, EViT, ALGM), or attention alone (ACT, StructSAM),
+have one knob instead: it is turned until the FLOPs on a few inputs are at most those of the paper's form at that L and
+keep ratio, or as far as it goes. "NAME:key=value,…" sets a method's own settings; where that says the knob, nothing is
+turned. Tables show the speed that came out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ailurus_hf.clustering import ClusterFunction, get_clustering
 from ailurus_hf.vision.apply import install
 
 from ..harness import model_flops
-from ..peers import act, algm, ctm, evit, expedite, tome
+from ..peers import act, algm, ctm, cubistmerge, evit, expedite, pitome, structsam, tome
 from ..peers.controls import grid_pooling, random_centers
 from ..peers.hooks import Applied
 from . import variants
@@ -198,6 +199,10 @@ def _cells(amount: Amount, grid: tuple[int, int]) -> dict[str, Any]:
     return {"location": amount.location, "cells": cells}
 
 
+def _share(amount: Amount, grid: tuple[int, int]) -> dict[str, Any]:
+    return {"location": amount.location, "keep": amount.keep, "restore_at": "decoder"}
+
+
 def _pairs(turn: float, num_tokens: int) -> dict[str, Any]:
     return {"r": round(turn * num_tokens / 2)}
 
@@ -217,18 +222,21 @@ METHODS: dict[str, Ours | Direct | Matched] = {
     "grid pooling, copy": Ours("density_peaks", "copy", grid_pooling),
     "grid pooling, residual": Ours("density_peaks", "residual", grid_pooling),
     "Expedite": Direct(expedite, _cells),
-    "CTM": Direct(
-        ctm, lambda amount, grid: {"location": amount.location, "keep": amount.keep, "restore_at": "decoder"}
-    ),
+    "CTM": Direct(ctm, _share),
+    "CubistMerge": Direct(cubistmerge, _cells),
     "ToMe": Matched(tome, _pairs, {"restore_at": "decoder"}),
     "ToMe, backbone": Matched(tome, _pairs),
     "EViT": Matched(evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}),
     "EViT, fused": Matched(
         evit, lambda turn, num_tokens: {"keep": 1 - 0.99 * turn}, {"restore": "fused", "restore_at": "decoder"}
     ),
+    "PiToMe": Matched(pitome, lambda turn, num_tokens: {"keep": 1 - 0.5 * turn}, {"restore_at": "decoder"}),
     # One threshold for both locations, as the paper's models have it.
     "ALGM": Matched(algm, lambda turn, num_tokens: {"thresholds": (1 - turn**2, 1 - turn**2)}, adaptive=True),
     "ACT": Matched(act, lambda turn, num_tokens: {"interval": 10 ** (4 * turn - 1)}, adaptive=True),
+    # Cells of 2 x 2 leave a quarter.
+    "StructSAM": Matched(structsam, lambda turn, num_tokens: {"keep": 1 - 0.75 * turn}),
+    "StructSAM, once": Direct(structsam, _share),
 }
 # Other ways to choose clusters (variants.py), to compare with: no benchmark runs them unasked.
 VARIANTS: dict[str, Ours | Direct | Matched] = {

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ailurus_hf import TokenClusters
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach, copy_back
+from .leaders import each_its_own, means_by_size, numbered
 
 WINDOW = 2
 
@@ -67,17 +67,10 @@ def match_above(tokens: Tensor, present: Tensor, threshold: Tensor) -> Tensor:
     cosine = first @ second.transpose(1, 2)
     cosine = cosine.masked_fill(present[:, None, 0::2] == 0, -torch.inf)
     best, target = cosine.max(-1)
-    itself = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-    leader = itself.clone()
+    leader = each_its_own(tokens)
     merged = (best > threshold[:, None]) & (present[:, 1::2] > 0)
-    leader[:, 1::2] = torch.where(merged, 2 * target, itself[:, 1::2])
+    leader[:, 1::2] = torch.where(merged, 2 * target, leader[:, 1::2])
     return numbered(leader)
-
-
-def numbered(leader: Tensor) -> Tensor:
-    """Clusters counted from 0 in the order of their leaders, where a leader is its own: LongTensor[B, L] of indices."""
-    leads = leader == torch.arange(leader.shape[1], device=leader.device)
-    return (leads.long().cumsum(1) - 1).gather(1, leader)
 
 
 class ALGM(Peer):
@@ -126,12 +119,7 @@ class ALGM(Peer):
         # Padding follows the tokens and has no weight. What even the longest image has of it is cut off.
         count = int((assignment + 1).mul(present.long()).max())
         assignment = assignment.clamp(max=count - 1)
-        weights = sizes[..., None].to(tokens.dtype)
-        clusters = TokenClusters.from_assignment(assignment, count)
-        merged_sizes = clusters.merge(sizes[..., None])[..., 0] * clusters.counts
-        sums = clusters.merge(tokens * weights) * clusters.counts[..., None].to(tokens.dtype)
-        merged = sums / merged_sizes[..., None].clamp(min=1).to(tokens.dtype)
-        self.sizes = merged_sizes.round()
+        merged, self.sizes = means_by_size(tokens, sizes, assignment, count)
         self.source = assignment if self.source is None else assignment.gather(1, self.source)
         self.unmerge = copy_back(self.source)
         padded = bool((self.sizes == 0).any())

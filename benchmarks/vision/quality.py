@@ -1,7 +1,8 @@
 """What the quality benchmarks share: score, agreement and speed of every method on one trained model.
 
 Each method is on a copy of the model that shares its weights: where in memory weights lie moves a ratio by several
-percent. Speeds are taken in turns after all scores.
+percent. Speeds are taken in turns after all scores. Where a batch is one image, scores and their differences can have
+intervals over images.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..harness import interleaved, model_flops
+from ..harness.bootstrap import called, drawn_weights, interval, resampled_scores
 from ..methods import EVERY, METHODS, Amount, AppliedMethod, apply_method, parsed
 
 # Method, L, keep ratio, restore_location.
@@ -57,9 +59,10 @@ class Scored:
 
 
 @torch.inference_mode()
-def scores(task: Scored, models: dict[str, nn.Module]) -> dict[str, tuple[float, float]]:
-    """Score, and share of labels equal to the first model's, of each: all see a batch before the next one is read."""
-    counts: dict[str, Any] = dict.fromkeys(models, 0)
+def counted(task: Scored, models: dict[str, nn.Module], of_each: bool) -> dict[str, tuple[np.ndarray, float]]:
+    """Counts of every batch (of_each) or one sum of them, and share of labels equal to the first model's, of each
+    model: all see a batch before the next one is read."""
+    counts: dict[str, list[np.ndarray]] = {name: [] for name in models}
     same: dict[str, list[float]] = {name: [] for name in models}
     for inputs, truth in tqdm(task.batches(), desc="quality", total=task.num_batches):
         plain: Tensor | None = None
@@ -67,22 +70,60 @@ def scores(task: Scored, models: dict[str, nn.Module]) -> dict[str, tuple[float,
             labels = task.labels(model, inputs, truth)
             plain = labels if plain is None else plain
             same[name] += (labels == plain).float().view(len(labels), -1).mean(1).tolist()
-            counts[name] = counts[name] + task.counts(labels, truth)
-    return {name: (task.score(counts[name]), statistics.fmean(same[name])) for name in models}
+            counts[name].append(task.counts(labels, truth))
+            counts[name] = counts[name] if of_each else [np.sum(counts[name], axis=0)]
+    return {name: (np.stack(counts[name]), statistics.fmean(same[name])) for name in models}
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Intervals over images. against: a method that the others are compared with at the same L and keep ratio."""
+
+    generator: np.random.Generator
+    num_resamples: int = 2000
+    against: str | None = None
+
+
+def intervals(
+    task: Scored, counts: dict[str, np.ndarray], contenders: dict[str, Contender], resampling: Resampling
+) -> dict[str, dict[str, Any]]:
+    """What rows say of chance, by name: the score's interval, and those of differences on the same resamples."""
+    first = next(iter(counts.values()))
+    weights = drawn_weights(len(first), resampling.num_resamples, resampling.generator)
+    values = {name: resampled_scores(each, weights, task.score) for name, each in counts.items()}
+    scores = {name: task.score(each.sum(0)) for name, each in counts.items()}
+    found: dict[str, dict[str, Any]] = {name: {"score_between": interval(values[name])} for name in counts}
+    for name, (method, *amount) in contenders.items():
+        lost = interval(values["plain"] - values[name])
+        found[name] |= {"lost_between": lost, "lost_is": called(lost, "a loss", "a gain")}
+        for other, (reference, *of_other) in contenders.items():
+            if reference == resampling.against != method and of_other[:2] == amount[:2] and of_other[2] is None:
+                behind = interval(values[other] - values[name])
+                found[name] |= {
+                    "reference": reference,
+                    "behind": scores[other] - scores[name],
+                    "behind_between": behind,
+                    "behind_is": called(behind, "behind", "ahead"),
+                }
+    return found
 
 
 def scored(
-    model: nn.Module, task: Scored, contenders: dict[str, Contender]
+    model: nn.Module, task: Scored, contenders: dict[str, Contender], resampling: Resampling | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, nn.Module]]:
     """One row a contender, after one for the plain model, and the models; nothing is timed."""
     full = model_flops(lambda: model(task.samples[0]))
     reduced = {name: reduced_copy(model, m, Amount(*rest), task.samples) for name, (m, *rest) in contenders.items()}
     models = {"plain": model, **{name: twin for name, (twin, _) in reduced.items()}}
-    found = scores(task, models)
-    plain, _ = found["plain"]
-    rows: list[dict[str, Any]] = [{"method": "plain", task.score_name: plain, "agreement": 1.0, "gflops": full / 1e9}]
+    found = counted(task, models, of_each=resampling is not None)
+    chance: dict[str, dict[str, Any]] = {name: {} for name in models}
+    if resampling is not None:
+        chance = intervals(task, {name: counts for name, (counts, _) in found.items()}, contenders, resampling)
+    values = {name: round(task.score(counts.sum(0)), 2) for name, (counts, _) in found.items()}
+    plain = values["plain"]
+    first = {"method": "plain", task.score_name: plain, "agreement": 1.0, "gflops": full / 1e9}
+    rows: list[dict[str, Any]] = [{**first, **chance["plain"]}]
     for name, (twin, reduction) in reduced.items():
-        value, agreement = found[name]
         method, location, keep, restore_location = contenders[name]
         flops = reduction.flops(full, lambda twin=twin: twin(task.samples[0]))
         rows.append(
@@ -93,19 +134,26 @@ def scored(
                 "restore_location": restore_location,
                 "settings": reduction.settings,
                 "num_clusters": reduction.num_clusters(),
-                task.score_name: value,
-                "lost": plain - value,
-                "agreement": agreement,
+                task.score_name: values[name],
+                "lost": plain - values[name],
+                "agreement": found[name][1],
                 "gflops": flops / 1e9,
                 "ideal": full / flops,
+                **chance[name],
             }
         )
     return rows, models
 
 
-def measure(model: nn.Module, task: Scored, contenders: dict[str, Contender], repeats: int) -> list[dict[str, Any]]:
+def measure(
+    model: nn.Module,
+    task: Scored,
+    contenders: dict[str, Contender],
+    repeats: int,
+    resampling: Resampling | None = None,
+) -> list[dict[str, Any]]:
     """Those rows with speeds."""
-    rows, models = scored(model, task, contenders)
+    rows, models = scored(model, task, contenders, resampling)
     runs = {name: (lambda n, m=m: task.forward(m, task.timed[n % len(task.timed)])) for name, m in models.items()}
     with torch.inference_mode():
         seconds = interleaved(runs, repeats, warmup=3, device=task.samples[0].device)

@@ -5,9 +5,10 @@
     python -m benchmarks.vision.segmenter_quality --dataset ade20k --data ADE --model CONVERTED --methods ToMe:r=40
 
 mIoU over whole images at native resolution, whatever size the model's image processor makes of them; agreement is the
-share of pixels with the plain model's label; speed is that of the whole model on one image. Methods, controls and
-peers: benchmarks/methods/registry.py; "NAME:key=value" sets a peer's own settings, and without them its FLOPs are
-matched to ours at the same L and keep ratio.
+share of pixels with the plain model's label; speed is that of the whole model on one image. Intervals are over images,
+by bootstrap (`--resamples`, `--seed`); a difference is called one where its interval leaves out 0; `--against METHOD`
+compares the others with it at the same L and keep ratio. Methods, controls and peers: benchmarks/methods/registry.py;
+"NAME:key=value" sets a peer's own settings; without them its FLOPs are matched to ours at the same L and keep ratio.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.image_utils import SizeDict
@@ -25,7 +27,7 @@ from ailurus_hf import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.evaluation.comparison import confusion, mean_iou
 from ailurus_hf.segmenter import first_window, windowed_outputs
 
-from ..harness import ROOT, environment, markdown, save
+from ..harness import ROOT, environment, measured_columns, save
 from ..harness.datasets import DATASETS, SegmentationData
 from . import quality
 
@@ -39,7 +41,14 @@ COLUMNS = {
     "gflops": "GFLOPs|{:.2f}",
     "ms": "an image|{:.0f} ms",
     "miou": "mIoU|{:.2f}",
+    "score_between": "mIoU, 95 %|{0[0]:.2f} to {0[1]:.2f}",
     "lost": "lost|{:+.2f}",
+    "lost_between": "lost, 95 %|{0[0]:+.2f} to {0[1]:+.2f}",
+    "lost_is": "loss or chance",
+    "reference": "beside",
+    "behind": "behind it|{:+.2f}",
+    "behind_between": "behind, 95 %|{0[0]:+.2f} to {0[1]:+.2f}",
+    "behind_is": "behind or chance",
     "agreement": "agreement|{:.1%}",
     "speed_up": "speed-up|{:.2f}×",
     "share_of_ideal": "share of ideal|{:.2f}",
@@ -74,7 +83,7 @@ def segmentation(model: nn.Module, processor: SegmenterImageProcessor, data: Seg
         batches=lambda: ((prepared(index), data.label(index)) for index in range(len(data))),
         labels=labels,
         counts=lambda found, truth: confusion(found[0].numpy(), truth.numpy(), data.num_classes),
-        score=lambda matrix: round(100 * mean_iou(matrix), 2),
+        score=lambda matrix: 100 * mean_iou(matrix),
         num_batches=len(data),
     )
 
@@ -85,20 +94,26 @@ def main() -> None:
     parser.add_argument("--model", default=str(SHIPPED), help="Segmenter folder or Hub name (default: the shipped one)")
     parser.add_argument("--size", type=int, help="shortest edge of the images (default: the model's)")
     quality.add_arguments(parser, [0.5, 0.25, 0.12], [2, 4], "segmenter_quality")
+    parser.add_argument("--resamples", type=int, default=2000, help="of the images, for intervals (0: no intervals)")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--against", help="one of the methods, with which the others are compared")
     args = parser.parse_args()
+    if args.against not in (None, *args.methods):
+        parser.error(f"--against must be one of --methods, got {args.against!r}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
     model.eval().to(args.device)
     processor = SegmenterImageProcessor.from_pretrained(args.model)
     at_size(processor, args.size)
     data = SegmentationData(args.dataset, args.data, limit=args.limit)
-    rows = quality.measure(model, segmentation(model, processor, data), quality.chosen_contenders(args), args.repeats)
-    save(
-        args.name,
-        rows,
-        {**environment(args.device, "fp32"), "dataset": args.dataset, "images": len(data), "size": args.size},
-    )
-    print(markdown(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
+    resampling = None
+    if args.resamples:
+        resampling = quality.Resampling(np.random.default_rng(args.seed), args.resamples, args.against)
+    contenders = quality.chosen_contenders(args)
+    rows = quality.measure(model, segmentation(model, processor, data), contenders, args.repeats, resampling)
+    about = {"dataset": args.dataset, "images": len(data), "size": args.size}
+    save(args.name, rows, {**environment(args.device, "fp32"), **about, "resamples": args.resamples, "seed": args.seed})
+    print(measured_columns(rows, {**COLUMNS, **({"restore_location": "R"} if args.restore_locations else {})}))
 
 
 if __name__ == "__main__":

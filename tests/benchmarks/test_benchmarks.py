@@ -99,7 +99,8 @@ def test_quality_of_every_method_on_two_images(tmp_path):
     assert SIZES["patch_size"] == 4
     # Those that are turned to their FLOPs are tested by themselves.
     names = [name for name, method in methods.METHODS.items() if not isinstance(method, methods.Matched)]
-    names += ["ToMe:r=40", "EViT:keep=0.5"]
+    left = {"ToMe:r=40": 384 - 4 * 40, "EViT:keep=0.5": 50, "PiToMe:keep=0.9": 253, "StructSAM:keep=0.5": 384}
+    names += left
     contenders = {method: (method, 1, 0.25, None) for method in names}
     # Pictures of 32 x 48 pixels that the processor makes 64 x 96, and the labels stay 32 x 48.
     processor = SegmenterImageProcessor(do_resize=True, size={"shortest_edge": 64})
@@ -111,7 +112,7 @@ def test_quality_of_every_method_on_two_images(tmp_path):
     # To match FLOPs, to time, and once for the labels of all methods together.
     assert sorted(read) == [0, 0, 0, 1, 1, 1]
     for row in rows:
-        assert row["num_clusters"] == {"ToMe:r=40": 384 - 4 * 40, "EViT:keep=0.5": 50}.get(row["method"], 96)
+        assert row["num_clusters"] == left.get(row["method"], 96)
         assert 0 <= row["agreement"] <= 1 and row["ideal"] > 1
         assert row["lost"] == pytest.approx(plain["miou"] - row["miou"])
 
@@ -125,7 +126,7 @@ def test_methods_read_their_settings():
             methods.parsed(wrong)
 
 
-@pytest.mark.parametrize("name", ["ToMe", "EViT", "EViT, fused", "ALGM"])
+@pytest.mark.parametrize("name", ["ToMe", "PiToMe", "EViT", "EViT, fused", "ALGM"])
 def test_peers_with_a_knob_are_turned_to_the_flops_of_the_paper(name):
     model, x = make_model("ViTModel"), images(1)
     amount, runs = methods.Amount(1, 0.5), [lambda: run(model, x)]

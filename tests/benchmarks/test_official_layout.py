@@ -92,6 +92,8 @@ def test_table_1(data, folders, tmp_path, monkeypatch):
     assert [row["num_clusters"] for row in rows if row["method"] == methods.PAPER] == [18, 9]  # of a window's 36
     for row in rows:
         assert row["gflops"] < plain["gflops"] and 0 <= row["miou"] <= 100 and 0 < row["agreement"] < 1
+        (low, high), (least, most) = row["score_between"], row["lost_between"]
+        assert low <= row["miou"] + 0.01 and row["miou"] <= high + 0.01 and least <= row["lost"] + 0.01 <= most + 0.02
     # The labels are read as the classes that they mean: predictions made into labels are right everywhere.
     found = datasets.SegmentationData(data, f"{made['data']}/{data}")
     assert set(found.label(0).unique().tolist()) <= {*range(found.num_classes)}

@@ -14,7 +14,7 @@ from ailurus_hf import AiluRusError, UnsupportedModelError, apply_ailurus, remov
 from ailurus_hf.vision.backend import parameters_of
 from ailurus_hf.vision.discovery import find_encoders
 from benchmarks.harness import model_flops
-from benchmarks.peers import act, algm, ctm, evit, expedite, tome
+from benchmarks.peers import act, algm, ctm, cubistmerge, evit, expedite, pitome, structsam, tome
 from benchmarks.peers.hooks import Peer, attach
 
 # Settings that reduce the tiny models of models.py, and settings that leave every token.
@@ -26,13 +26,23 @@ REDUCING = {
     "CTM": (ctm, {"location": 0, "keep": 0.3}),
     "ALGM": (algm, {}),
     "ACT": (act, {"rounds": 8, "interval": 20.0}),
+    "PiToMe": (pitome, {"keep": 0.9}),
+    "CubistMerge": (cubistmerge, {"location": 1, "cells": (4, 6)}),
+    "StructSAM": (structsam, {"keep": 0.5}),
+    "StructSAM, once": (structsam, {"keep": 0.5, "location": 1, "restore_at": "decoder"}),
 }
+# These leave all tokens between layers.
+ATTENTION_ALONE = ("ACT", "StructSAM")
 IDLE = {
     "ToMe": (tome, {"r": 0}),
     "EViT": (evit, {"keep": 1.0}),
     "Expedite": (expedite, {"location": 1, "cells": (20, 20)}),
     "CTM": (ctm, {"location": 0, "keep": 1.0}),
     "ALGM": (algm, {"thresholds": (1.1, 1.1)}),
+    "PiToMe": (pitome, {"keep": 1.0}),
+    "CubistMerge": (cubistmerge, {"location": 1, "cells": (20, 20)}),
+    "StructSAM": (structsam, {"keep": 1.0}),
+    "StructSAM, once": (structsam, {"keep": 1.0, "location": 1}),
 }
 MODELS = ("Segmenter(ViT, mask transformer)", "DeiTWithTeacher", "Dinov2WithRegistersModel", "CLIPVisionModel")
 
@@ -253,7 +263,7 @@ def test_reduces_alone_as_in_a_batch_and_leaves_no_trace(method, name):
     assert reduced.shape == plain.shape and torch.isfinite(reduced).all()
     assert not torch.allclose(reduced, plain, atol=1e-3)
     torch.testing.assert_close(alone, reduced, atol=1e-4, rtol=1e-4)
-    assert counts[0] == 117 and (counts[-1] == 117 if method == "ACT" else counts[-1] < 90)
+    assert counts[0] == 117 and (counts[-1] == 117 if method in ATTENTION_ALONE else counts[-1] < 90)
     # Registers and CLS stand before the tokens.
     assert all(state.shape[1] == 4 + 117 for state in states)
     assert torch.equal(predict(model, name, x), plain)
@@ -273,7 +283,12 @@ def test_nothing_to_merge_changes_nothing(method, name):
 
 
 @pytest.mark.parametrize(
-    ("module", "settings"), [(tome, {"r": [12, 8, 0, 0]}), (algm, {"thresholds": (0.9999, 0.9999)})]
+    ("module", "settings"),
+    [
+        (tome, {"r": [12, 8, 0, 0]}),
+        (algm, {"thresholds": (0.9999, 0.9999)}),
+        (structsam, {"keep": 0.75, "location": 1}),
+    ],
 )
 @pytest.mark.parametrize("name", ["ViTModel", "Segmenter(ViT, mask transformer)"])
 def test_merging_equal_tokens_changes_nothing(module, settings, name):
@@ -315,6 +330,7 @@ def test_what_cannot_be_is_refused():
     wrong = [(tome, {"r": -1}), (evit, {"keep": 0.0}), (expedite, {"location": 4, "cells": (2, 2)})]
     wrong += [(ctm, {"location": 1, "keep": 2.0}), (algm, {"local": 3}), (act, {"rounds": 33})]
     wrong += [(tome, {"restore_at": "head"}), (evit, {"restore": "first"}), (expedite, {"location": 1, "cells": (2,)})]
+    wrong += [(pitome, {"keep": 0.4}), (cubistmerge, {"location": 1, "cells": (2,)}), (structsam, {"location": 4})]
     for module, settings in wrong:
         with pytest.raises(AiluRusError):
             module.apply(model, **settings)
