@@ -74,6 +74,8 @@ class AiluRusConfig(Config):
         restore_location: R > L, the layers after the R-th run on all tokens again; None: none do.
         stages: of a model in stages (SegFormer), the numbers of those that are reduced, 1 the first; None: the third.
             L and R then count the layers of a stage.
+        compile_clustering: run the clustering through torch.compile, in models that run eagerly too: fewer launches,
+            for a GPU; the first image of each size compiles, for seconds. Not with min_keep_ratio.
         check_finite: raise on NaN features instead of clustering them arbitrarily; this waits for the device.
 
     Raises:
@@ -94,6 +96,7 @@ class AiluRusConfig(Config):
     restore_at: RestoreAt | None = None
     restore_location: int | None = None
     stages: tuple[int, ...] | None = None
+    compile_clustering: bool = False
     check_finite: bool = False
 
     @classmethod
@@ -169,6 +172,8 @@ class AiluRusConfig(Config):
                     "min_keep_ratio must be above 0 and below keep_ratio, and that below 1, "
                     f"got {self.min_keep_ratio} and {self.keep_ratio}"
                 )
+            if self.compile_clustering:
+                raise AiluRusError("min_keep_ratio makes sizes depend on the image: use compile_clustering=False")
 
     @property
     def locations(self) -> tuple[int, ...]:
@@ -249,7 +254,7 @@ class AiluRusDiffusionConfig(Config):
             frame, "joint" over space and time: what stands still is kept once, and not once a frame, and does not
             flicker, but what moves may be held back. Where a frame attends to some of the others only, each is
             clustered alone.
-        clustering, check_finite: as in `AiluRusConfig`.
+        clustering, compile_clustering, check_finite: as in `AiluRusConfig`.
 
     Raises:
         AiluRusError: a value is wrong, or two do not go together.
@@ -275,6 +280,7 @@ class AiluRusDiffusionConfig(Config):
     unreduced_last_steps: int = 0
     frames: FrameClusters = "each"
     clustering: str | Clustering | Mapping[str, Any] = "local_kmeans"
+    compile_clustering: bool = False
     check_finite: bool = False
 
     @classmethod

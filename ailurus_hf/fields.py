@@ -24,6 +24,7 @@ class AiluRusFields(TypedDict, total=False):
     restore_at: RestoreAt | None
     restore_location: int | None
     stages: tuple[int, ...] | None
+    compile_clustering: bool
     check_finite: bool
 
 
@@ -44,4 +45,5 @@ class AiluRusDiffusionFields(TypedDict, total=False):
     unreduced_last_steps: int
     frames: FrameClusters
     clustering: ClusteringName | str | Clustering | Mapping[str, Any]
+    compile_clustering: bool
     check_finite: bool

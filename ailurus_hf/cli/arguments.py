@@ -30,7 +30,14 @@ AILURUS_FIELDS = (
     "restore_location",
     "min_keep_ratio",
     "stages",
+    "compile_clustering",
 )
+
+COMPILE_CLUSTERING: dict[str, Any] = {
+    "action": "store_true",
+    "default": None,
+    "help": "run the clustering through torch.compile, for a GPU; the first image of each size takes seconds longer",
+}
 
 # Options that decide nothing about a result.
 NO_SETTINGS = {
@@ -174,6 +181,7 @@ def add_ailurus(parser: argparse.ArgumentParser, can_be_off: bool = True) -> Non
     group.add_argument(
         "--stages", type=numbers(int), metavar="S", help="of a model in stages (SegFormer), those to reduce; 3 or 2,3"
     )
+    group.add_argument("--compile-clustering", **COMPILE_CLUSTERING)
     if can_be_off:
         group.add_argument("--no-ailurus", action="store_true", help="run the model as it is")
 

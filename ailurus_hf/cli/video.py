@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..choices import FRAMES, SCOPES
 from ..presets import DIFFUSION_PRESETS
-from .arguments import add_clustering, add_config, add_model, add_preset, given_clustering, positive
+from .arguments import COMPILE_CLUSTERING, add_clustering, add_config, add_model, add_preset, given_clustering, positive
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +31,7 @@ AILURUS_FIELDS = (
     "min_tokens",
     "scope",
     "clustering",
+    "compile_clustering",
     "refresh_every",
     "unreduced_first_steps",
     "unreduced_last_steps",
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("min-tokens", type=positive, metavar="N", help="smaller grids run unreduced")
     add("scope", choices=SCOPES, help="reduce whole blocks, or self-attention alone")
     add_clustering(group, "ailurus-")
+    add("compile-clustering", **COMPILE_CLUSTERING)
     add("refresh-every", type=positive, metavar="N", help="steps that share an assignment")
     add("unreduced-first-steps", type=int, metavar="N", help="steps on all tokens at the beginning")
     add("unreduced-last-steps", type=int, metavar="N", help="steps on all tokens at the end")

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..clustering import ClusterFunction, get_clustering
+from ..clustering import ClusterFunction
+from ..clustering.compiled import clustering_of
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from .backend import modules_of
@@ -69,7 +70,7 @@ def _reducer(network: nn.Module, config: AiluRusDiffusionConfig, clustering: Clu
     declared = declaration_of(network)
     assert declared is not None
     kind = UNetReducer if declared.layout == "maps" else TransformerReducer
-    chosen = get_clustering(clustering or config.clustering)
+    chosen = clustering_of(config, clustering)
     return kind(network, declared, config, partial(chosen, check_finite=config.check_finite))
 
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..clustering import get_clustering
+from ..clustering.compiled import clustering_of
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..config_base import refuse_moved_fields
@@ -62,7 +62,7 @@ class OwnClusters:
         self.config, self.grid = config, grid
         self.records: WeakKeyDictionary[nn.Module, Record] = WeakKeyDictionary()
         self._reduced = self._warned = False
-        self.clustering = partial(get_clustering(config.clustering), check_finite=config.check_finite)
+        self.clustering = partial(clustering_of(config), check_finite=config.check_finite)
 
     def __reduce__(self) -> tuple:
         # Records are of the layers of this network, and not of a copy's.
@@ -166,7 +166,8 @@ class AiluRusProcessor(RebuildableProcessor):
             that fits none of them is an error. None: grids are square, and a number of tokens that is no square is an
             error.
         source: gives the clusters, instead of the settings here.
-        config_fields: min_tokens, reduce, clustering, check_finite, as in `AiluRusDiffusionConfig`.
+        config_fields: min_tokens, reduce, clustering, compile_clustering, check_finite, as in
+            `AiluRusDiffusionConfig`.
 
     Raises:
         AiluRusError: a setting is wrong, or is one for each resolution, which a processor does not know.
@@ -175,7 +176,7 @@ class AiluRusProcessor(RebuildableProcessor):
         pipe.unet.set_attn_processor(AiluRusProcessor(keep_ratio=0.5))
     """
 
-    FIELDS = ("keep_ratio", "min_tokens", "reduce", "clustering", "check_finite")
+    FIELDS = ("keep_ratio", "min_tokens", "reduce", "clustering", "compile_clustering", "check_finite")
     # Where diffusers' set_attention_backend and context parallelism write to.
     _attention_backend: Any = None
     _parallel_config: Any = None

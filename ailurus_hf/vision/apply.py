@@ -6,8 +6,9 @@ from functools import partial
 
 from torch import nn
 
-from ..clustering import ClusterFunction, get_clustering
+from ..clustering import ClusterFunction
 from ..clustering.budget import by_content
+from ..clustering.compiled import clustering_of
 from ..config import AiluRusConfig
 from ..status import Status
 from .base import Reducer
@@ -37,7 +38,7 @@ def install(target: nn.Module, config: AiluRusConfig, clustering: ClusterFunctio
         UnsupportedModelError: nothing in the model can be reduced.
         AiluRusError: the settings do not fit the model, or another thread is in the middle of a forward.
     """
-    chosen = get_clustering(clustering or config.clustering)
+    chosen = clustering_of(config, clustering)
     if config.min_keep_ratio is not None:
         chosen = by_content(chosen, config.min_keep_ratio)
     cluster = partial(chosen, check_finite=config.check_finite)
