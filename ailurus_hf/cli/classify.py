@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,6 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from ..evaluation.loading import LoadedModel
-    from ..evaluation.paired import Pair
-    from ..evaluation.report import Shown
 
 EXAMPLES = """
   ailurus-hf classify photos --model google/vit-base-patch16-384 --preset classification
@@ -48,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_compare(args)
     if args.compare:
+        from ..evaluation.predictions import classified
         from .comparing import compare
 
-        return compare(args, "classify", lambda *found: _predictions(args.top, *found), "accuracy")
+        return compare(args, "classify", partial(classified, top=args.top), "accuracy")
+    from ..evaluation.predictions import likeliest
     from . import predicting
     from .batch import Batch
 
@@ -61,26 +60,9 @@ def run(args: argparse.Namespace) -> int:
     loaded.switch_on()
 
     def finish(path: Path, image: Image.Image, outputs: Any) -> dict[str, Any]:
-        return {"scores": _likeliest(loaded, outputs, args.top)}
+        return {"scores": likeliest(loaded, outputs, args.top)}
 
     def scores(result: dict[str, Any]) -> str:
         return f"{result['image']}: " + ", ".join(f"{name} {score:.1%}" for name, score in result["scores"].items())
 
     return predicting.run(batch, loaded, finish, scores, args.batch_size)
-
-
-def _predictions(top: int, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:
-    """Whether the likeliest class is the same, and the likeliest ones of both."""
-    from ..evaluation.report import Shown
-
-    same = pair.plain.logits[0].argmax() == pair.reduced.logits[0].argmax()
-    told = [_likeliest(loaded, outputs, top) for outputs in (pair.plain, pair.reduced)]
-    plain, reduced = (", ".join(f"{name} {score:.1%}" for name, score in scores.items()) for scores in told)
-    return float(same), Shown(rows=[("likeliest", plain, reduced)])
-
-
-def _likeliest(loaded: LoadedModel, outputs: Any, top: int) -> dict[str, float]:
-    """The likeliest classes with their scores, the best first."""
-    names = loaded.class_names()
-    best = outputs.logits[0].float().softmax(0).topk(min(top, len(names)))
-    return {names[int(i)]: round(float(score), 4) for score, i in zip(*best, strict=True)}

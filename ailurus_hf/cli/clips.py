@@ -125,7 +125,7 @@ def _drawn(loaded: LoadedModel, clip: Clip, draw: Draw, times: list[float]) -> I
     """The frames, drawn on; appends the milliseconds of the model of each."""
     from tqdm import tqdm
 
-    from .predicting import timed
+    from ..evaluation.paired import timed
 
     for frame in tqdm(clip, delay=2, disable=None, leave=False, unit="frame", desc=clip.path.name):
         outputs, ms = timed(loaded, loaded.prepare(frame))
@@ -142,9 +142,11 @@ def segmenting(loaded: LoadedModel) -> Callable[[], Draw]:
     return lambda: lambda frame, outputs: overlay_labels(frame, label_map(loaded, outputs, frame), palette)
 
 
-def detecting(loaded: LoadedModel, threshold: float, classes: tuple[dict[int, str], Any]) -> Callable[[], Draw]:
+def detecting(loaded: LoadedModel, threshold: float) -> Callable[[], Draw]:
     """Boxes from a score on."""
-    from ..evaluation.boxes import draw_boxes, find_boxes
+    from ..evaluation.boxes import draw_boxes, find_boxes, names_and_colors
+
+    classes = names_and_colors(loaded)
 
     def draw(frame: Image.Image, outputs: Any) -> Image.Image:
         return draw_boxes(frame, find_boxes(loaded, outputs, frame).above(threshold), *classes)

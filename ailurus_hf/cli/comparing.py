@@ -12,15 +12,11 @@ from .arguments import load
 from .batch import Batch
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..evaluation.comparison import Add
     from ..evaluation.loading import LoadedModel
-    from ..evaluation.paired import Pair
-    from ..evaluation.report import Report, Shown
+    from ..evaluation.predictions import Predictions
+    from ..evaluation.report import Report
 
-# From the model, an image and both outputs: how equal they are, and what there is to show of the predictions.
-Predictions = Callable[["LoadedModel", "Image.Image", "Pair"], "tuple[float, Shown]"]
 # From an image's path to its entry in the results.
 Work = Callable[[Path], dict[str, Any]]
 # The scores of all images, by the names that an entry has them under.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,6 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from ..evaluation.loading import LoadedModel
-    from ..evaluation.paired import Pair
-    from ..evaluation.report import Shown
-    from ..visualization.palettes import ColorMap
 
 EXAMPLES = """
   ailurus-hf depth photos --model depth-anything/Depth-Anything-V2-Small-hf --keep-ratio 0.5 --output out
@@ -51,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
     if are_clips(args):
         return run_clips(args, "depth", "_depth", lambda loaded: measuring_depth(loaded, args.colors))
     if args.compare:
+        from ..evaluation.predictions import measured_depth
         from .comparing import compare
 
-        return compare(args, "depth", lambda *found: _predictions(args.colors, *found), None)
+        return compare(args, "depth", partial(measured_depth, colors=args.colors), None)
     from ..evaluation.depth import colorize_depth, depth_map, depth_range, is_metric, to_16_bits
     from . import predicting
     from .batch import Batch
@@ -78,18 +75,3 @@ def run(args: argparse.Namespace) -> int:
         return f"{result['image']}: 0 to 65535 are {limits['low']:g} to {limits['high']:g}{unit}, {result['files'][0]}"
 
     return predicting.run(batch, loaded, finish, shown, args.batch_size)
-
-
-def _predictions(colors: ColorMap, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:
-    import torch
-
-    from ..evaluation.agreement import relative_error
-    from ..evaluation.depth import colorize_depth, depth_difference, depth_map
-    from ..evaluation.report import Shown
-    from ..visualization import Panel
-
-    plain, reduced = depth_map(loaded, pair.plain, image), depth_map(loaded, pair.reduced, image)
-    low, high = float(plain.min()), float(plain.max())  # of plain, for both: equal colors are equal depths
-    sides = [Panel("depth", colorize_depth(depth, low, high, colors)) for depth in (plain, reduced)]
-    error = relative_error(torch.from_numpy(plain), torch.from_numpy(reduced))
-    return max(0.0, 1 - error), Shown(sides, [depth_difference(plain, reduced)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,8 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
-    from ..evaluation.loading import LoadedModel
-    from ..evaluation.paired import Pair
-    from ..evaluation.report import Shown
     from .batch import Batch
 
 EXAMPLES = """
@@ -58,16 +55,17 @@ def run(args: argparse.Namespace) -> int:
     from .clips import are_clips, detecting, run_clips
 
     if are_clips(args):
-        return run_clips(args, "detect", "_boxes", lambda loaded: detecting(loaded, args.threshold, _classes(loaded)))
+        return run_clips(args, "detect", "_boxes", lambda loaded: detecting(loaded, args.threshold))
     if args.compare:
+        from ..evaluation.predictions import detected
         from .comparing import compare
 
-        return compare(args, "detect", lambda *found: _predictions(args.threshold, *found), "AP")
+        return compare(args, "detect", partial(detected, threshold=args.threshold), "AP")
     return _detect(args)
 
 
 def _detect(args: argparse.Namespace) -> int:
-    from ..evaluation.boxes import draw_boxes, find_boxes, to_coco
+    from ..evaluation.boxes import draw_boxes, find_boxes, names_and_colors, to_coco
     from ..evaluation.writing import save_text
     from . import predicting
     from .batch import Batch
@@ -78,7 +76,7 @@ def _detect(args: argparse.Namespace) -> int:
         return batch.finish(None, images=[])
     loaded = load(args, "detect", batch.device)
     loaded.switch_on()
-    folder, (names, palette) = batch.result_folder, _classes(loaded)
+    folder, (names, palette) = batch.result_folder, names_and_colors(loaded)
 
     def finish(path: Path, image: Image.Image, outputs: Any) -> dict[str, Any]:
         boxes = find_boxes(loaded, outputs, image).above(args.threshold)
@@ -110,23 +108,3 @@ def _write_together(batch: Batch) -> None:
     lines = ",\n".join(json.dumps(each) for each in results)
     save_text(f"[\n{lines}\n]\n" if results else "[]\n", folder.path / DETECTIONS)
     save_text(json.dumps(images, indent=1) + "\n", folder.path / IMAGES)
-
-
-def _predictions(threshold: float, loaded: LoadedModel, image: Image.Image, pair: Pair) -> tuple[float, Shown]:
-    from ..evaluation.boxes import box_agreement, draw_boxes, find_boxes
-    from ..evaluation.report import Shown
-    from ..visualization import Panel
-
-    names, palette = _classes(loaded)
-    plain, reduced = (find_boxes(loaded, outputs, image).above(threshold) for outputs in (pair.plain, pair.reduced))
-    sides = [Panel("boxes", draw_boxes(image, boxes, names, palette)) for boxes in (plain, reduced)]
-    counts = ("boxes", str(len(plain.scores)), str(len(reduced.scores)))
-    return box_agreement(plain, reduced), Shown(sides, rows=[counts])
-
-
-def _classes(loaded: LoadedModel) -> tuple[dict[int, str], np.ndarray]:
-    """The classes' names by number, and a color for each number."""
-    from ..visualization import class_palette
-
-    names = {int(number): str(name) for number, name in loaded.model.config.id2label.items()}
-    return names, class_palette([names.get(number, "") for number in range(max(names) + 1)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,10 +58,10 @@ def predict(batch: Batch, loaded: LoadedModel, finish: Finish, show: Show, size:
         batch.attempt(path, lambda _: finish(path, image, outputs))
 
     def forward(inputs: dict[str, Any], count: int) -> Any:
+        from ..evaluation.paired import timed, tokens_of
+
         outputs, ms = timed(loaded, inputs)
         taken.ms += [ms / count] * count
-        from ..evaluation.paired import tokens_of
-
         taken.tokens = tokens_of(loaded)
         return outputs
 
@@ -83,17 +82,6 @@ def predict(batch: Batch, loaded: LoadedModel, finish: Finish, show: Show, size:
             for (path, image, _), found in zip(group, outputs, strict=True):
                 one(path, image, found)
     return taken
-
-
-def timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
-    """The model's outputs, and the milliseconds until they were there."""
-    from ..evaluation.timing import wait_for
-
-    wait_for(loaded.device)
-    start = time.perf_counter()
-    outputs = loaded(inputs)
-    wait_for(loaded.device)
-    return outputs, 1e3 * (time.perf_counter() - start)
 
 
 def run(

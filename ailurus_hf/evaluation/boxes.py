@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import AiluRusError
+from ..visualization import class_palette
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
@@ -41,6 +42,12 @@ def find_boxes(loaded: LoadedModel, outputs: Any, image: Image.Image) -> Boxes:
     corners = found["boxes"].float().cpu().numpy()[best]
     corners = np.clip(corners, 0, [image.width, image.height] * 2)
     return Boxes(corners, found["labels"].cpu().numpy()[best], scores[best])
+
+
+def names_and_colors(loaded: LoadedModel) -> tuple[dict[int, str], np.ndarray]:
+    """The classes' names by number, and a color for each number."""
+    names = {int(number): str(name) for number, name in loaded.model.config.id2label.items()}
+    return names, class_palette([names.get(number, "") for number in range(max(names) + 1)])
 
 
 def draw_boxes(image: Image.Image, boxes: Boxes, names: Mapping[int, str], palette: np.ndarray) -> Image.Image:

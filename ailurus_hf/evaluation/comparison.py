@@ -147,24 +147,27 @@ class SegmentationPairs:
         )
         result = pair.to_dict(agreement, **_named(scores))
         if report is not None:
-            report(image, pair, result, self._shown(image, maps["plain"], maps["reduced"], truth))
+            report(image, pair, result, show_label_maps(image, maps["plain"], maps["reduced"], truth, self.names))
         return result, picture
-
-    def _shown(self, image: Image.Image, plain: np.ndarray, reduced: np.ndarray, truth: np.ndarray | None) -> Shown:
-        """Both label maps laid over the image, where they differ, and the ground truth."""
-        palette, maps = class_palette(self.names), [plain, reduced, *([] if truth is None else [truth])]
-        legend = class_legend(maps, self.names, palette)
-        sides = [Panel("labels", overlay_labels(image, labels, palette), legend=legend) for labels in (plain, reduced)]
-        difference = draw_difference(image, plain, reduced, truth, len(self.names))
-        panels = [Panel("where they differ", difference, legend=difference_legend(truth is not None))]
-        if truth is not None:
-            panels.append(Panel("ground truth", overlay_labels(image, truth, palette)))
-        return Shown(sides, panels)
 
     def scores(self) -> dict[str, float | None]:
         """mIoU over all pixels, of plain and reduced; None without ground truth."""
         matrices = {kind: self.confusions.get(kind) for kind in ("plain", "reduced")}
         return _named({k: None if m is None or not m.any() else mean_iou(m) for k, m in matrices.items()})
+
+
+def show_label_maps(
+    image: Image.Image, plain: np.ndarray, reduced: np.ndarray, truth: np.ndarray | None, names: Sequence[str]
+) -> Shown:
+    """Both label maps laid over the image, where they differ, and the ground truth where there is one."""
+    palette, maps = class_palette(names), [plain, reduced, *([] if truth is None else [truth])]
+    legend = class_legend(maps, names, palette)
+    sides = [Panel("labels", overlay_labels(image, labels, palette), legend=legend) for labels in (plain, reduced)]
+    difference = draw_difference(image, plain, reduced, truth, len(names))
+    panels = [Panel("where they differ", difference, legend=difference_legend(truth is not None))]
+    if truth is not None:
+        panels.append(Panel("ground truth", overlay_labels(image, truth, palette)))
+    return Shown(sides, panels)
 
 
 def _named(scores: dict[str, float | None]) -> dict[str, float | None]:

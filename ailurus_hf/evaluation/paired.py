@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..apply import ailurus_enabled, ailurus_status
-from .timing import interleaved
+from .timing import interleaved, wait_for
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
@@ -61,6 +62,23 @@ def run_pair(loaded: LoadedModel, inputs: dict[str, Any], repeats: int) -> Pair:
         reduced = loaded(inputs)
         tokens = tokens_of(loaded)
     return Pair(plain, reduced, 1e3 * seconds["plain"], 1e3 * seconds["reduced"], tokens)
+
+
+def run_once(loaded: LoadedModel, inputs: dict[str, Any]) -> Pair:
+    """One plain and one reduced forward, as for each frame of a clip: times of single runs, not warmed up."""
+    plain, plain_ms = timed(loaded, inputs)
+    with ailurus_enabled(loaded.model, loaded.ailurus):
+        reduced, reduced_ms = timed(loaded, inputs)
+        return Pair(plain, reduced, plain_ms, reduced_ms, tokens_of(loaded))
+
+
+def timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
+    """The model's outputs, and the milliseconds until they were there."""
+    wait_for(loaded.device)
+    start = time.perf_counter()
+    outputs = loaded(inputs)
+    wait_for(loaded.device)
+    return outputs, 1e3 * (time.perf_counter() - start)
 
 
 def tokens_of(loaded: LoadedModel) -> tuple[int, int]:

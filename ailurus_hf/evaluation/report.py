@@ -57,18 +57,7 @@ class Report:
         if self.page.is_full:
             self.page.add(None)
             return
-        with ailurus_enabled(self.loaded.model, self.loaded.ailurus):
-            clusters = self.loaded.draw_clusters(self.loaded.prepare(image)).panels()
-        panels = [*clusters, *shown.panels]
-        titles, sides = list(pair.titles()), list(shown.sides)
-        if not sides:  # then what the first layers see, and what the later ones do
-            sides = [clusters[0], clusters[-1]] if clusters else [Panel("image", image)] * 2
-            titles = [f"{title}: {side.title}" for title, side in zip(titles, sides, strict=True)]
-        plain, reduced = (
-            Panel(title, side.picture, side.title, side.legend) for title, side in zip(titles, sides, strict=True)
-        )
-        rows = [*number_rows(result, self.metric), *shown.rows]
-        self.page.add(ComparedImage(name, plain, reduced, panels, rows))
+        self.page.add(compared_image(self.loaded, name, image, pair, result, shown, self.metric))
 
     def write(self, results: Sequence[dict[str, Any]], summary: dict[str, Any], told: Sequence[str]) -> str:
         """Writes the file, and returns what it holds, in words. Raises WritingError.
@@ -99,6 +88,32 @@ class Report:
         save_text(page, self.file)
         shown, total = len(self.page.sections), self.page.num_images
         return f"{self.file}, {shown} of {total} images" if shown < total else str(self.file)
+
+
+def compared_image(
+    loaded: LoadedModel,
+    name: str,
+    image: Image.Image,
+    pair: Pair,
+    result: dict[str, Any],
+    shown: Shown,
+    metric: str | None = None,
+) -> ComparedImage:
+    """One image of a page: what the task shows of it, its clusters, and its numbers. Runs the reduced model once more.
+
+    Args: as of `Report` and `Report.add`.
+    """
+    with ailurus_enabled(loaded.model, loaded.ailurus):
+        clusters = loaded.draw_clusters(loaded.prepare(image)).panels()
+    titles, sides = list(pair.titles()), list(shown.sides)
+    if not sides:  # then what the first layers see, and what the later ones do
+        sides = [clusters[0], clusters[-1]] if clusters else [Panel("image", image)] * 2
+        titles = [f"{title}: {side.title}" for title, side in zip(titles, sides, strict=True)]
+    plain, reduced = (
+        Panel(title, side.picture, side.title, side.legend) for title, side in zip(titles, sides, strict=True)
+    )
+    rows = [*number_rows(result, metric), *shown.rows]
+    return ComparedImage(name, plain, reduced, [*clusters, *shown.panels], rows)
 
 
 def number_rows(result: dict[str, Any], metric: str | None) -> list[Row]:

@@ -23,5 +23,5 @@ def verdict(num_tokens: int, speed_up: float | None = None) -> list[str]:
     if few:
         lines.append("larger images pay (512² in patches of 16 are 1024 tokens); else leave AiluRus off for this model")
     elif lines:
-        lines.append("try a smaller --keep-ratio, earlier --cluster-location, or --clustering pairs; else leave it off")
+        lines.append("try a smaller keep ratio, an earlier location, or the clustering pairs; else leave it off")
     return lines

@@ -352,6 +352,6 @@ def test_saved_settings_are_taken_from_a_file(models: Path, capsys: pytest.Captu
 
 def test_what_a_verdict_says() -> None:
     assert verdict(4096, 1.5) == [] == verdict(0)
-    assert "0.80x" in verdict(4096, 0.8)[0] and "--keep-ratio" in verdict(4096, 0.8)[1]
+    assert "0.80x" in verdict(4096, 0.8)[0] and "smaller keep ratio" in verdict(4096, 0.8)[1]
     assert "196 tokens are too few" in verdict(196, 0.8)[0] and "larger images" in verdict(196, 0.8)[1]
     assert "196 tokens are few" in verdict(196)[0]
