@@ -47,6 +47,7 @@ COMMANDS = {
     "visualize": Command("visualize", "draw which tokens are merged and what is left of the image"),
     "status": Command("status", "what is reduced where in a model, and what it saves"),
     "video": Command("video", "text to video along a clip's motion (ControlVideo), reduced or compared", "video"),
+    "app": Command("app", "a page in the browser: an image or a clip, plain beside reduced, with sliders", "app"),
     "doctor": Command("doctor", "versions, extras, devices, attention kernels, and a self-check"),
     "export": Command("export", "a model as one file for ONNX Runtime, OpenVINO or torch, and a check of it"),
     "completion": Command("completion", "a script for your shell that completes commands and options"),

@@ -115,11 +115,13 @@ class Page:
     ) -> str:
         """As `comparison_page`."""
         notes = [*notes, *([self._left_out()] if self.num_images > len(self.sections) else [])]
-        return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
+        return Template(part("report.html")).substitute(
+            style=part("compared.css"),
+            script=part("compared.js"),
             title=escape(title),
             setting=escape(setting),
             notes="\n".join(f'<p class="soft">{escape(note)}</p>' for note in notes),
-            tiles="\n".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in summary),
+            tiles=tiles_html(summary),
             contents=self._contents() if len(self.sections) > 1 else "",
             sections="\n".join(self.sections),
             footer=escape(footer),
@@ -143,21 +145,38 @@ class Page:
 
 def _section(image: ComparedImage, number: int) -> str:
     name = escape(image.name)
+    return (
+        f'<section id="image-{number}" aria-labelledby="name-{number}"><h2 id="name-{number}">{name}</h2>\n'
+        f"{compared_html(image)}</section>"
+    )
+
+
+def compared_html(image: ComparedImage) -> str:
+    """An image's slider, legend, numbers and panels; compared.css is how it looks, and compared.js moves it."""
     sides = "".join(
         f'<div class="{kind}">{_picture(side, image.name, LARGE)}<span class="tag">{escape(side.title)}</span></div>'
         for kind, side in (("before", image.plain), ("after", image.reduced))
     )
     label = escape(f"Divide between off and on: {image.name}", quote=True)
     shape = image.plain.picture.width / image.plain.picture.height
-    slider = (
-        f'<div class="slider" style="--shape:{shape:.4f}">{sides}'
-        f'<input type="range" min="0" max="100" value="50" aria-label="{label}"><div class="handle"></div></div>'
-    )
     panels = "\n".join(_figure(panel, image.name) for panel in image.panels)
     return (
-        f'<section id="image-{number}" aria-labelledby="name-{number}"><h2 id="name-{number}">{name}</h2>\n{slider}\n'
-        f'{_legend(image.plain.legend)}{_table(image.rows)}\n<div class="panels">{panels}</div></section>'
+        f'<div class="compared"><div class="slider" style="--shape:{shape:.4f}">{sides}'
+        f'<input type="range" min="0" max="100" value="50" aria-label="{label}" aria-valuetext="50 % off, 50 % on">'
+        f'<div class="handle"></div></div>\n{_legend(image.plain.legend)}{_table(image.rows)}\n'
+        f'<div class="panels">{panels}</div></div>'
     )
+
+
+def tiles_html(numbers: Sequence[tuple[str, str]]) -> str:
+    """Numbers as tiles, the first of which stands out: what each is, and its value."""
+    tiles = "\n".join(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>" for what, value in numbers)
+    return f'<dl class="tiles">\n{tiles}\n</dl>'
+
+
+def part(name: str) -> str:
+    """The text of a file beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _figure(panel: Panel, name: str) -> str:
@@ -167,6 +186,7 @@ def _figure(panel: Panel, name: str) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
+    """Numbers, off and on; "" for none."""
     if not rows:
         return ""
     body = "".join(
@@ -178,6 +198,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _legend(legend: Sequence[LegendEntry]) -> str:
+    """Colors and what they mean, as a list of class "legend"; "" for none."""
     if not legend:
         return ""
     return f'<ul class="legend">{"".join(_entry(entry) for entry in legend)}</ul>'
