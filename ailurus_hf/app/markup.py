@@ -20,6 +20,7 @@ STYLE = """
 .intro p { color: var(--body-text-color-subdued); margin: 0; max-width: 44rem; }
 .hint { padding: 3rem 1rem; text-align: center; color: var(--body-text-color-subdued);
   border: 1px dashed var(--border-color-primary); border-radius: .75rem; }
+.refused { color: var(--error-text-color, #b91c1c); border-color: currentcolor; overflow-wrap: anywhere; }
 .told p { margin: .2rem 0; }
 .compared {
   --card: var(--block-background-fill); --ink: var(--body-text-color); --soft: var(--body-text-color-subdued);
@@ -62,3 +63,8 @@ def summary_html(result: dict[str, Any], agree: str, told: Sequence[str], notes:
     verdict = "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in told)
     soft = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes if note)
     return f'<div class="compared">{tiles_html(tiles)}<div class="told" role="status">{verdict}{soft}</div></div>'
+
+
+def refused_html(words: str) -> str:
+    """Why there is no result."""
+    return f'<p class="hint refused">{escape(words)}</p>'

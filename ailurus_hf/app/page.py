@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ from ..evaluation.timing import measured_on
 from ..extras import needs_extra
 from ..visualization.report import compared_html
 from .controls import Controls
-from .markup import EMPTY, HEADER, summary_html
-from .workbench import MOST_FRAMES, ComparedPhoto, Workbench
+from .markup import EMPTY, HEADER, refused_html, summary_html
+from .workbench import MOST_FRAMES, ComparedClip, ComparedPhoto, Workbench
 
 with needs_extra("app", "The page"):
     import gradio as gr
@@ -148,26 +147,24 @@ def _runs(bench: Workbench) -> tuple[Any, Any]:
     def run(
         mode: str, photo: str | None, clip: str | None, frames: int, *values: Any, progress: Any = PROGRESS
     ) -> Iterator[list[Any]]:
-        controls = Controls(values[0], float(values[1]), int(values[2]), *values[3:])
         given = photo if mode == PHOTO else clip
         if given is None:
-            raise gr.Error(
-                f"Drop {'an image' if mode == PHOTO else 'a clip'} first.",
-                title="Nothing to compare",
-                print_exception=False,
-            )
-        with _in_words(), tempfile.TemporaryDirectory(prefix="ailurus-app-") as folder:
+            yield _refused(f"There is no {mode} yet: drop one on the left.")
+            return
+        controls = Controls(values[0], float(values[1]), int(values[2]), *values[3:])
+        try:
             if mode == PHOTO:
                 yield _photo_shown(bench, bench.compare(Path(given), controls))
                 return
-
-            def done(count: int) -> None:
-                progress((count, int(frames)), unit="frames")
-
-            found = bench.compare_clip(Path(given), controls, int(frames), Path(folder) / "compared.mp4", done)
-            notes = [f"{found.frames} frames, medians. Reduced: {found.setting}", _device(bench)]
-            summary = summary_html(found.result, bench.agree, found.told, notes)
-            yield [summary, "", gr.update(value=str(found.file), visible=True), found.python]
+            with tempfile.TemporaryDirectory(prefix="ailurus-app-") as folder:  # Gradio has its copy after the yield
+                output, total = Path(folder) / "compared.mp4", int(frames)
+                done = lambda count: progress((count, total), unit="frames")  # noqa: E731
+                yield _clip_shown(bench, bench.compare_clip(Path(given), controls, total, output, done))
+        except AiluRusError as error:
+            yield _refused(str(error))
+        except Exception as error:  # models refuse an image in as many ways as there are of them
+            logger.exception("a comparison failed")
+            yield _refused(f"The model failed: {first_line(error)}")
 
     def rerun(mode: str, photo: str | None, *others: Any) -> Iterator[list[Any]]:
         if mode == PHOTO and photo is not None:  # a clip takes long: the button starts it
@@ -184,22 +181,18 @@ def _photo_shown(bench: Workbench, found: ComparedPhoto) -> list[Any]:
     return [summary, compared_html(found.image), gr.update(value=None, visible=False), found.python]
 
 
+def _clip_shown(bench: Workbench, found: ComparedClip) -> list[Any]:
+    notes = [f"{found.frames} frames, medians. Reduced: {found.setting}", _device(bench)]
+    summary = summary_html(found.result, bench.agree, found.told, notes)
+    return [summary, "", gr.update(value=str(found.file), visible=True), found.python]
+
+
+def _refused(words: str) -> list[Any]:
+    """The words in place of results, and on top of the page, which may have been scrolled."""
+    gr.Warning(escape(words), title="Not compared")
+    return [refused_html(words), "", gr.update(value=None, visible=False), ""]
+
+
 def _device(bench: Workbench) -> str:
     about = measured_on(bench.loaded.device, str(bench.loaded.dtype).removeprefix("torch."))
     return f"{Path(bench.loaded.name).name} on {about['device']}, {about['precision']}"
-
-
-@contextmanager
-def _in_words() -> Iterator[None]:
-    """What went wrong, for whoever is in front of the page; a fault that is not theirs goes to the log, too."""
-    try:
-        yield
-    except AiluRusError as error:
-        raise gr.Error(_sentence(str(error)), title="This does not work", print_exception=False) from error
-    except Exception as error:  # models refuse an image in as many ways as there are of them
-        logger.exception("a comparison failed")
-        raise gr.Error(_sentence(first_line(error)), title="The model failed", print_exception=False) from error
-
-
-def _sentence(text: str) -> str:
-    return escape(f"{text[0].upper()}{text[1:]}.")
