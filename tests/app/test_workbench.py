@@ -172,7 +172,7 @@ def test_bad_clips_are_refused_in_words(models: Path, tmp_path: Path) -> None:
     pytest.importorskip("imageio_ffmpeg", reason="clips need imageio-ffmpeg")
     (tmp_path / "text.mp4").write_text("no clip")
     bench = bench_of(models, "segmenter")
-    with pytest.raises(AiluRusError, match="^text.mp4 is not a readable video"):
+    with pytest.raises(AiluRusError, match=r"^text\.mp4 is not a readable video"):
         bench.compare_clip(tmp_path / "text.mp4", bench.start, MOST_FRAMES, tmp_path / "out.mp4")
     vit = bench_of(models, "vit")
     with pytest.raises(AiluRusError, match="give it images"):
