@@ -24,7 +24,8 @@ LAYERS = [
     ("vision", "diffusion", "language"),
     ("apply", "detection", "pipelines"),
     ("evaluation",),
-    ("app", "cli"),
+    ("app",),
+    ("cli",),
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 # Folders and modules that may import the library, and those that may import from inside it.

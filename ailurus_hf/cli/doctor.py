@@ -22,6 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow", "controlnet-aux", "torchvision"),
     "detection": ("torchvision",),
     "datasets": ("datasets",),
+    "app": ("gradio", "imageio-ffmpeg"),
     "export": ("onnxscript", "onnxruntime", "openvino"),
     "bench": ("matplotlib", "tomesd", "pyarrow", "scikit-image"),
 }

@@ -43,15 +43,15 @@ def address(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(address: str) -> Iterator[object]:
+    """Pages of it share what Gradio has the browser load."""
     with chromium() as found:
-        yield found
+        yield found.new_context()
 
 
 @pytest.fixture
 def page(browser, address: str):
     """The page with its first result; what the console says and what is asked for elsewhere stands in its lists."""
-    context = browser.new_context()
-    page = context.new_page()
+    page = browser.new_page()
     page.set_default_timeout(LAST)
     page.said, page.elsewhere = [], []
     page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
@@ -60,7 +60,7 @@ def page(browser, address: str):
     page.goto(address)
     page.wait_for_selector(".tiles")
     yield page
-    context.close()
+    page.close()
 
 
 def is_elsewhere(url: str, address: str) -> bool:
@@ -160,7 +160,7 @@ def test_a_clip_goes_through_and_a_bad_one_does_not(page, folder: Path) -> None:
 
 
 def test_two_sessions_keep_their_own(page, browser, address: str) -> None:
-    other = browser.new_context().new_page()
+    other = browser.new_page()
     other.goto(address)
     tile(other, "96 → 24")
     other.get_by_label("range slider for Keep ratio").fill("0.75")
@@ -170,7 +170,7 @@ def test_two_sessions_keep_their_own(page, browser, address: str) -> None:
     tile(other, "96 → 72")
     tile(page, "96 → 48")
     assert page.get_by_label("range slider for Keep ratio").input_value() == "0.5"
-    other.context.close()
+    other.close()
 
 
 def test_dark_and_light_are_both_met(browser, address: str) -> None:
@@ -179,8 +179,6 @@ def test_dark_and_light_are_both_met(browser, address: str) -> None:
         page = browser.new_page()
         page.goto(f"{address}?__theme={theme}")
         page.wait_for_selector(".tiles")
-        backgrounds.add(
-            page.evaluate("getComputedStyle(document.querySelector('.tiles > div:last-child')).backgroundColor")
-        )
+        backgrounds.add(page.locator(".tiles > div").last.evaluate("tile => getComputedStyle(tile).backgroundColor"))
         page.close()
     assert len(backgrounds) == 2

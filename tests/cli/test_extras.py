@@ -18,6 +18,7 @@ HIDDEN = (
     "tqdm",
     "huggingface_hub",
     "shtab",
+    "gradio",
 )
 HIDE = f"""
 import sys
@@ -62,6 +63,7 @@ COMMANDS = {
     "status": ["--model", "m"],
     "export": ["--model", "m", "--output", "m.onnx"],
     "completion": ["bash"],
+    "app": ["--model", "m"],
     "convert-segmenter": ["x.pth", "out"],
     "video": ["--model", "m", "--controlnet", "c", "--prompt", "p", "--video", "v.mp4", "--output", "out.mp4"],
 }
@@ -80,7 +82,7 @@ for command, arguments in given.items():
     lines = done.stderr.splitlines()
     assert len(lines) == len(COMMANDS), done.stderr
     for command, line in zip(COMMANDS, lines, strict=True):
-        extra = "video" if command == "video" else "vision"
+        extra = command if command in ("app", "video") else "vision"
         assert line.startswith(f"ailurus-hf {command}: error: "), line
         assert f'pip install "ailurus-hf[{extra}]"' in line, line
 
