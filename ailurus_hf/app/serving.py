@@ -61,6 +61,7 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
+    example: Path | None = STREET if STREET.is_file() else None,
     ready: Callable[[str], object] | None = None,
 ) -> None:
     """Serves the page until the process is interrupted.
@@ -70,6 +71,7 @@ def launch(
         host: the address to listen at; "0.0.0.0" lets other machines in.
         port: None: the first free one from 7860 on.
         share: a public address through Gradio's own servers, for some days.
+        example: an image that the page opens with; by default that of a checkout. None: it opens empty.
         ready: is told the address when the page is there; None: nobody is.
 
     Raises:
@@ -82,10 +84,8 @@ def launch(
     require("gradio", "app")  # told before the model is loaded
     from .page import build_page
 
-    page = build_page(
-        open_workbench(model, task=task, device=device, dtype=dtype), STREET if STREET.is_file() else None
-    )
-    address = serve(page, host, port, share)
+    page = build_page(open_workbench(model, task=task, device=device, dtype=dtype), example)
+    address = serve(page, host, port, share, [] if example is None else [example])
     if ready is not None:
         ready(address)
     try:
@@ -100,7 +100,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
-    allowed: Sequence[Path] = (STREET,),
+    allowed: Sequence[Path] = (),
 ) -> str:
     """Starts serving in a thread; returns the address.
 
