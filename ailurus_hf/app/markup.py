@@ -15,12 +15,14 @@ EMPTY = '<p class="hint">Drop an image or a clip on the left, and press Compare.
 
 # In Gradio's own colors, so that both of its modes are met.
 STYLE = """
-.gradio-container { max-width: 88rem !important; margin: auto; }
+.gradio-container { width: 100%; max-width: 88rem !important; margin: auto; }
+.html-container { padding: 0 !important; }
 .intro h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.01em; margin: 0 0 .2rem; }
 .intro p { color: var(--body-text-color-subdued); margin: 0; max-width: 44rem; }
 .hint { padding: 3rem 1rem; text-align: center; color: var(--body-text-color-subdued);
   border: 1px dashed var(--border-color-primary); border-radius: .75rem; }
-.refused { color: var(--error-text-color, #b91c1c); border-color: currentcolor; overflow-wrap: anywhere; }
+.refused { color: #b42318 !important; border-color: currentcolor; overflow-wrap: anywhere; }
+.dark .refused { color: #fda29b !important; }
 .told p { margin: .2rem 0; }
 .compared {
   --card: var(--block-background-fill); --ink: var(--body-text-color); --soft: var(--body-text-color-subdued);

@@ -137,7 +137,7 @@ def _results() -> Results:
         summary=gr.HTML(EMPTY, elem_id="summary", padding=False),
         pictures=gr.HTML(elem_id="pictures", padding=False),
         clip=gr.Video(label="Off on the left, on on the right", visible=False, loop=True, elem_id="result-clip"),
-        python=gr.Code(label="Copy as Python", language="python", elem_id="python", interactive=False),
+        python=gr.Code(label="Copy as Python", language="python", visible=False, interactive=False, elem_id="python"),
     )
 
 
@@ -178,19 +178,23 @@ def _runs(bench: Workbench) -> tuple[Any, Any]:
 def _photo_shown(bench: Workbench, found: ComparedPhoto) -> list[Any]:
     notes = [f"Reduced: {found.setting}", _device(bench), found.note]
     summary = summary_html(found.result, bench.agree, found.told, notes)
-    return [summary, compared_html(found.image), gr.update(value=None, visible=False), found.python]
+    return [summary, compared_html(found.image), gr.update(value=None, visible=False), _shown(found.python)]
 
 
 def _clip_shown(bench: Workbench, found: ComparedClip) -> list[Any]:
     notes = [f"{found.frames} frames, medians. Reduced: {found.setting}", _device(bench)]
     summary = summary_html(found.result, bench.agree, found.told, notes)
-    return [summary, "", gr.update(value=str(found.file), visible=True), found.python]
+    return [summary, "", _shown(str(found.file)), _shown(found.python)]
+
+
+def _shown(value: str) -> Any:
+    return gr.update(value=value, visible=True)
 
 
 def _refused(words: str) -> list[Any]:
     """The words in place of results, and on top of the page, which may have been scrolled."""
-    gr.Warning(escape(words), title="Not compared")
-    return [refused_html(words), "", gr.update(value=None, visible=False), ""]
+    gr.Warning(escape(words))
+    return [refused_html(words), "", gr.update(value=None, visible=False), gr.update(value="", visible=False)]
 
 
 def _device(bench: Workbench) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Of a checkout: the model of `make demo`, and the image that the page opens with.
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 SHIPPED, STREET = ASSETS / "segmenter-camvid", ASSETS / "street.jpg"
+EXAMPLE = STREET if STREET.is_file() else None
 LARGEST_FILE = "200mb"
 
 
@@ -61,7 +62,7 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
-    example: Path | None = STREET if STREET.is_file() else None,
+    example: Path | None = EXAMPLE,
     ready: Callable[[str], object] | None = None,
 ) -> None:
     """Serves the page until the process is interrupted.

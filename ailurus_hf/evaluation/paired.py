@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,20 +49,25 @@ class Pair:
 
 
 def run_pair(loaded: LoadedModel, inputs: dict[str, Any], repeats: int) -> Pair:
-    """Times plain and reduced forwards in turn, and keeps the outputs of one more of each."""
+    """Times plain and reduced forwards in turn, and keeps the last outputs of each."""
     configs = {"plain": None, "reduced": loaded.ailurus}
-    seconds = interleaved(
-        {name: lambda _: loaded(inputs) for name in configs},
-        repeats,
-        warmup=1,
-        device=loaded.device,
-        around=lambda name: ailurus_enabled(loaded.model, configs[name]),
-    )
-    plain = loaded(inputs)
-    with ailurus_enabled(loaded.model, loaded.ailurus):
-        reduced = loaded(inputs)
-        tokens = tokens_of(loaded)
-    return Pair(plain, reduced, 1e3 * seconds["plain"], 1e3 * seconds["reduced"], tokens)
+    outputs: dict[str, Any] = {}
+    tokens: dict[str, tuple[int, int]] = {}
+
+    def contender(name: str) -> Callable[[int], None]:
+        return lambda _: outputs.update({name: loaded(inputs)})
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        outputs.pop(name, None)  # or two outputs of one kind would be there at once
+        with ailurus_enabled(loaded.model, configs[name]):
+            yield
+            tokens[name] = tokens_of(loaded)
+
+    names = {name: contender(name) for name in configs}
+    seconds = interleaved(names, repeats, warmup=1, device=loaded.device, around=around)
+    milliseconds = {name: 1e3 * taken for name, taken in seconds.items()}
+    return Pair(outputs["plain"], outputs["reduced"], milliseconds["plain"], milliseconds["reduced"], tokens["reduced"])
 
 
 def run_once(loaded: LoadedModel, inputs: dict[str, Any]) -> Pair:
