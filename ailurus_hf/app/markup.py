@@ -34,7 +34,7 @@ STYLE = """
 .compared .tiles > div { padding: .7rem .8rem; }
 .compared .tiles dd { font-size: 1.1rem; white-space: nowrap; }
 .compared .panels { grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); }
-.compared .legend { padding: 0 !important; }
+.compared .legend { padding: 0 !important; margin: .6rem 0 0 !important; }
 .compared li { list-style: none; margin: 0 !important; padding: 0; }
 .compared figcaption small, .compared .soft { font-size: .875rem; }
 @media (min-width: 48rem) { #settings { position: sticky; top: .5rem; align-self: flex-start; } }

@@ -136,7 +136,7 @@ def _results() -> Results:
     return Results(
         summary=gr.HTML(EMPTY, elem_id="summary", padding=False),
         pictures=gr.HTML(elem_id="pictures", padding=False),
-        clip=gr.Video(label="Off on the left, on on the right", visible=False, loop=True, elem_id="result-clip"),
+        clip=gr.Video(show_label=False, visible=False, autoplay=True, loop=True, elem_id="result-clip"),
         python=gr.Code(label="Copy as Python", language="python", visible=False, interactive=False, elem_id="python"),
     )
 

@@ -149,7 +149,7 @@ def test_a_clip_goes_through_and_a_bad_one_does_not(page, folder: Path) -> None:
     page.locator("#clip input[type=file]").set_input_files(folder / "walk.mp4")
     page.locator("#clip video").wait_for()
     page.locator("#compare").click()
-    page.locator("#summary", has_text="3 frames").wait_for()
+    page.locator("#summary .told", has_text="3 frames").wait_for()
     page.wait_for_function("document.querySelector('#result-clip video')?.videoWidth === 128", timeout=LAST)
     assert page.said == []
     page.locator("#clip").get_by_label("Clear").click()
