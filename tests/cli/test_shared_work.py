@@ -219,10 +219,10 @@ def test_under_accelerate_a_killed_process_ends_it(models: Path) -> None:
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     program = Path("killed.py")
     program.write_text(
-        "import os, sys\nfrom ailurus_hf.cli import main, predicting\n"
+        "import os, sys\nfrom ailurus_hf.cli import main\nfrom ailurus_hf.evaluation import paired\n"
         "def die(*args):\n    while not os.path.exists('out/11_overlay.png'):\n        pass\n"
         "    os.kill(os.getpid(), 9)\n"
-        "if os.environ['RANK'] == '1':\n    predicting.timed = die\n"
+        "if os.environ['RANK'] == '1':\n    paired.timed = die\n"
         "sys.exit(main())\n"
     )
     ended = subprocess.run(

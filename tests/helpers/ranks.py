@@ -86,9 +86,10 @@ def fork(argv: list[str], env: dict[str, str], die_after: int | None, log: str) 
     for stream, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{kind}", os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(env)
-    from ailurus_hf.cli import main, predicting, shared_work
+    from ailurus_hf.cli import main, shared_work
+    from ailurus_hf.evaluation import paired
 
-    timed, calls = predicting.timed, iter(range(10**6))
+    timed, calls = paired.timed, iter(range(10**6))
 
     def timed_until(*args: object) -> object:
         if next(calls) == die_after:
@@ -97,7 +98,7 @@ def fork(argv: list[str], env: dict[str, str], die_after: int | None, log: str) 
             time.sleep(0.01)
         return timed(*args)
 
-    predicting.timed = timed_until
+    paired.timed = timed_until
     if machine := env.get("MADE_MACHINE"):
         shared_work._machine = lambda: machine
     try:
