@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .arguments import existing, load
+from .arguments import existing, load, result_settings
 from .launchers import launched
 from .telling import print_json, reason_of, tell
 
@@ -55,7 +55,8 @@ def run_clips(
     """
     from ..video import check_output
 
-    outputs = [check_output(output) for output in _outputs(args, ending)]
+    settings = json.loads(json.dumps(result_settings(args)))  # as it is read again: no tuples
+    outputs = [check_output(output) for output in _outputs(args, ending, settings)]
     loaded = load(args, task)
     loaded.switch_on()
     new_draw = drawing(loaded)
@@ -65,7 +66,7 @@ def run_clips(
             skipped.append(path)
             continue
         try:
-            result = _run_clip(loaded, path, output, new_draw())
+            result = _run_clip(loaded, path, output, new_draw(), settings)
         except Exception as error:
             if args.strict:
                 raise
@@ -85,9 +86,12 @@ def run_clips(
     return 1 if failed else 0
 
 
-def _outputs(args: argparse.Namespace, ending: str) -> list[Path]:
-    """Where each clip's result goes. Raises BadInputError where two would meet, or one is there and is not given up."""
+def _outputs(args: argparse.Namespace, ending: str, settings: dict[str, Any]) -> list[Path]:
+    """Where each clip's result goes. Raises BadInputError where two would meet, or one is there and is not given up,
+    or was made with other settings."""
     from ..evaluation.bad_input import BadInputError
+    from ..evaluation.writing import check_mark
+    from ..video import read_comment
 
     paths = [Path(path) for path in args.images]
     stems = [path.stem for path in paths]
@@ -100,17 +104,20 @@ def _outputs(args: argparse.Namespace, ending: str) -> list[Path]:
     there = [output for output in outputs if output.exists()]
     if there and existing(args) == "refuse":
         raise BadInputError(f"{there[0]} is there already: --overwrite replaces it, --resume leaves it")
+    if args.resume:
+        for output in there:
+            check_mark(output, read_comment(output), settings)
     return outputs
 
 
-def _run_clip(loaded: LoadedModel, path: str, output: Path, draw: Draw) -> dict[str, Any]:
-    """Writes one clip; returns its entry in the results."""
+def _run_clip(loaded: LoadedModel, path: str, output: Path, draw: Draw, settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes one clip, marked with the settings; returns its entry in the results."""
     from ..evaluation.paired import tokens_of
     from ..video import open_clip, write_video
 
     clip = open_clip(path)
     times: list[float] = []
-    count = write_video(output, _drawn(loaded, clip, draw, times), clip.fps or 25)
+    count = write_video(output, _drawn(loaded, clip, draw, times), clip.fps or 25, json.dumps(settings))
     tokens = tokens_of(loaded)
     return {
         "clip": path,

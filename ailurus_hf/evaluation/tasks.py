@@ -41,8 +41,12 @@ def architecture_of(config: Any) -> str:
 
 def task_of(config: Any) -> str | None:
     """The task that a model's architecture is for; None for an encoder alone, and where the config does not say."""
-    architecture = architecture_of(config)
-    return next((name for name, task in TASKS.items() if architecture.endswith(task.endings)), None)
+    return task_of_class(architecture_of(config))
+
+
+def task_of_class(name: str) -> str | None:
+    """The task that a class of models is for, by its name; None for an encoder alone."""
+    return next((task for task, about in TASKS.items() if name.endswith(about.endings)), None)
 
 
 def has_text_tower(config: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -152,6 +153,64 @@ class Tuned:
     def save(self, path: str | Path) -> None:
         """Writes one JSON file, which `apply_ailurus`, `from_pretrained` and `ailurus-hf --config` take."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def save_pretrained(
+        self, target: Any, folder: str | Path, *, processor: Any = None, base_model: str | None = None
+    ) -> None:
+        """Saves a model or pipeline with the chosen setting, a model card of what was measured, and this result.
+
+        Args:
+            target: what was tuned; the setting is switched on in it.
+            folder: for `save_pretrained`, `AiluRusModel….from_pretrained` and `apply_ailurus(pipe)`.
+            processor: a model's processor, saved beside it; a pipeline has its own.
+            base_model: what was tuned, by its name on the Hub, for the card; None: as the target was loaded.
+
+        Example:
+            tuned.save_pretrained(model, "reduced", processor=processor)
+        """
+        self._save_pretrained(target, Path(folder), str(folder), processor, base_model)
+
+    def push_to_hub(
+        self,
+        target: Any,
+        repo_id: str,
+        *,
+        processor: Any = None,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """What `save_pretrained` writes, as a repository on the Hub.
+
+        Args:
+            target, processor, base_model: as of `save_pretrained`.
+            repo_id: such as "me/segmenter-reduced"; made where it is not there.
+            private, token: as of `huggingface_hub.HfApi.create_repo`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_pretrained(target, Path(folder), address.repo_id, processor, base_model)
+            api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Tuned by ailurus_hf")
+        return str(address)
+
+    def _save_pretrained(self, target: Any, folder: Path, name: str, processor: Any, base_model: str | None) -> None:
+        from .model_card import RESULT, model_card
+
+        card = model_card(self, target, name, base_model)  # before the target knows itself by the folder
+        self.apply(target).save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        self.save(folder / RESULT)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Tuned:

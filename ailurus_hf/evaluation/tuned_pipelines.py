@@ -73,11 +73,14 @@ class PipelineSubject:
         return [Candidate(config, label_of(config)) for config in configs] + named
 
     def variants(self, candidate: Candidate) -> list[Candidate]:
-        """Attention alone, clusters by stack, other refreshes, and first and last steps on all tokens."""
+        """Other levels, attention alone, clusters by stack, other refreshes, and first and last steps on all tokens."""
         config = candidate.config
+        keep = config.keep_ratio
         changes: list[dict[str, Any]] = [{"refresh_every": steps} for steps in REFRESH]
         changes += [{"scope": "attention"}, {"cluster_per": "stack"}]
         changes += [{"unreduced_first_steps": 2}, {"unreduced_last_steps": 2}]
+        if isinstance(keep, float):  # only where there are most tokens, and fewer of these than of the next level's
+            changes += [{"keep_ratio": {1: keep}}, {"keep_ratio": {1: keep, 2: min(1.0, 2 * keep)}}]
         every = [dataclasses.replace(config, **change) for change in changes]
         return [Candidate(each, label_of(each)) for each in every if each != config]
 

@@ -79,6 +79,32 @@ def _whole(path: Path) -> Iterator[Path]:
         raise kind(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_mark(file: Path, mark: str | None, settings: Mapping[str, Any]) -> None:
+    """Raises where a file has other settings than these, or none: it is no result of this call.
+
+    Args:
+        file: for the message.
+        mark: what the file is marked with, see `MARK`; None: it is not.
+        settings: of this call, as JSON gives them back.
+
+    Raises:
+        BadInputError: naming the first setting that is another one.
+    """
+    try:
+        theirs = json.loads(mark or "null")
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise BadInputError(f"{file} is no result of this command: --resume would leave it; choose another --output")
+    if theirs != settings:
+        every = sorted({*theirs, *settings})
+        name = next(name for name in every if theirs.get(name) != settings.get(name))
+        raise BadInputError(
+            f"{file} was made with {name} {theirs.get(name)}, not {settings.get(name)}: --resume goes on with the same "
+            "settings; --overwrite makes all again"
+        )
+
+
 class ResultFolder:
     """The folder that a command writes its results to, and what becomes of results that are there already.
 
@@ -160,20 +186,10 @@ class ResultFolder:
                 continue
             try:
                 with Image.open(file) as picture:
-                    mark = json.loads(picture.info.get(MARK, "null"))
+                    mark = picture.info.get(MARK)
             except (OSError, SyntaxError, ValueError):
                 mark = None
-            if mark is None:
-                raise BadInputError(
-                    f"{file} is no result of this command: --resume would leave it; choose another --output"
-                )
-            if mark != self.settings:
-                every = sorted({*mark, *self.settings})
-                name = next(name for name in every if mark.get(name) != self.settings.get(name))
-                raise BadInputError(
-                    f"{file} was made with {name} {mark.get(name)}, not {self.settings.get(name)}: --resume goes on "
-                    "with the same settings; --overwrite makes all again"
-                )
+            check_mark(file, mark, self.settings)
 
     def _remove_leftovers(self) -> None:
         """What processes of this machine left that were killed while they wrote."""

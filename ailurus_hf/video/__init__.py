@@ -9,7 +9,7 @@ with needs_extra("video", "ailurus_hf.video"):
     from .conditions import CONDITIONS, load_condition
     from .interpolation import FlowInterpolator, NetworkInterpolator
     from .measures import edge_agreement, psnr, ssim, warping_error
-    from .reading import Clip, open_clip
+    from .reading import Clip, open_clip, read_comment
     from .writing import check_output, write_video
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "load_condition",
     "open_clip",
     "psnr",
+    "read_comment",
     "ssim",
     "warping_error",
     "write_video",

@@ -193,6 +193,27 @@ def _moving_stream(path: Path) -> _Stream:
     return _Stream(f"0:{index[1]}" if index else "0:V:0", float(fps[1]) if fps else None)
 
 
+def read_comment(path: str | Path) -> str | None:
+    """The text that an mp4 or mov carries, as `write_video` puts it there; None: there is none, or this is no video.
+
+    Args:
+        path: the file.
+
+    Raises:
+        AiluRusError: imageio-ffmpeg is not there.
+
+    Example:
+        write_video("ocean.mp4", frames, comment="keep ratio 0.5")
+        print(read_comment("ocean.mp4"))
+    """
+    ffmpeg = require("imageio_ffmpeg", "video").get_ffmpeg_exe()
+    command = [ffmpeg, "-v", "quiet", "-i", str(Path(path).resolve()), "-f", "ffmetadata", "-"]
+    told = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stdout.decode(errors="replace")
+    # ffmpeg puts a backslash before line ends and its own signs.
+    found = re.search(r"^comment=((?:\\.|[^\\\n])*)", told, re.MULTILINE | re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else None
+
+
 def _is_damaged(path: Path, stream: str) -> bool:
     """Whether ffmpeg finds damage in a stream. Pictures that end before their sound have none."""
     command = [require("imageio_ffmpeg", "video").get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path.resolve())]

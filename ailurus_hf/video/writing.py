@@ -30,7 +30,9 @@ COLORS = [
 ]
 
 
-def write_video(path: str | Path, frames: Iterable[Image.Image], fps: float | Fraction = 8) -> int:
+def write_video(
+    path: str | Path, frames: Iterable[Image.Image], fps: float | Fraction = 8, comment: str | None = None
+) -> int:
     """Writes the frames as they come.
 
     They are written under a temporary name beside the output, which is renamed at the end: work that is interrupted or
@@ -42,6 +44,7 @@ def write_video(path: str | Path, frames: Iterable[Image.Image], fps: float | Fr
             that is shown longer. No suffix: a folder of PNGs, 00000.png and on, which must be new or empty.
         frames: RGB pictures of one size.
         fps: frames per second.
+        comment: a text that an mp4 or mov carries, for `read_comment`.
 
     Returns:
         How many frames there were.
@@ -62,7 +65,7 @@ def write_video(path: str | Path, frames: Iterable[Image.Image], fps: float | Fr
     sized = chain([first], sized)
     with _whole_or_not_at_all(path) as part:
         if path.suffix.lower() in VIDEO_SUFFIXES:
-            return _write_h264(part, sized, first.size, exact_rate(fps))
+            return _write_h264(part, sized, first.size, exact_rate(fps), comment)
         if path.suffix.lower() == ".gif":
             return _write_gif(part, sized, fps)
         return _write_pictures(part, sized)
@@ -149,11 +152,14 @@ def _of_one_size(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
         yield to_rgb(frame)
 
 
-def _write_h264(path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: Fraction) -> int:
+def _write_h264(
+    path: Path, frames: Iterable[Image.Image], size: tuple[int, int], fps: Fraction, comment: str | None
+) -> int:
     ffmpeg = require("imageio_ffmpeg", "video")
     width, height = (side + side % 2 for side in size)
     target, number = str(path.resolve()), 0
-    options = {"fps": fps, "quality": 8, "codec": "libx264", "macro_block_size": 1, "output_params": COLORS}
+    about = [] if comment is None else ["-metadata", f"comment={comment}"]
+    options = {"fps": fps, "quality": 8, "codec": "libx264", "macro_block_size": 1, "output_params": [*COLORS, *about]}
     with ExitStack() as stack:
         with _told(path, number):
             writer = ffmpeg.write_frames(target, (width, height), ffmpeg_log_level="quiet", **options)

@@ -1,6 +1,7 @@
 """Clips through segment, depth and detect: a clip of as many frames, each bad one named, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,18 @@ def test_results_that_are_there_stay(models: Path, capsys: pytest.CaptureFixture
     assert main(call) == 2 and "is there already" in capsys.readouterr().err
     assert run_json(capsys, *call, "--resume")["skipped"] == ["walk.mp4"]
     assert Path("out/walk_overlay.mp4").stat().st_mtime_ns == before
+    assert main([*call, "--resume", "--keep-ratio", "0.25"]) == 2
+    assert "was made with keep_ratio 0.5, not 0.25: --resume goes on" in capsys.readouterr().err
     assert main([*call, "--overwrite"]) == 0 and Path("out/walk_overlay.mp4").stat().st_mtime_ns != before
     assert main(given("segment", models, "walk.mp4", "walk.mkv", "--output", "both")) == 0
     assert {file.name for file in Path("both").iterdir()} == {"walk_mp4_overlay.mp4", "walk_mkv_overlay.mp4"}
+
+
+def test_a_clip_of_somebody_elses_is_no_result(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    shutil.copy("walk.mp4", "out/walk_overlay.mp4")
+    assert main([*given("segment", models, "walk.mp4", "--output", "out"), "--resume"]) == 2
+    assert "is no result of this command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from traces import traces
 from ailurus_hf import AiluRusConfig, AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, autotune
 from ailurus_hf.evaluation import agreement, search
 from ailurus_hf.evaluation.autotune import tune
-from ailurus_hf.evaluation.search import Candidate
+from ailurus_hf.evaluation.search import Candidate, usable
 from ailurus_hf.evaluation.tuned import Tuned
+from ailurus_hf.evaluation.tuned_pipelines import PipelineSubject
 from ailurus_hf.vision.auto import AiluRusModelForImageClassification
 
 NAME = "ViTForImageClassification"
@@ -192,6 +193,17 @@ def test_a_pipeline_on_its_prompts():
     assert not ailurus_status(pipe).active
     with pytest.raises(AiluRusError, match="takes no steps"):
         autotune(pipe, prompts, max_loss=1.0, generate={"steps": 2}, candidates=candidates)
+
+
+def test_a_pipeline_is_searched_over_levels_and_steps():
+    subject = PipelineSubject(make_pipeline(StableDiffusionPipeline), ["a street"], {}, None)
+    first = next(each for each in subject.first() if each.config.keep_ratio == 0.5)
+    labels = {each.label for each in usable(subject.target, subject.variants(first))}
+    for change in ("keep_ratio {1: 0.5}", "keep_ratio {1: 0.5, 2: 1.0}", "scope attention", "cluster_per stack"):
+        assert f"{change}, refresh_every 2" in labels
+    for change in ("unreduced_first_steps 2", "unreduced_last_steps 2"):
+        assert f"refresh_every 2, {change}" in labels
+    assert "refresh_every 4" in labels
 
 
 @pytest.mark.parametrize(

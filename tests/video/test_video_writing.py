@@ -12,7 +12,7 @@ from PIL import Image
 from video_clips import moving_square
 
 from ailurus_hf import AiluRusError
-from ailurus_hf.video import check_output, open_clip, write_video
+from ailurus_hf.video import check_output, open_clip, read_comment, write_video
 
 NAMES = ["out.mp4", "out.mov", "out.gif", "out"]
 
@@ -41,6 +41,17 @@ def test_an_mp4_is_what_players_take(tmp_path: Path) -> None:
     assert re.search(r"Video: h264 .*yuv420p\(tv, bt709", told) and " 25 fps" in told
     written = (tmp_path / "out.mp4").read_bytes()
     assert written.index(b"moov") < written.index(b"mdat")  # plays while it loads
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mov"])
+def test_a_comment_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
+    text = '{"a=b": ";#\\\\ \\"x\\"", "ü": 1.5}\nsecond=line\\'
+    write_video(tmp_path / name, moving_square(3), comment=text)
+    assert read_comment(tmp_path / name) == text
+    write_video(tmp_path / name, moving_square(3))
+    assert read_comment(tmp_path / name) is None
+    (tmp_path / "text.mp4").write_text("comment=no")
+    assert read_comment(tmp_path / "text.mp4") is None
 
 
 @pytest.mark.parametrize("name", NAMES)
