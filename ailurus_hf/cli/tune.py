@@ -20,6 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, default=32, help="images to look at (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="passes at most (default: %(default)s)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the result, for --config of the other commands")
+    parser.add_argument(
+        "--save-model",
+        type=Path,
+        metavar="FOLDER",
+        help="the model, its setting, and a model card of what it saves",
+    )
+    parser.add_argument("--push-to-hub", metavar="NAME", help="the same as a repository on the Hub, such as me/reduced")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     goal = goal_of(args.speedup, args.max_loss, args.pareto)
     if args.save is not None and not args.save.parent.is_dir():
         raise AiluRusError(f"no folder {args.save.parent} to save {args.save.name} in")
+    if args.save_model is not None and args.save_model.exists() and any(args.save_model.iterdir()):
+        raise AiluRusError(f"{args.save_model} is there already: give --save-model a new folder")
     batch = Batch(args)
     if not batch.images:
         return batch.finish(None, num_images=0)
@@ -53,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
     tuned = tune(subject, goal, rounds=args.rounds, progress=sys.stderr.isatty())
     if args.save is not None:
         tuned.save(args.save)
+    if args.save_model is not None:
+        tuned.save_pretrained(loaded.model, args.save_model, processor=loaded.processor)
+    if args.push_to_hub is not None:
+        tuned.push_to_hub(loaded.model, args.push_to_hub, processor=loaded.processor)
     if not args.json:
         print(tuned)
     return batch.finish(loaded, num_images=len(inputs), tuned=tuned.to_dict())

@@ -45,16 +45,18 @@ def model_card(tuned: Tuned, target: Any, name: str, base_model: str | None = No
     of_base = f" of [{base}](https://huggingface.co/{base})" if base else ""
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {name.rsplit('/', 1)[-1]}",
-        f"The weights{of_base} as they were, with settings of [AiluRus](https://arxiv.org/abs/2311.01197) token reduction: "
-        f"**{chosen.label}**. After an early layer similar tokens become one, and the later layers run on what is left.",
+        f"The weights{of_base} as they were, with settings of [AiluRus](https://arxiv.org/abs/2311.01197) token "
+        f"reduction: **{chosen.label}**. After an early layer similar tokens become one, and the later layers run on "
+        "what is left.",
         f"## Use\n\n```bash\npip install ailurus-hf\n```\n\n```python\n{code}\n```",
         f"## What it saves and loses\n\n**{chosen.speed_up:.2f}× as fast** as without reduction (95 %: "
         f"{chosen.speed_low:.2f} to {chosen.speed_high:.2f}), loss {chosen.loss:.4f} ({chosen.loss_low:.4f} to "
         f"{chosen.loss_high:.4f}), on {chosen.num_inputs} inputs. Loss: {tuned.loss_means}.",
         tuned.table(),
         *([tuned.note] if tuned.note else []),
-        f"Measured by `ailurus_hf.autotune`, each setting in turns with the plain model: {_measured_on(tuned.measured_on)}. "
-        f"Other devices and inputs give other numbers: `{RESULT}` holds these, and `ailurus-hf tune` finds yours.",
+        "Measured by `ailurus_hf.autotune`, each setting in turns with the plain model: "
+        f"{_measured_on(tuned.measured_on)}. Other devices and inputs give other numbers: `{RESULT}` holds these, and "
+        "`ailurus-hf tune` finds yours.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -9,7 +9,7 @@ import pytest
 from cli_models import save_models
 from PIL import Image
 
-from ailurus_hf import AiluRusConfig
+from ailurus_hf import AiluRusConfig, AiluRusModelForImageClassification, ailurus_status
 from ailurus_hf.cli import main
 from ailurus_hf.evaluation.tuned import Tuned
 
@@ -30,7 +30,8 @@ def test_the_result_is_a_config_file(folder: Path, tmp_path: Path, capsys: pytes
     (images / "4.png").write_text("no image")
     file = tmp_path / "tuned.json"
     call = ["tune", str(images), "--model", str(folder / "vit"), "--max-loss", "1", "--rounds", "1"]
-    assert main([*call, "--save", str(file)]) == 1
+    reduced = tmp_path / "reduced"
+    assert main([*call, "--save", str(file), "--save-model", str(reduced)]) == 1
     printed = capsys.readouterr()
     assert "speed-up" in printed.out and "4.png" in printed.err
     tuned = Tuned.load(file)
@@ -38,6 +39,9 @@ def test_the_result_is_a_config_file(folder: Path, tmp_path: Path, capsys: pytes
     classify = ["classify", str(folder / "images"), "--model", str(folder / "vit"), "--json"]
     assert main([*classify, "--config", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["ailurus"]["config"] == tuned.best.to_dict()
+    status = ailurus_status(AiluRusModelForImageClassification.from_pretrained(reduced))
+    assert status.config == tuned.best.to_dict() and "library_name: ailurus_hf" in (reduced / "README.md").read_text()
+    assert main([*call, "--save-model", str(reduced)]) == 2 and "is there already" in capsys.readouterr().err
     file.write_text(json.dumps({**tuned.to_dict(), "kind": "AiluRusDiffusionConfig"}))
     assert main([*classify, "--config", str(file)]) == 2
     assert "is a AiluRusDiffusionConfig, and no AiluRusConfig" in capsys.readouterr().err

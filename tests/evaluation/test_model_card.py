@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from models import make_model
 
 from ailurus_hf import AiluRusConfig, AiluRusDiffusionConfig, SegmenterImageProcessor, ailurus_status
-from ailurus_hf.evaluation.tuned import Tuned, TunedRow
 from ailurus_hf.evaluation.timing import measured_on
+from ailurus_hf.evaluation.tuned import Tuned, TunedRow
 
 PROCESSORS = {
     "Segmenter(ViT, mask transformer)": SegmenterImageProcessor,
