@@ -149,13 +149,15 @@ def _tune(
             last = survivors(last, goal, LAST, 0.05)
             for index in range(1 + FEW, subject.num_inputs):
                 measuring.turn(last, index, backwards=bool(index % 2))
+            still_open = last
             for number in range((rounds - 1) * subject.num_inputs):
                 if number % CHECKED == 0:
-                    choice = choose(last, goal)
+                    choice = choose(still_open, goal)
                     if not (choice.doubts and choice.more_turns_help):
                         break
-                measuring.turn(last, number % subject.num_inputs, backwards=bool(number % 2))
-            choice = choose(last, goal)
+                    still_open = choice.open
+                measuring.turn(still_open, number % subject.num_inputs, backwards=bool(number % 2))
+            choice = choose(still_open, goal)
         except KeyboardInterrupt:
             last = [candidate for candidate in tried if candidate.losses]
             if not last:

@@ -166,13 +166,14 @@ def _beats(one: Candidate, other: Candidate) -> bool:
 class Choice:
     """The chosen candidate; whether it reaches the goal; what speaks against it, in words.
 
-    more_turns_help: whether what speaks against it is about times.
+    more_turns_help: whether what speaks against it is about times. open: the candidates that more turns may choose.
     """
 
     best: Candidate
     reached: bool
     doubts: list[str]
     more_turns_help: bool
+    open: list[Candidate]
 
 
 def choose(candidates: Sequence[Candidate], goal: Goal) -> Choice:
@@ -188,8 +189,8 @@ def choose(candidates: Sequence[Candidate], goal: Goal) -> Choice:
         fits = list(candidates)
         best = max(fits, key=_worth)
     if not fits:
-        return Choice(best, False, [], False)
-    about_time, about_loss = [], []
+        return Choice(best, False, [], False, [best])
+    about_time, about_loss, rivals = [], [], []
     if kind == "speedup" and interval(best.ratios, np.median)[0] < wanted * (1 - TIE):
         about_time.append(f"{best.label} may be slower than {wanted:g}×")
     if kind == "max_loss" and interval(list(best.losses.values()))[1] > wanted:
@@ -199,9 +200,12 @@ def choose(candidates: Sequence[Candidate], goal: Goal) -> Choice:
             continue
         if kind == "max_loss" and other in fits and not surely_faster(best, other):
             about_time.append(f"{other.label} may be as fast")
+            rivals.append(other)
         if kind == "speedup" and other in fits and not surely_nearer(best, other):
             about_loss.append(f"{other.label} may lose as little")
-    return Choice(best, True, about_time + about_loss, bool(about_time))
+    # What each loses is settled once it ran on all inputs; which are fast enough is not.
+    still_open = [best, *rivals] if kind == "max_loss" else list(candidates)
+    return Choice(best, True, about_time + about_loss, bool(about_time), still_open)
 
 
 def _worth(candidate: Candidate) -> float:
