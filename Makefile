@@ -18,14 +18,14 @@ TEST_FLAGS ?= -n auto --maxprocesses 4
 # Written last, so an install that was cut off is done again.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,app,test]"
 	# Does the index's torchvision fit this torch? Beside a torch from elsewhere its operators do not load, and transformers
 	# imports it where it sees it. So it is tried in a folder beside the environment, and stays there where it does not fit:
 	# only the tests of detection, timm and controlnet-aux look into it. Without it they skip.
 	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps --target $(VENV)/torchvision \
 		torchvision pycocotools timm controlnet-aux einops
 	if $(BIN)/python tests/helpers/torchvision_ops.py; then \
-		$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,video,detection,test]" timm && \
+		$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,app,video,detection,test]" timm && \
 		rm -rf $(VENV)/torchvision; \
 	fi
 	@touch $@
