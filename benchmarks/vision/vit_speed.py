@@ -47,16 +47,22 @@ COLUMNS = {
 }
 
 
+def make_vit(name: str) -> ViTModel:
+    """The model of a geometry, with new weights."""
+    size, _, sizes = GEOMETRIES[name]
+    config = ViTConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], image_size=size, patch_size=16)
+    return ViTModel(config, add_pooling_layer=False)
+
+
 @torch.inference_mode()
 def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) -> list[dict[str, Any]]:
     """A row a clustering: plain and reduced forwards in turn, and the clustering steps alone on the features at L.
 
     All contenders are one set of weights: where in memory weights lie moves a ratio by several percent.
     """
-    size, num_clusters, sizes = GEOMETRIES[name]
+    size, num_clusters, _ = GEOMETRIES[name]
     torch.manual_seed(0)
-    config = ViTConfig(**sizes, intermediate_size=4 * sizes["hidden_size"], image_size=size, patch_size=16)
-    plain = ViTModel(config, add_pooling_layer=False).eval()
+    plain = make_vit(name).eval()
     images = torch.randn(4, 1, 3, size, size)
     full = model_flops(lambda: plain(images[0]))
     before = plain(images[0], output_hidden_states=True)
@@ -64,7 +70,7 @@ def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) 
 
     def twin() -> ViTModel:
         with torch.device("meta"):
-            model = ViTModel(config, add_pooling_layer=False).eval()
+            model = make_vit(name).eval()
         model.load_state_dict(plain.state_dict(), assign=True)
         return model
 

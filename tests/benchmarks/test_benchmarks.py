@@ -18,7 +18,15 @@ from benchmarks.clustering import cluster_pictures, clustering_cost
 from benchmarks.harness import datasets
 from benchmarks.peers.controls import grid_pooling, random_centers
 from benchmarks.training import finetune_speed
-from benchmarks.vision import detection_speed, families_speed, quality, segmenter_quality, similarity, vit_speed
+from benchmarks.vision import (
+    compiled_speed,
+    detection_speed,
+    families_speed,
+    quality,
+    segmenter_quality,
+    similarity,
+    vit_speed,
+)
 
 
 def test_results_say_where_they_come_from(tmp_path):
@@ -54,6 +62,20 @@ def test_speed_and_cost_run_on_small_sizes(monkeypatch):
     assert 1 < row["ideal"] < 4 and row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
     rows = clustering_cost.measure("local_kmeans", [8, 16], 8, repeats=1)
     assert [r["num_tokens"] for r in rows] == [64, 256] and rows[1]["times_previous"] > 0
+
+
+def test_speed_of_compiled_models(monkeypatch):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    monkeypatch.setitem(vit_speed.GEOMETRIES, "tiny", (64, 6, sizes))
+    monkeypatch.setitem(compiled_speed.GEOMETRIES, "tiny", compiled_speed.of_vit("tiny"))
+    rows = compiled_speed.measure("tiny", ["local_kmeans", "pairs"], "bf16", repeats=1, backend="eager")
+    assert [row["clustering"] for row in rows] == ["local_kmeans", "pairs"]
+    for row in rows:
+        assert row["ideal"] > 1 and row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
+        assert row["cosine"] < 1 and row["cosine_eager"] == pytest.approx(1) and row["compile_s"] > 0
+    model = make_model("ViTForImageClassification")
+    twin = compiled_speed.sharing_weights(model)
+    assert twin is not model and all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
 
 
 def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
