@@ -28,6 +28,7 @@ from .training import finetune_quality, finetune_speed, trained_models
 from .video import controlvideo_speed, video_quality
 from .vision import (
     classification_quality,
+    compiled_speed,
     detection_speed,
     families_speed,
     segmenter_quality,
@@ -249,6 +250,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": supported_models,
     "peers": rows_as_measured("cpu/tab1_camvid-fp32", segmenter_quality.COLUMNS),
     "speed": rows_as_measured("cpu/vit_speed-fp32", vit_speed.COLUMNS),
+    "compiled": rows_as_measured("cpu/compiled_speed-fp32", compiled_speed.COLUMNS),
+    "compiled in half precision": rows_as_measured("cpu/compiled_speed-bf16", compiled_speed.COLUMNS),
     "dense heads": rows_as_measured("cpu/families_speed-fp32", families_speed.COLUMNS),
     "depth": rows_as_measured("cpu/families_speed_dpt-fp32", families_speed.COLUMNS),
     "stages": rows_as_measured("cpu/families_speed_stages-fp32", families_speed.COLUMNS),

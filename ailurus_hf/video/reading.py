@@ -194,10 +194,13 @@ def _moving_stream(path: Path) -> _Stream:
 
 
 def read_comment(path: str | Path) -> str | None:
-    """The text that an mp4 or mov carries, as `write_video` puts it there; None: there is none, or this is no video.
+    """The text that an mp4 or mov carries, as `write_video` puts it there.
 
     Args:
         path: the file.
+
+    Returns:
+        The text; None where there is none, or the file is no video.
 
     Raises:
         AiluRusError: imageio-ffmpeg is not there.
