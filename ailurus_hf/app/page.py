@@ -105,7 +105,7 @@ def _sources(bench: Workbench, mode: gr.State, example: Path | None) -> tuple[gr
                 elem_id="photo",
             )
             # The file as it was dropped: what Gradio would make of it is cut off at 8 bits, or fails without words.
-            photo.preprocess = lambda payload: None if payload is None else payload.path
+            photo.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         with gr.Tab("Clip", visible=bench.task != "classify") as clip_tab:
             clip = gr.Video(sources=["upload"], label="Clip", height=300, elem_id="clip")
             frames = gr.Slider(1, MOST_FRAMES, 16, step=1, label="Frames, from the first one on")
