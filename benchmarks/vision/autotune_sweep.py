@@ -3,9 +3,10 @@
     python -m benchmarks.vision.autotune_sweep --data CAMVID
     python -m benchmarks.vision.autotune_sweep --data CAMVID --limit 32 --max-loss 0.02 0.04 --speedup 2.5
 
-The sweep runs every setting that autotune searches over on every image, in turns with the plain model; autotune runs
-before it, on the same images. Speed and loss of its pick are compared as the sweep measured them, so that both are
-judged by the same runs. Loss is the share of pixels that get another label than from the plain model.
+The sweep runs every setting that autotune searches over on every image, or every few of them (--every), in turns with
+the plain model; autotune runs before it, on all images. Speed and loss of its pick are compared as the sweep measured
+them, so that both are judged by the same runs. Loss is the share of pixels that get another label than from the plain
+model.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ def all_settings(subject: ModelSubject) -> list[Candidate]:
     return list({each.config.to_json(): each for each in usable(subject.target, every)}.values())
 
 
-def sweep(subject: ModelSubject, progress: Any = iter) -> list[Candidate]:
-    """All settings, measured on all inputs."""
-    every = all_settings(subject)
+def sweep(subject: ModelSubject, every: list[Candidate], progress: Any = iter) -> list[Candidate]:
+    """The settings, measured on all inputs."""
     measuring = Measuring(subject)
     measuring.turn(every, 0)  # what depends on sizes alone is made here
     for candidate in every:
@@ -73,14 +73,16 @@ def falls_short(pick: Candidate, best: Candidate, goal: Goal) -> float:
     return 1 - (1 - pick.loss) / (1 - best.loss)
 
 
-def measure(subject: ModelSubject, goals: Sequence[Goal], rounds: int, progress: Any = iter) -> dict[str, Any]:
-    """{"rows": one a goal, "sweep": one a setting}."""
+def measure(
+    subject: ModelSubject, swept: ModelSubject, goals: Sequence[Goal], rounds: int, progress: Any = iter
+) -> dict[str, Any]:
+    """{"rows": one a goal, "sweep": one a setting}. swept: the same model and the inputs of the sweep."""
     picks = []
     for goal in goals:
         start = time.perf_counter()
         tuned = tune(subject, goal, rounds=rounds, progress=False)
         picks.append((goal, tuned, time.perf_counter() - start))
-    every = sweep(subject, progress)
+    every = sweep(swept, all_settings(subject), progress)
     by_config = {each.config.to_json(): each for each in every}
     rows = []
     for goal, tuned, seconds in picks:
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="CamVid's folder (default: camvid in AILURUS_DATA)")
     parser.add_argument("--model", default=str(SHIPPED), help="Segmenter folder or Hub name (default: the shipped one)")
     parser.add_argument("--limit", type=int, default=32, help="images (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="the sweep takes every so many (default: %(default)s)")
     parser.add_argument("--max-loss", type=float, nargs="*", default=[0.02], help="goals (default: %(default)s)")
     parser.add_argument("--speedup", type=float, nargs="*", default=[2.5], help="goals (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of autotune (default: %(default)s)")
@@ -120,14 +123,15 @@ def main() -> None:
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32).eval().to(args.device)
     processor = SegmenterImageProcessor.from_pretrained(args.model)
     data = SegmentationData("camvid", args.data, limit=args.limit)
-    subject = ModelSubject(model, [data.image(index) for index in range(len(data))], processor)
+    images = [data.image(index) for index in range(len(data))]
+    subject, swept = (ModelSubject(model, chosen, processor) for chosen in (images, images[:: args.every]))
     goals: list[Goal] = [("max_loss", loss) for loss in args.max_loss]
     goals += [("speedup", speedup) for speedup in args.speedup]
 
     from tqdm import tqdm
 
-    found = measure(subject, goals, args.rounds, functools.partial(tqdm, disable=None, unit="image"))
-    about = {**environment(args.device, "fp32"), "dataset": "camvid", "images": len(data)}
+    found = measure(subject, swept, goals, args.rounds, functools.partial(tqdm, disable=None, unit="image"))
+    about = {**environment(args.device, "fp32"), "dataset": "camvid", "images": len(data), "swept": swept.num_inputs}
     save(args.name, found["rows"], {**about, "sweep": found["sweep"]})
     print(markdown(found["rows"], COLUMNS))
 

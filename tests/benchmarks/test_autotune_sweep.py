@@ -24,7 +24,7 @@ def test_every_setting_of_the_search_is_in_the_sweep_once():
 
 def test_rows_of_both_goals(monkeypatch):
     monkeypatch.setattr("ailurus_hf.evaluation.tuned_models.KEEP_RATIOS", (0.5, 0.25))
-    found = autotune_sweep.measure(subject(), [("max_loss", 1.0), ("speedup", 1.01)], rounds=1)
+    found = autotune_sweep.measure(subject(), subject(), [("max_loss", 1.0), ("speedup", 1.01)], rounds=1)
     assert [row["goal"] for row in found["rows"]] == ["max_loss 1", "speedup 1.01"]
     labels = {each["label"] for each in found["sweep"]}
     for row in found["rows"]:
