@@ -19,7 +19,7 @@ from ..profiling import recorded
 from .all_pairs import prefers_all_pairs
 from .base import Clustering, register_clustering
 from .moving import moved, moved_all_pairs
-from .neighbors import Grid, check_input
+from .neighbors import Grid, check_input, is_exporting
 from .ward_all_pairs import joined_all_pairs
 from .ward_edges import adjacent_clusters, edges_of_empty, joined_along_edges, touching, touching_tokens
 
@@ -47,13 +47,20 @@ class Ward(Clustering):
     """
 
     def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
-        return ward(features, grid, num_clusters)
+        if not _is_one_operator(features):
+            return ward(features, grid, num_clusters)
+        assignment, counts = _ward(features.detach(), grid, num_clusters)
+        return TokenClusters(assignment, None, counts)
 
     def join(
         self, clusters: TokenClusters, representatives: Tensor, tokens: Tensor, grid: Grid, num_clusters: int
     ) -> TokenClusters:
         """In the same way, by `join_regions`."""
-        return recorded("ailurus::cluster", join_regions, clusters, representatives, tokens, grid, num_clusters)
+        if not _is_one_operator(representatives):
+            return recorded("ailurus::cluster", join_regions, clusters, representatives, tokens, grid, num_clusters)
+        given = clusters.assignment, clusters.counts, representatives.detach()
+        assignment, counts = _join_regions(*given, grid, num_clusters)
+        return TokenClusters(assignment, None, counts)
 
 
 @torch.no_grad()
@@ -148,3 +155,42 @@ def _rounds(count: int, num_clusters: int, share: float, least_share: float) -> 
         rounds.append(min(max(int(to_go * share), int(num_clusters * least_share), 1), to_go, count // 2))
         count -= rounds[-1]
     return tuple(rounds)
+
+
+# A graph compiled for a CPU calls Ward as an operator that torch knows by name: its 30 kernels take longer to compile
+# than all layers of a ViT, and run no faster. An exported graph has to do without this package.
+
+
+def _is_one_operator(features: Tensor) -> bool:
+    return torch.compiler.is_compiling() and not is_exporting() and features.device.type == "cpu"
+
+
+@torch.library.custom_op("ailurus_hf::ward", mutates_args=())
+def _ward(features: Tensor, grid: Sequence[int], num_clusters: int) -> tuple[Tensor, Tensor]:
+    clusters = ward(features, grid, num_clusters)
+    return clusters.assignment.contiguous(), clusters.counts
+
+
+@_ward.register_fake
+def _(features: Tensor, grid: Sequence[int], num_clusters: int) -> tuple[Tensor, Tensor]:
+    return features.new_empty(features.shape[:2], dtype=torch.long), _no_counts(features, num_clusters)
+
+
+@torch.library.custom_op("ailurus_hf::join_regions", mutates_args=())
+def _join_regions(
+    assignment: Tensor, counts: Tensor, representatives: Tensor, grid: Sequence[int], num_clusters: int
+) -> tuple[Tensor, Tensor]:
+    clusters = TokenClusters(assignment, None, counts)
+    joined = join_regions(clusters, representatives, representatives, tuple(grid), num_clusters)
+    return joined.assignment.clone(), joined.counts
+
+
+@_join_regions.register_fake
+def _(
+    assignment: Tensor, counts: Tensor, representatives: Tensor, grid: Sequence[int], num_clusters: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(assignment), _no_counts(representatives, num_clusters)
+
+
+def _no_counts(features: Tensor, num_clusters: int) -> Tensor:
+    return features.new_empty(features.shape[0], num_clusters, dtype=torch.float32)

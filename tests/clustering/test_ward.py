@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import images, make_model, predict
 from oracle import GRIDS, partition, slow_unions
+from torch.library import opcheck
 
 from ailurus_hf import TokenClusters, ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
-from ailurus_hf.clustering import get_clustering, neighbors
+from ailurus_hf.clustering import Ward, get_clustering, neighbors
 from ailurus_hf.clustering.ward import (
     LEAST_SHARE,
     LEAST_SHARE_OF_CLUSTERS,
@@ -185,6 +186,32 @@ def test_the_same_in_one_graph():
     for grid in ((14, 14), (9, 20), (5, 31)):
         x = tokens(grid, 2)
         assert torch.equal(compiled(x, grid, 40).assignment, ward(x, grid, 40).assignment)
+
+
+def test_a_graph_for_a_cpu_calls_it_as_one_operator_and_an_exported_one_holds_its_steps():
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            first = Ward()(x, (6, 8), 12)
+            return first.assignment, Ward().join(first, first.merge(x), x, (6, 8), 5).assignment
+
+    graphs, x = [], tokens((6, 8), 2)
+    compiled = torch.compile(Twice(), backend=lambda graph, given: graphs.append(graph) or graph, fullgraph=True)
+    for got, want in zip(compiled(x), Twice()(x), strict=True):
+        assert torch.equal(got, want)
+    exported = torch.export.export(Twice(), (x,)).graph_module
+    ours = [[node for node in graph.graph.nodes if "ailurus" in str(node.target)] for graph in (graphs[0], exported)]
+    assert len(ours[0]) == 2 and not ours[1]
+
+
+@pytest.mark.parametrize("num_clusters", [48, 12, 1])
+def test_its_operators_keep_what_torch_asks_of_operators(num_clusters):
+    x = tokens((6, 8), 2)
+    clusters = Ward()(x, (6, 8), num_clusters)
+    representatives = clusters.merge(x).bfloat16()
+    opcheck(torch.ops.ailurus_hf.ward, (x, [6, 8], num_clusters))
+    for fewer in (num_clusters, 1):
+        given = (clusters.assignment, clusters.counts, representatives, [6, 8], fewer)
+        opcheck(torch.ops.ailurus_hf.join_regions, given)
 
 
 @pytest.mark.parametrize("restore", ["copy", "smooth", "residual"])
