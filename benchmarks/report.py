@@ -262,6 +262,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion": rows_as_measured("cpu/diffusion_speed_sd15-fp32", diffusion_speed.COLUMNS),
     "diffusion in half precision": rows_as_measured("cpu/diffusion_speed_sd15-bf16", diffusion_speed.COLUMNS),
     "settings in half precision": rows_as_measured("cpu/diffusion_speed_methods_sd15-bf16", diffusion_speed.COLUMNS),
+    "compiled diffusion": rows_as_measured("cpu/diffusion_speed_sd15_compiled-fp32", diffusion_speed.COLUMNS),
+    "compiled diffusion in half precision": rows_as_measured(
+        "cpu/diffusion_speed_sd15_compiled-bf16", diffusion_speed.COLUMNS
+    ),
     "diffusion at 1024": rows_as_measured("cpu/diffusion_speed_1024_sd15-fp32", diffusion_speed.COLUMNS),
     "SDXL": rows_as_measured("cpu/diffusion_speed_sdxl-bf16", diffusion_speed.COLUMNS),
     "pictures from text": pictures_table("text"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,9 +26,11 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from ailurus_hf import ailurus_status
 from ailurus_hf.clustering import get_clustering
 from ailurus_hf.diffusion.apply import reducers_of
 from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
+from ailurus_hf.evaluation.timing import wait_for
 
 from ..harness import environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
 from ..methods.diffusion import METHODS, OURS, switch_on
@@ -75,6 +78,7 @@ COLUMNS = {
     "speed_up": "speed-up|{:.2f}×",
     "ideal": "FLOPs-ideal|{:.2f}×",
     "share_of_ideal": "share|{:.3f}",
+    "compile_s": "compiling|{:.0f} s",
     "overhead": "cluster + merge + unmerge|{:.2%}",
     "peak_mib": "peak memory|{:.0f} MiB",
     "cosine": "cosine|{:.3f}",
@@ -244,25 +248,38 @@ def measure_compiled(
     batch: int = 1,
     steps: int | None = None,
 ) -> list[dict[str, Any]]:
-    """As `measure`, in time alone, of UNets of their own that share weights, each compiled with its method on.
+    """As `measure`, without memory and fidelity, of UNets of their own on shared weights, compiled with the method on.
 
-    Plain and ours as one graph; the others may break it.
+    Plain and ours as one graph; the others may break it. Compile time is that of the first step, with no cache of
+    earlier runs.
     """
-    given = inputs_for(unet, model, size, batch)
+    given, full = inputs_for(unet, model, size, batch), full_flops(model, size, batch)
     contenders: dict[str, Callable[[int], Any]] = {}
-    for name in plain_first(methods):
-        twin = twin_of(model, unet)
-        switch_on(name, twin, (size // 8) ** 2)
-        compiled = torch.compile(twin, fullgraph=name == "plain" or name in OURS)
-        contenders[name] = runner(pipeline_of(model, compiled) if steps else compiled, given, steps)
+    rows: list[dict[str, Any]] = []
+    names = plain_first(methods)
     # All twins run the same code, of which torch keeps no more than 8 graphs unless told otherwise.
-    with torch._dynamo.config.patch(recompile_limit=8 * len(contenders)):
+    limit = torch._dynamo.config.patch(recompile_limit=8 * len(names))
+    with limit, torch._inductor.config.patch(force_disable_caches=True):
+        for name in names:
+            twin = twin_of(model, unet)
+            switch_on(name, twin, (size // 8) ** 2)
+            step_of(twin, given[0])
+            row: dict[str, Any] = {"method": name}
+            if (status := ailurus_status(twin)).active:
+                row["ideal"] = full / (full - batch * status.saved_flops)
+            compiled = torch.compile(twin, fullgraph=name == "plain" or name in OURS)
+            start = time.perf_counter()
+            step_of(compiled, given[0])
+            wait_for(unet.device)
+            rows.append({**row, "compile_s": time.perf_counter() - start})
+            contenders[name] = runner(pipeline_of(model, compiled) if steps else compiled, given, steps)
         seconds = interleaved(contenders, repeats, warmup=2, device=unet.device)
     about = {"model": model, "size": size, "batch": batch, "steps": steps, "compiled": True}
-    return [
-        {**about, "method": name, "ms": 1e3 * taken, "speed_up": seconds["plain"] / taken}
-        for name, taken in seconds.items()
-    ]
+    for row in rows:
+        row |= {"ms": 1e3 * seconds[row["method"]], "speed_up": seconds["plain"] / seconds[row["method"]]}
+        if "ideal" in row:
+            row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+    return [{**about, **row} for row in rows]
 
 
 def twin_of(model: str, unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -299,7 +316,7 @@ def main() -> None:
         "--channels-last", action="store_true", help="weights and images of convolutions in that layout"
     )
     parser.add_argument("--steps", type=int, help="time whole generations of so many steps")
-    parser.add_argument("--compile", action="store_true", help="by torch.compile; times alone")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile; no memory, no fidelity")
     parser.add_argument("--name", help="of the result file (default: diffusion_speed_MODEL and what was asked for)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.vision.compiled_speed                      # all of GEOMETRIES, batch 1, fp32
     python -m benchmarks.vision.compiled_speed --precision bf16 --models "ViT-B/16 512"
+    python -m benchmarks.vision.compiled_speed --tiny               # a dry run in seconds: measures and saves nothing
 
 Every contender is one graph (fullgraph) on the same weights. Compile time is that of the first call, with no cache of
 earlier runs. UNets: `python -m benchmarks.diffusion_speed --compile`. Random weights but for the Segmenter: speed does
@@ -15,13 +16,15 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, ailurus_status, apply_ailurus
 
@@ -77,14 +80,33 @@ GEOMETRIES = {
         {"cluster_location": 2, "keep_ratio": 0.25},
     ),
 }
+SMALL = {"hidden_size": 32, "num_hidden_layers": 24, "num_attention_heads": 2}
+
+
+def tiny(name: str) -> Geometry:
+    """The geometry of a dry run: a model of the same kind, or the same one on a small image."""
+    given = GEOMETRIES[name]
+    if name in families_speed.GEOMETRIES:
+        small = partial(families_speed.depth_anything, 84, SMALL, (8, 8, 16, 16), 8)
+        return replace(given, make=small, size=(84, 84))
+    if name in vit_speed.GEOMETRIES:
+        config = ViTConfig(**{**SMALL, "num_hidden_layers": 4}, image_size=128)
+        fields = {"cluster_location": 2, "num_clusters": 16}
+        return replace(given, make=lambda: ViTModel(config, add_pooling_layer=False), size=(128, 128), fields=fields)
+    return replace(given, size=(96, 128))
 
 
 @torch.no_grad()
 def measure(
-    name: str, clusterings: Sequence[str], precision: str, repeats: int, backend: str = "inductor"
+    name: str,
+    clusterings: Sequence[str],
+    precision: str,
+    repeats: int,
+    backend: str = "inductor",
+    geometry: Geometry | None = None,
 ) -> list[dict[str, Any]]:
-    """A row a clustering; forwards of all contenders in turn."""
-    geometry = GEOMETRIES[name]
+    """A row a clustering; forwards of all contenders in turn. geometry: instead of the one of that name."""
+    geometry = geometry or GEOMETRIES[name]
     torch.manual_seed(0)
     plain = geometry.make().eval().to(PRECISIONS[precision])
     images = torch.randn(3, 1, 3, *geometry.size).to(PRECISIONS[precision])
@@ -142,14 +164,18 @@ def main() -> None:
     parser.add_argument("--clusterings", nargs="+", default=["local_kmeans", "density_peaks", "ward"])
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--tiny", action="store_true", help="a dry run on small geometries; saves nothing")
     parser.add_argument("--name", default="compiled_speed", help="of the result file (default: %(default)s)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = []
     for name in args.models:
         torch.compiler.reset()
-        rows += measure(name, args.clusterings, args.precision, args.repeats)
-        save(args.name, rows, environment(torch.device("cpu"), args.precision))
+        if args.tiny:
+            rows += measure(name, args.clusterings, args.precision, 1, "eager", tiny(name))
+        else:
+            rows += measure(name, args.clusterings, args.precision, args.repeats)
+            save(args.name, rows, environment(torch.device("cpu"), args.precision))
         print(markdown(rows[-len(args.clusterings) :], COLUMNS), flush=True)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,10 +38,12 @@ from ..harness import environment, log, markdown, reductions_in_turn, save
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
-def depth_anything(size: int) -> nn.Module:
-    """DINOv2-L with the DPT head, which reads four layers."""
+def depth_anything(
+    size: int, sizes: dict[str, int] = LARGE, neck: Sequence[int] = (256, 512, 1024, 1024), fusion: int = 256
+) -> nn.Module:
+    """DINOv2-L with the DPT head, which reads four layers. sizes, neck, fusion: of smaller ones."""
     backbone = Dinov2Config(
-        **LARGE,
+        **sizes,
         image_size=size,
         patch_size=14,
         out_features=["stage5", "stage12", "stage18", "stage24"],
@@ -50,9 +52,9 @@ def depth_anything(size: int) -> nn.Module:
     return DepthAnythingForDepthEstimation(
         DepthAnythingConfig(
             backbone_config=backbone,
-            reassemble_hidden_size=1024,
-            neck_hidden_sizes=[256, 512, 1024, 1024],
-            fusion_hidden_size=256,
+            reassemble_hidden_size=sizes["hidden_size"],
+            neck_hidden_sizes=list(neck),
+            fusion_hidden_size=fusion,
         )
     )
 

@@ -78,6 +78,15 @@ def test_speed_of_compiled_models(monkeypatch):
     assert twin is not model and all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
 
 
+def test_a_dry_run_of_every_kind_of_compiled_model(monkeypatch, capsys):
+    names = [name for name in compiled_speed.GEOMETRIES if "ViT-L" not in name]
+    monkeypatch.setattr(compiled_speed, "save", lambda *args: pytest.fail("a dry run saves nothing"))
+    monkeypatch.setattr("sys.argv", ["compiled_speed", "--tiny", "--clusterings", "kmeans", "--models", *names])
+    compiled_speed.main()
+    told = capsys.readouterr().out
+    assert all(f"| {name} | kmeans |" in told for name in names)
+
+
 def test_speed_of_models_in_stages_and_with_dense_heads(monkeypatch):
     tiny = families_speed.segformer([1, 1, 2, 1], [16, 16, 32, 32])
     geometry = families_speed.Geometry(tiny, 64, lambda out: out.last_hidden_state, families_speed.STAGE)

@@ -88,6 +88,12 @@ def test_compiled_unets_of_their_own_share_weights(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda twin, fullgraph: graphs.append((twin, fullgraph)) or twin)
     rows = diffusion_speed.measure_compiled("sd15", 256, ["blocks 0.5", "ToDo 2"], 1, unet=unet)
     assert [row["method"] for row in rows] == ["plain", "blocks 0.5", "ToDo 2"] and rows[0]["speed_up"] == 1
+    assert all(row["compile_s"] > 0 for row in rows) and [row.get("ideal", 0) > 1 for row in rows] == [
+        False,
+        True,
+        False,
+    ]
+    assert rows[1]["share_of_ideal"] == pytest.approx(rows[1]["speed_up"] / rows[1]["ideal"])
     assert [fullgraph for _, fullgraph in graphs] == [True, True, False]
     assert {twin.conv_in.weight.data_ptr() for twin, _ in graphs} == {unet.conv_in.weight.data_ptr()}
     assert [ailurus_status(twin).active for twin, _ in graphs] == [False, True, False]

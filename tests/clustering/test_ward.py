@@ -189,10 +189,12 @@ def test_the_same_in_one_graph():
 
 
 def test_a_graph_for_a_cpu_calls_it_as_one_operator_and_an_exported_one_holds_its_steps():
+    cluster = Ward()
+
     class Twice(torch.nn.Module):
         def forward(self, x):
-            first = Ward()(x, (6, 8), 12)
-            return first.assignment, Ward().join(first, first.merge(x), x, (6, 8), 5).assignment
+            first = cluster(x, (6, 8), 12)
+            return first.assignment, cluster.join(first, first.merge(x), x, (6, 8), 5).assignment
 
     graphs, x = [], tokens((6, 8), 2)
     compiled = torch.compile(Twice(), backend=lambda graph, given: graphs.append(graph) or graph, fullgraph=True)
