@@ -157,8 +157,8 @@ def _rounds(count: int, num_clusters: int, share: float, least_share: float) -> 
     return tuple(rounds)
 
 
-# A graph compiled for a CPU calls Ward as an operator that torch knows by name: its 30 kernels take longer to compile
-# than all layers of a ViT, and run no faster. An exported graph has to do without this package.
+# A graph compiled for a CPU calls Ward as an operator that torch knows by name: its 30 kernels would take longer to
+# compile than all layers of a ViT. An exported graph has to do without this package.
 
 
 def _is_one_operator(features: Tensor) -> bool:
