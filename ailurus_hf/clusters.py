@@ -74,6 +74,11 @@ class TokenClusters:
 
     def _means(self, tokens: Tensor) -> Tensor:
         batch, _, channels = tokens.shape
+        if torch.onnx.is_in_onnx_export():
+            # ONNX has no bags of rows: they become a loop over clusters, slow, and unknown to most runtimes.
+            number = torch.arange(self.num_clusters, device=tokens.device)
+            member = (self.assignment[:, None] == number[:, None]).to(tokens.dtype)
+            return member @ tokens / self.counts.clamp_min(1)[..., None].to(tokens.dtype)
         order, offsets = self._tokens_by_cluster()
         # Rows that lie apart in memory, as convolutions leave them, take several times longer to sum than to copy.
         rows = tokens.reshape(-1, channels).contiguous()

@@ -124,4 +124,5 @@ def _costs(means: Tensor, sizes: Tensor) -> Tensor:
     cost = squared * (inverse[:, :, None] + inverse[:, None]).rsqrt()
     # NaN is dearest.
     cost = cost.nan_to_num(torch.finfo(cost.dtype).max)
-    return cost.masked_fill(torch.eye(cost.shape[1], dtype=torch.bool, device=cost.device), torch.inf)
+    number = torch.arange(cost.shape[1], device=cost.device)
+    return cost.masked_fill(number[:, None] == number, torch.inf)

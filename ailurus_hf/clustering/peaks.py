@@ -42,7 +42,7 @@ def density_peaks(
     # Rank 0 is the densest; of equal densities the lower index counts as denser.
     order = stable_argsort(sparsity)
     itself = torch.arange(weighted.shape[1], device=weighted.device).expand_as(order)
-    rank = torch.empty_like(order).scatter(1, order, itself)
+    rank = constant(0, order.device).expand_as(order).scatter(1, order, itself)
     is_no_denser = _of_neighbors(rank, index) >= rank[..., None]
     delta, towards_denser = _least(weighted.masked_fill(is_no_denser, math.inf))  # Eq. 3
     is_peak = delta == math.inf

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clusters import TokenClusters
-from .neighbors import Grid, grid_neighbors, neighbor_distances
+from .neighbors import Grid, grid_neighbors, is_exporting, neighbor_distances
 
 # The two rings around a token.
 NUM_NEIGHBORS = 24
@@ -37,6 +37,10 @@ class Smoothing:
     def unmerge(self, representatives: Tensor) -> Tensor:
         """Each token's weighted mean of representatives: Tensor[B, M, C] to [B, N, C]. Differentiable."""
         batch, num_clusters, channels = representatives.shape
+        if is_exporting() or torch.onnx.is_in_onnx_export():
+            # Runtimes have no weighted bags of rows: ONNX none at all, OpenVINO none in a batch of any size (2026.4).
+            share = representatives.new_zeros(*self.cluster.shape[:2], num_clusters)
+            return share.scatter_add(2, self.cluster, self.weight.to(representatives.dtype)) @ representatives
         first = torch.arange(batch, device=representatives.device)[:, None, None] * num_clusters
         rows = F.embedding_bag(
             (self.cluster + first).flatten(0, 1),

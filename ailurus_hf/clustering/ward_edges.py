@@ -102,8 +102,9 @@ def _cheapest(means: Tensor, sizes: Tensor, edges: Tensor) -> tuple[Tensor, Tens
     cost = cost.masked_fill(a == b, torch.inf)
     # By rank, so that no two edges cost the same and the cheapest ones make no cycle.
     order = stable_argsort(cost)
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(a.shape[1], device=a.device).expand_as(order))
-    cheapest = torch.full((batch, count), a.shape[1] - 1, device=a.device)
+    itself = torch.arange(a.shape[1], device=a.device).expand_as(order)
+    rank = constant(0, a.device).expand_as(order).scatter(1, order, itself)
+    cheapest = constant(a.shape[1] - 1, a.device).expand(batch, count)
     cheapest = cheapest.scatter_reduce(1, a, rank, "amin").scatter_reduce(1, b, rank, "amin")
     edge = order.gather(1, cheapest)
     partner = a.gather(1, edge) + b.gather(1, edge) - torch.arange(count, device=a.device)

@@ -111,7 +111,7 @@ class MaskTransformerDecoder(ViTPreTrainedModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden_states = self.proj_dec(tokens)
-        class_tokens = self.cls_emb.expand(len(hidden_states), -1, -1)
+        class_tokens = self.cls_emb.expand(hidden_states.shape[0], -1, -1)
         hidden_states = torch.cat((hidden_states, class_tokens.to(hidden_states.dtype)), dim=1)
         for layer in self.layers:
             hidden_states = layer(hidden_states)

@@ -7,6 +7,7 @@ import torch
 from cli_models import run_json
 
 from ailurus_hf.cli import export, main
+from ailurus_hf.clustering import get_clustering
 
 REDUCED = ["--keep-ratio", "0.5", "--cluster-location", "1"]
 
@@ -29,8 +30,36 @@ def test_a_file_that_gives_the_models_outputs(suffix: str, models: Path, capsys:
     assert main([*call, *REDUCED]) == 2 and "is there already" in capsys.readouterr().err
 
 
-def test_what_openvino_cannot_convert_is_told(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Assignments(torch.nn.Module):
+    """From images to the clusters of their pixels, by what sorts and scatters."""
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tokens = pixels.flatten(2).transpose(1, 2)
+        made = [get_clustering(name)(tokens, (4, 6), 12) for name in ("ward", "density_peaks", "pairs")]
+        return tuple(clusters.assignment for clusters in made)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of the exporters' own code
+def test_openvino_sorts_and_scatters_as_torch_does() -> None:
     pytest.importorskip("openvino")
+    pixels, path = torch.randn(3, 8, 4, 6, generator=torch.Generator().manual_seed(0)), Path("clusters.xml")
+    export.WRITERS["openvino"](Assignments(), pixels[:1], path, ["ward", "density_peaks", "pairs"], True)
+    for want, got in zip(Assignments()(pixels), export.READERS["openvino"](path)(pixels), strict=True):
+        assert torch.equal(want, got)
+
+
+def test_openvino_unmerges_smoothly_in_any_batch(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+    call = ["export", "--model", str(models / "segmenter"), "--output", "segmenter.xml", "--dynamic-batch"]
+    smooth = ["--restore", "smooth", "--restore-at", "decoder"]
+    assert run_json(capsys, *call, *REDUCED, *smooth)["export"]["difference"] < 1e-4
+
+
+def test_what_openvino_cannot_convert_is_told(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(export, "_openvino_extensions", lambda: [])
     call = ["export", "--model", str(models / "vit"), "--output", "vit.xml", "--clustering", "ward"]
     assert main([*call, *REDUCED]) == 2
     assert "OpenVINO cannot convert it: " in capsys.readouterr().err and not Path("vit.xml").exists()

@@ -55,7 +55,9 @@ def test_an_exported_program_gives_equal_outputs(exportable, name):
 def test_onnxruntime_gives_equal_outputs(exportable, name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    torch.onnx.export(exportable, (images(),), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    program = torch.onnx.export(exportable, (images(),), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    # Loops over clusters, and the sequences that they fill, are slow, and most runtimes have none.
+    assert not {"Loop", "If", "Scan", "SequenceEmpty", "SequenceInsert"} & {node.op_type for node in program.model.graph}
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     (given,) = session.get_inputs()
     for seed in (1, 2):
@@ -110,4 +112,9 @@ def test_onnxruntime_takes_any_batch(clustering, tmp_path):
         x = images(batch, seed=4)
         (output,) = session.run(None, {given.name: x.numpy()})
         expected = predict(classifier.model, NAMES[0], x)
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-4)
+    if clustering == "local_kmeans":  # OpenVINO sorts an ONNX file's equal values in any order
+        openvino = pytest.importorskip("openvino")
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        (output,) = compiled(x.numpy()).values()
         torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-4)
