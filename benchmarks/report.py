@@ -27,9 +27,11 @@ from .harness.bootstrap import BY_CHANCE
 from .training import finetune_quality, finetune_speed, trained_models
 from .video import controlvideo_speed, video_quality
 from .vision import (
+    batched_speed,
     classification_quality,
     compiled_speed,
     detection_speed,
+    exported_speed,
     families_speed,
     segmenter_quality,
     similarity,
@@ -252,6 +254,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": rows_as_measured("cpu/vit_speed-fp32", vit_speed.COLUMNS),
     "compiled": rows_as_measured("cpu/compiled_speed-fp32", compiled_speed.COLUMNS),
     "compiled in half precision": rows_as_measured("cpu/compiled_speed-bf16", compiled_speed.COLUMNS),
+    "exported": rows_as_measured("cpu/exported_speed-fp32", exported_speed.COLUMNS),
+    "compiled ahead": rows_as_measured("cpu/exported_speed_aoti-fp32", exported_speed.COLUMNS),
+    "batches": rows_as_measured("cpu/batched_speed-fp32", batched_speed.COLUMNS),
+    "pipeline": rows_as_measured("cpu/pipeline_parts-fp32", batched_speed.PIPELINE_COLUMNS),
     "dense heads": rows_as_measured("cpu/families_speed-fp32", families_speed.COLUMNS),
     "depth": rows_as_measured("cpu/families_speed_dpt-fp32", families_speed.COLUMNS),
     "stages": rows_as_measured("cpu/families_speed_stages-fp32", families_speed.COLUMNS),

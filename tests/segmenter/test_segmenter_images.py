@@ -151,6 +151,13 @@ def test_sliding_window_equals_the_plain_loop(size, window, stride):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_windows_of_all_images_run_in_batches():
+    model, batches = Model(), []
+    model.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    sliding_window_logits(model, torch.randn(2, 3, 16, 48), 16, batch_size=4)
+    assert batches == [4, 2]
+
+
 def test_one_window_is_the_plain_forward_and_one_number_is_a_square():
     images = torch.randn(1, 3, 20, 20)
     torch.testing.assert_close(sliding_window_logits(Model(), images, 20), Model()(images).logits)

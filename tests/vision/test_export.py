@@ -57,7 +57,9 @@ def test_onnxruntime_gives_equal_outputs(exportable, name, tmp_path):
     pytest.importorskip("onnxscript")
     program = torch.onnx.export(exportable, (images(),), tmp_path / "model.onnx", dynamo=True, verbose=False)
     # Loops over clusters, and the sequences that they fill, are slow, and most runtimes have none.
-    assert not {"Loop", "If", "Scan", "SequenceEmpty", "SequenceInsert"} & {node.op_type for node in program.model.graph}
+    assert not {"Loop", "If", "Scan", "SequenceEmpty", "SequenceInsert"} & {
+        node.op_type for node in program.model.graph
+    }
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     (given,) = session.get_inputs()
     for seed in (1, 2):
