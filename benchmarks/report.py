@@ -27,6 +27,7 @@ from .harness.bootstrap import BY_CHANCE
 from .training import finetune_quality, finetune_speed, trained_models
 from .video import controlvideo_speed, video_quality
 from .vision import (
+    autotune_sweep,
     batched_speed,
     classification_quality,
     compiled_speed,
@@ -258,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiled ahead": rows_as_measured("cpu/exported_speed_aoti-fp32", exported_speed.COLUMNS),
     "batches": rows_as_measured("cpu/batched_speed-fp32", batched_speed.COLUMNS),
     "pipeline": rows_as_measured("cpu/pipeline_parts-fp32", batched_speed.PIPELINE_COLUMNS),
+    "autotune": rows_as_measured("cpu/autotune_sweep-fp32", autotune_sweep.COLUMNS),
     "dense heads": rows_as_measured("cpu/families_speed-fp32", families_speed.COLUMNS),
     "depth": rows_as_measured("cpu/families_speed_dpt-fp32", families_speed.COLUMNS),
     "stages": rows_as_measured("cpu/families_speed_stages-fp32", families_speed.COLUMNS),

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--speedup", type=float, metavar="X", help="the setting that loses least at this speed-up")
     goal.add_argument("--pareto", action="store_true", help="the front of speed and loss")
     parser.add_argument("--limit", type=positive, default=32, help="images to look at (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, help="passes at most (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=2, help="passes at most (default: %(default)s)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="the result, for --config of the other commands")
     parser.add_argument(
         "--save-model",

@@ -44,7 +44,7 @@ def autotune(
     processor: Any = None,
     candidates: Sequence[Any] | None = None,
     generate: dict[str, Any] | None = None,
-    rounds: int = 3,
+    rounds: int = 2,
     progress: bool = True,
     timer: Callable[[], float] = time.perf_counter,
 ) -> Tuned:
@@ -109,7 +109,7 @@ def tune(
     subject: Subject,
     goal: Goal,
     candidates: Sequence[Candidate] | None = None,
-    rounds: int = 3,
+    rounds: int = 2,
     progress: bool = True,
     timer: Callable[[], float] = time.perf_counter,
 ) -> Tuned:

@@ -5,17 +5,18 @@
 
 The sweep runs every setting that autotune searches over on every image, or every few of them (--every), in turns with
 the plain model; autotune runs before it, on all images. Speed and loss of its pick are compared as the sweep measured
-them, so that both are judged by the same runs. Loss is the share of pixels that get another label than from the plain
-model.
+them, so that both are judged by the same runs; --against takes a sweep that this device made before. Loss is the share
+of pixels that get another label than from the plain model.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,31 @@ def falls_short(pick: Candidate, best: Candidate, goal: Goal) -> float:
     return 1 - (1 - pick.loss) / (1 - best.loss)
 
 
+def saved_sweep(path: Path) -> list[Candidate]:
+    """What a sweep of this module measured before, each setting by its label."""
+    rows = json.loads(path.read_text())["sweep"]
+    return [Candidate(None, row["label"], ratios=[row["speed_up"]], losses={0: row["loss"]}) for row in rows]  # type: ignore[arg-type]
+
+
 def measure(
-    subject: ModelSubject, swept: ModelSubject, goals: Sequence[Goal], rounds: int, progress: Any = iter
+    subject: ModelSubject,
+    goals: Sequence[Goal],
+    rounds: int,
+    swept: Callable[[list[Candidate]], list[Candidate]],
 ) -> dict[str, Any]:
-    """{"rows": one a goal, "sweep": one a setting}. swept: the same model and the inputs of the sweep."""
+    """{"rows": one a goal, "sweep": one a setting}. swept: from all settings to what a sweep measured of them."""
     picks = []
     for goal in goals:
         start = time.perf_counter()
         tuned = tune(subject, goal, rounds=rounds, progress=False)
         picks.append((goal, tuned, time.perf_counter() - start))
-    every = sweep(swept, all_settings(subject), progress)
-    by_config = {each.config.to_json(): each for each in every}
+    settings = all_settings(subject)
+    labels = {each.config.to_json(): each.label for each in settings}
+    every = swept(settings)
+    by_label = {each.label: each for each in every}
     rows = []
     for goal, tuned, seconds in picks:
-        pick, best = by_config[tuned.best.to_json()], choose(every, goal).best
+        pick, best = by_label[labels[tuned.best.to_json()]], choose(every, goal).best
         rows.append(
             {
                 "goal": f"{goal[0]} {goal[1]:g}",
@@ -113,9 +125,10 @@ def main() -> None:
     parser.add_argument("--model", default=str(SHIPPED), help="Segmenter folder or Hub name (default: the shipped one)")
     parser.add_argument("--limit", type=int, default=32, help="images (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1, help="the sweep takes every so many (default: %(default)s)")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="a result file of this module, for its sweep")
     parser.add_argument("--max-loss", type=float, nargs="*", default=[0.02], help="goals (default: %(default)s)")
     parser.add_argument("--speedup", type=float, nargs="*", default=[2.5], help="goals (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of autotune (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="of autotune (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--name", default="autotune_sweep", help="of the result file (default: %(default)s)")
     args = parser.parse_args()
@@ -124,14 +137,21 @@ def main() -> None:
     processor = SegmenterImageProcessor.from_pretrained(args.model)
     data = SegmentationData("camvid", args.data, limit=args.limit)
     images = [data.image(index) for index in range(len(data))]
-    subject, swept = (ModelSubject(model, chosen, processor) for chosen in (images, images[:: args.every]))
+    subject, few = (ModelSubject(model, chosen, processor) for chosen in (images, images[:: args.every]))
     goals: list[Goal] = [("max_loss", loss) for loss in args.max_loss]
     goals += [("speedup", speedup) for speedup in args.speedup]
 
     from tqdm import tqdm
 
-    found = measure(subject, swept, goals, args.rounds, functools.partial(tqdm, disable=None, unit="image"))
-    about = {**environment(args.device, "fp32"), "dataset": "camvid", "images": len(data), "swept": swept.num_inputs}
+    bar = functools.partial(tqdm, disable=None, unit="image")
+    found = measure(
+        subject,
+        goals,
+        args.rounds,
+        lambda settings: saved_sweep(args.against) if args.against else sweep(few, settings, bar),
+    )
+    swept = json.loads(args.against.read_text())["swept"] if args.against else few.num_inputs
+    about = {**environment(args.device, "fp32"), "dataset": "camvid", "images": len(data), "swept": swept}
     save(args.name, found["rows"], {**about, "sweep": found["sweep"]})
     print(markdown(found["rows"], COLUMNS))
 
