@@ -1,8 +1,9 @@
 """autotune: the setting for one's own model, inputs and device, found by measuring.
 
-In three stages. The first settings, which differ in location and keep ratio, run on one input; those that FLOPs, time
-and loss leave over are varied in clustering and restore. The best of all run on a few inputs, and the best of these on
-all of them, until the choice is outside of what chance does or `rounds` are over.
+In three stages. The first settings, which differ in location and keep ratio, run on one input, and two of them in every
+way of clustering and restoring as well. What a way does to time and loss there is foreseen for all the others, and the
+likeliest run too. The best of all run on a few inputs, and the best of these on all of them, until the choice is
+outside of what chance does or `rounds` are over.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from torch import nn
 
 from ..errors import AiluRusError
 from .left_as_found import left_as_found
-from .search import Candidate, Choice, Goal, Measuring, Subject, choose, interval, survivors, usable
+from .search import Candidate, Choice, Goal, Measuring, Subject, choose, foresee, interval, survivors, usable
 from .timing import measured_on
 from .tuned import Tuned, TunedRow
 
 log = logging.getLogger(__name__)
 
 Metric = Callable[[Any, Any], float]
+# Of how many settings the two that are tried in every way are the first and the last; how many of the foreseen run; how
+# many of the best are tried in every way then.
+NEAREST, LIKELIEST, BEST = 12, 16, 2
 # How many go on from a stage, and on how many inputs the second one looks.
-VARIED, SECOND, LAST = 8, 10, 4
+SECOND, LAST = 10, 4
 FEW = 6
 # After so many turns more it is asked whether the choice is outside of what chance does.
 CHECKED = 8
@@ -138,10 +142,7 @@ def _tune(
             first[0].seconds.clear()
             measuring.turn(first, 0)
             if candidates is None:
-                varied = [each for one in survivors(first, goal, VARIED, 0.1) for each in subject.variants(one)]
-                varied = _usable_or_none(subject.target, varied)
-                measuring.turn(varied, 0)
-                tried += varied
+                _try_ways(subject, measuring, first, goal, tried)
             last = survivors(tried, goal, SECOND, 0.15)
             for index in range(1, min(1 + FEW, subject.num_inputs)):
                 measuring.turn(last, index, backwards=bool(index % 2))
@@ -166,6 +167,41 @@ def _tune(
             last, interrupted = [candidate for candidate in last if len(candidate.losses) == most], True
             choice = choose(last, goal)
     return _result(subject, goal, choice, last, len(tried), interrupted)
+
+
+def _try_ways(
+    subject: Subject, measuring: Measuring, first: Sequence[Candidate], goal: Goal, tried: list[Candidate]
+) -> None:
+    """Measures two of the first settings in every way, others where those ways promise most, then the best of all in
+    every way, and what is best then with every location and keep ratio; adds to `tried`, which is `first` until then.
+    """
+    ways = {one: _usable_or_none(subject.target, subject.variants(one)) for one in first}
+    bases = {each: one for one, variants in ways.items() for each in (one, *variants)}
+    nearest = [one for one in survivors(first, goal, NEAREST, 0.1) if ways[one]]
+    probed = {one: ways[one] for one in (*nearest[:1], *nearest[-1:])}
+    for variants in probed.values():
+        _run(measuring, variants, tried)
+    known = {each.way for variants in probed.values() for each in variants}
+    foreseen = {
+        one: [each for each in variants if each.way in known] for one, variants in ways.items() if one not in probed
+    }
+    for one, variants in foreseen.items():
+        foresee(variants, one, probed)
+    every = [each for variants in foreseen.values() for each in variants]
+    likeliest = survivors(every, goal, LIKELIEST, 0.25)
+    for each in every:
+        each.ratios, each.losses = [], {}
+    _run(measuring, likeliest, tried)
+    best = {bases[each] for each in survivors(tried, goal, BEST, 0.1)}
+    _run(measuring, [each for one in first if one in best for each in ways[one] if not each.losses], tried)
+    way = choose(tried, goal).best.way
+    _run(measuring, [each for one in first for each in ways[one] if each.way == way and not each.losses], tried)
+
+
+def _run(measuring: Measuring, candidates: list[Candidate], tried: list[Candidate]) -> None:
+    tried += candidates
+    if candidates:
+        measuring.turn(candidates, 0)
 
 
 def goal_of(speedup: float | None, max_loss: float | None, pareto: bool) -> Goal:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,8 @@ Goal = tuple[Literal["speedup", "max_loss", "pareto"], float]
 # Settings whose speed differs by less are the same to a user.
 TIE = 0.01
 RESAMPLES = 500
+# Losses below are as good as none.
+NO_LOSS = 1e-4
 
 
 @dataclass(eq=False)
@@ -36,6 +38,7 @@ class Candidate:
         ideal: speed-up by FLOPs alone; None where it is not known.
         ratios: plain over reduced time, one a turn. seconds: reduced time.
         losses: by the number of the input.
+        way: of a variant, what makes it another than the setting that it is a variant of, in words.
     """
 
     config: AnyConfig
@@ -44,6 +47,7 @@ class Candidate:
     ratios: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
+    way: str = ""
 
     @property
     def loss(self) -> float:
@@ -138,16 +142,18 @@ def usable(target: Any, candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def survivors(candidates: Sequence[Candidate], goal: Goal, count: int, slack: float) -> list[Candidate]:
-    """The `count` candidates that are nearest to the goal; slack: by how much of it a number may be wrong yet."""
+    """The `count` candidates that are nearest to the goal; slack: by how much of it a number may be wrong yet.
+
+    Half of the places are for those that reach the goal by the numbers there are: what just misses it is better in all
+    else, and would leave none of them.
+    """
     kind, wanted = goal
     if kind == "speedup":
-        near = [c for c in candidates if c.speed_up >= wanted * (1 - slack)]
-        rest = sorted((c for c in candidates if c not in near), key=lambda c: -c.speed_up)
-        return [*sorted(near, key=lambda c: (c.loss, -c.speed_up)), *rest][:count]
+        return _nearest(candidates, count, lambda c: wanted / c.speed_up, 1 / (1 - slack), lambda c: c.loss)
     if kind == "max_loss":
-        near = [c for c in candidates if c.loss <= wanted * (1 + 4 * slack)]
-        rest = sorted((c for c in candidates if c not in near), key=lambda c: (c.loss, -c.speed_up))
-        return [*sorted(near, key=lambda c: -c.speed_up), *rest][:count]
+        return _nearest(
+            candidates, count, lambda c: c.loss / max(wanted, NO_LOSS), 1 + 4 * slack, lambda c: -c.speed_up
+        )
     found: list[Candidate] = []
     left = list(candidates)
     while left and len(found) < count:
@@ -157,9 +163,41 @@ def survivors(candidates: Sequence[Candidate], goal: Goal, count: int, slack: fl
     return found[:count]
 
 
+def _nearest(
+    candidates: Sequence[Candidate],
+    count: int,
+    share: Callable[[Candidate], float],
+    most: float,
+    cost: Callable[[Candidate], float],
+) -> list[Candidate]:
+    """share: of what the goal allows, which may be up to `most` yet. cost: what is least in the best of those."""
+    ordered = sorted(candidates, key=lambda c: (cost(c), share(c)))
+    near = [c for c in ordered if share(c) <= most]
+    reach = [c for c in near if share(c) <= 1][: (count + 1) // 2]
+    others = [c for c in near if c not in reach]
+    rest = sorted((c for c in ordered if share(c) > most), key=share)
+    return [*reach, *others, *rest][:count]
+
+
 def _beats(one: Candidate, other: Candidate) -> bool:
     better = one.speed_up > other.speed_up or one.loss < other.loss
     return better and one.speed_up >= other.speed_up and one.loss <= other.loss
+
+
+def foresee(variants: Sequence[Candidate], base: Candidate, probed: Mapping[Candidate, Sequence[Candidate]]) -> None:
+    """Gives variants of a setting the speed and the loss that their ways had, beside its own, in a setting of about its
+    loss that was measured in every way.
+
+    Args:
+        variants: not measured yet; of ways that some setting was measured in.
+        base: what they are variants of, measured.
+        probed: measured settings and their measured variants.
+    """
+    for each in variants:
+        same = [(other, one) for one, others in probed.items() for other in others if other.way == each.way]
+        other, one = min(same, key=lambda pair: abs(np.log((pair[1].loss + NO_LOSS) / (base.loss + NO_LOSS))))
+        each.ratios = [base.speed_up * other.speed_up / one.speed_up]
+        each.losses = {0: base.loss * (other.loss + NO_LOSS) / (one.loss + NO_LOSS)}
 
 
 @dataclass(frozen=True)

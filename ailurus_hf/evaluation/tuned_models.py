@@ -117,7 +117,11 @@ class ModelSubject:
             for clustering in CLUSTERINGS
             for restore in RESTORES[self._is_dense]
         ]
-        return [Candidate(each, label_of(each)) for each in every if each != config]
+        return [
+            Candidate(each, label_of(each), way=f"{each.clustering}, {each.restore}")
+            for each in every
+            if each != config
+        ]
 
 
 def label_of(config: AiluRusConfig) -> str:

@@ -74,15 +74,17 @@ class PipelineSubject:
 
     def variants(self, candidate: Candidate) -> list[Candidate]:
         """Other levels, attention alone, clusters by stack, other refreshes, and first and last steps on all tokens."""
-        config = candidate.config
-        keep = config.keep_ratio
-        changes: list[dict[str, Any]] = [{"refresh_every": steps} for steps in REFRESH]
-        changes += [{"scope": "attention"}, {"cluster_per": "stack"}]
-        changes += [{"unreduced_first_steps": 2}, {"unreduced_last_steps": 2}]
+        config, keep = candidate.config, candidate.config.keep_ratio
+        changes: dict[str, dict[str, Any]] = {f"refresh every {n}": {"refresh_every": n} for n in REFRESH}
+        changes |= {"attention": {"scope": "attention"}, "by stack": {"cluster_per": "stack"}}
+        changes |= {"first steps": {"unreduced_first_steps": 2}, "last steps": {"unreduced_last_steps": 2}}
         if isinstance(keep, float):  # only where there are most tokens, and fewer of these than of the next level's
-            changes += [{"keep_ratio": {1: keep}}, {"keep_ratio": {1: keep, 2: min(1.0, 2 * keep)}}]
-        every = [dataclasses.replace(config, **change) for change in changes]
-        return [Candidate(each, label_of(each)) for each in every if each != config]
+            changes |= {
+                "one level": {"keep_ratio": {1: keep}},
+                "two levels": {"keep_ratio": {1: keep, 2: min(1.0, 2 * keep)}},
+            }
+        every = {way: dataclasses.replace(config, **change) for way, change in changes.items()}
+        return [Candidate(each, label_of(each), way=way) for way, each in every.items() if each != config]
 
 
 def label_of(config: Any) -> str:

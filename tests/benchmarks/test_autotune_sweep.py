@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
+import transformers as hf
 from models import images_for, make_model
 
-from ailurus_hf.evaluation.search import Candidate
+from ailurus_hf import AiluRusConfig, ailurus_status
+from ailurus_hf.evaluation.autotune import tune
+from ailurus_hf.evaluation.search import Candidate, choose
 from ailurus_hf.evaluation.tuned_models import ModelSubject
+from benchmarks.harness import RESULTS
 from benchmarks.vision import autotune_sweep
 
 NAME = "Dinov2ForImageClassification"
@@ -48,3 +53,49 @@ def test_how_far_behind(goal, share):
     pick.ratios, best.ratios = [1.5, 1.5], [2.0, 2.0]
     pick.losses, best.losses = {0: 0.19}, {0: 0.1}
     assert autotune_sweep.falls_short(pick, best, goal) == pytest.approx(share)
+
+
+class Recorded:
+    """A subject with the speeds and losses of a recorded sweep, and a clock of its own; `noise` of time and loss."""
+
+    device, precision, loss_means, num_inputs = torch.device("cpu"), "float32", "recorded", 32
+
+    def __init__(self, rows, noise):
+        self.rows, self.noise, self.now = rows, noise, 0.0
+        config = hf.ViTConfig(hidden_size=8, num_hidden_layers=8, num_attention_heads=1, intermediate_size=8)
+        self.target, self.generator = hf.ViTModel(config), torch.Generator().manual_seed(0)
+        self.settings = ModelSubject(self.target, [])
+        self.labels = {each.config.to_json(): each.label for each in autotune_sweep.all_settings(self.settings)}
+
+    def around(self, value):
+        return value * (1 + self.noise * float(torch.randn((), generator=self.generator)))
+
+    def run(self, index):
+        status = ailurus_status(self.target)
+        label = self.labels[AiluRusConfig.from_dict(status.config).to_json()] if status.active else None
+        self.now += self.around(1.0 if label is None else 1 / self.rows[label]["speed_up"])
+        return label
+
+    def loss(self, plain, reduced, index):
+        return self.around(self.rows[reduced]["loss"])
+
+    def ideal(self):
+        return None
+
+    def first(self):
+        return [each for each in self.settings.first() if each.label in self.rows]
+
+    def variants(self, candidate):
+        return [each for each in self.settings.variants(candidate) if each.label in self.rows]
+
+
+@pytest.mark.parametrize("goal", [("max_loss", 0.01), ("max_loss", 0.02), ("speedup", 2.0)])
+def test_autotune_finds_what_a_recorded_sweep_of_the_shipped_model_found(goal):
+    """Its best for 2 % is Ward's on a setting that itself loses 2.6 %: the settings differ in what they gain by it."""
+    sweep = json.loads((RESULTS / "cpu" / "autotune_sweep-fp32.json").read_text())["sweep"]
+    recorded = Recorded({row["label"]: row for row in sweep}, noise=0.03)
+    tuned = tune(recorded, goal, progress=False, timer=lambda: recorded.now)
+    every = [Candidate(None, row["label"], ratios=[row["speed_up"]], losses={0: row["loss"]}) for row in sweep]
+    pick = next(each for each in every if each.label == tuned.rows[tuned.chosen].label)
+    assert autotune_sweep.falls_short(pick, choose(every, goal).best, goal) < 0.05
+    assert tuned.num_tried < 0.6 * len(every)

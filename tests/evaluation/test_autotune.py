@@ -100,7 +100,7 @@ def test_times_that_tell_nothing_are_no_confident_choice():
 
 def test_more_turns_end_where_the_choice_is_settled():
     """In the middle of a round: a round of 32 images takes a minute."""
-    one, two = Known(jitter=0.03), Known(jitter=0.03)
+    one, two = Known(jitter=0.04), Known(jitter=0.04)
     first = tune(one, ("max_loss", 1.0), rounds=1, progress=False, timer=lambda: one.now)
     second = tune(two, ("max_loss", 1.0), rounds=2, progress=False, timer=lambda: two.now)
     assert not first.confident and second.confident
