@@ -2,6 +2,8 @@
 # make test    the whole test suite
 # make test-oldest, test-newest    the suite with the oldest versions allowed, and with the newest of the package index
 # make tables  every table and figure of the paper that the data and weights here allow (TABLES_FLAGS=--list: only says which)
+# make tables-gpu  every row of them that needs a GPU and no weights, in under 30 minutes (GPU_PYTHON: an environment that has
+#              torch for it, instead of .venv; TABLES_FLAGS="--device cpu --tiny": a dry run)
 # make docs    the documentation as a site, in site/
 # make check   format, lint, types, and the documentation with warnings as errors
 # Each makes .venv first, from nothing but python3 and a package index, and keeps it until its ingredients change.
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 # One thread a worker: two workers of two threads each on two cores are slower than one.
 TEST_FLAGS ?= -n auto --maxprocesses 4
 
-.PHONY: demo docs test test-oldest test-newest tables check format clean
+.PHONY: demo docs test test-oldest test-newest tables tables-gpu check format clean
 .DEFAULT_GOAL := test
 
 # Written last, so an install that was cut off is done again.
@@ -41,6 +43,11 @@ test-oldest test-newest:
 
 tables: $(VENV)/.complete
 	$(BIN)/python -m benchmarks.tables $(TABLES_FLAGS)
+
+GPU_PYTHON ?= $(BIN)/python
+
+tables-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.complete)
+	$(GPU_PYTHON) -m benchmarks.tables_gpu $(TABLES_FLAGS)
 
 check: $(VENV)/.complete
 	$(BIN)/ruff format --check .

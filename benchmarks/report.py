@@ -19,9 +19,11 @@ from typing import Any
 
 from ailurus_hf.vision.model_table import supported_models
 
-from . import tables
+from . import tables, tables_gpu
 from .clustering import clustering_cost, clustering_overhead, clusterings
 from .diffusion import diffusion_quality, diffusion_speed, joint_speed
+from .gpu.rows import ROWS
+from .gpu.worker import finer
 from .harness import RESULTS, ROOT, markdown, measured_columns
 from .harness.bootstrap import BY_CHANCE
 from .training import finetune_quality, finetune_speed, trained_models
@@ -162,6 +164,23 @@ def as_printed(entry: tables.Entry, result: dict[str, Any]) -> str:
     return measured_columns(rows, columns)
 
 
+def gpu_tables() -> str:
+    """By device what `make tables-gpu` made: targets, and each row as its benchmark prints it."""
+    blocks = []
+    for path in sorted(RESULTS.glob(f"*/{tables_gpu.SUMMARY}-all.json")):
+        summary = json.loads(path.read_text())
+        blocks.append(f"### {summary['device']}\n\n{tables_gpu.in_the_end(summary['rows'])}")
+        for line in summary["rows"]:
+            if line["state"] == "done":
+                result = load(stem := f"{path.parent.name}/{line['row']}")
+                columns = {key: finer(head) for key, head in ROWS[line["row"]].columns.items()}
+                table = measured_columns(result["rows"], columns)
+                blocks.append(f"#### {line['what']}\n\n{table}\n{source(result, stem)}")
+    if not blocks:
+        raise FileNotFoundError("no GPU was measured")
+    return "\n\n".join(blocks)
+
+
 def index() -> str:
     """Every result file: what it shows, on which device, when, and the command that made it."""
     what = {name: f"{entry.title}: {entry.what}" for entry in tables.ENTRIES for name in entry.options.get("name", [])}
@@ -260,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "batches": rows_as_measured("cpu/batched_speed-fp32", batched_speed.COLUMNS),
     "pipeline": rows_as_measured("cpu/pipeline_parts-fp32", batched_speed.PIPELINE_COLUMNS),
     "autotune": rows_as_measured("cpu/autotune_sweep-fp32", autotune_sweep.COLUMNS),
+    "on a GPU": gpu_tables,
     "dense heads": rows_as_measured("cpu/families_speed-fp32", families_speed.COLUMNS),
     "depth": rows_as_measured("cpu/families_speed_dpt-fp32", families_speed.COLUMNS),
     "stages": rows_as_measured("cpu/families_speed_stages-fp32", families_speed.COLUMNS),

@@ -39,7 +39,8 @@ def with_mid_positions(encoder: Any) -> Iterable[int]:
 def before_predicted_masks(encoder: Any) -> list[int]:
     """EoMT predicts a mask before each of its last layers while it trains, and where a checkpoint asks for it."""
     first = encoder.config.num_hidden_layers - encoder.config.num_blocks
-    predicts = [encoder.training or bool(probability > 0) for probability in encoder.attn_mask_probs]
+    # Read at once: each read waits for the device.
+    predicts = [encoder.training or probability > 0 for probability in encoder.attn_mask_probs.tolist()]
     return [first + block - 1 for block, predicted in enumerate(predicts) if predicted]
 
 

@@ -247,6 +247,7 @@ def measure_compiled(
     unet: UNet2DConditionModel,
     batch: int = 1,
     steps: int | None = None,
+    backend: str = "inductor",
 ) -> list[dict[str, Any]]:
     """As `measure`, without memory and fidelity, of UNets of their own on shared weights, compiled with the method on.
 
@@ -267,7 +268,7 @@ def measure_compiled(
             row: dict[str, Any] = {"method": name}
             if (status := ailurus_status(twin)).active:
                 row["ideal"] = full / (full - batch * status.saved_flops)
-            compiled = torch.compile(twin, fullgraph=name == "plain" or name in OURS)
+            compiled = torch.compile(twin, fullgraph=name == "plain" or name in OURS, backend=backend)
             start = time.perf_counter()
             step_of(compiled, given[0])
             wait_for(unet.device)

@@ -16,6 +16,7 @@ from ailurus_hf.evaluation.timing import markdown, measured_on
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 log = logging.getLogger("benchmarks")
 
 
@@ -39,7 +40,7 @@ def _without_folder(argument: str) -> str:
 
 def device_folder(device: str) -> str:
     """The folder of a device's results: "cpu", or a GPU's name without its maker, as in "h100-80gb-hbm3"."""
-    if "NVIDIA" not in device:
+    if device.endswith(" threads"):
         return "cpu"
     return "-".join(device.split(",")[0].replace("NVIDIA", "").lower().split())
 

@@ -35,20 +35,22 @@ def reductions_in_turn(
 ) -> list[dict[str, Any]]:
     """A row a config: one model, on which each config is on for its turn alone, and what the FLOPs allow.
 
-    run: from one of `images`, Tensor[B, 3, H, W], to what is compared with the plain model's by cosine.
+    run: from one of `images`, Tensor[B, 3, H, W], to what is compared with the plain model's by cosine. The device is
+    that of the images.
     """
     full, before = model_flops(lambda: run(images[0])), run(images[0])
     rows: list[dict[str, Any]] = []
     for config in configs:
         with ailurus_enabled(model, config):
             after, status = run(images[0]), ailurus_status(model)
-        cosines = [F.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(before, after, strict=True)]
+        pairs = zip(before, after, strict=True)
+        cosines = [F.cosine_similarity(a.flatten(1).float(), b.flatten(1).float()) for a, b in pairs]
         rows.append(
             {
                 "tokens": ", ".join(
                     f"{location.num_tokens} → {location.num_clusters}" for location in status.locations
                 ),
-                "ideal": full / (full - status.saved_flops),
+                "ideal": full / (full - images.shape[1] * status.saved_flops),
                 "cosine": torch.stack(cosines).mean().item(),
             }
         )
@@ -56,6 +58,7 @@ def reductions_in_turn(
     seconds = interleaved(
         {number: lambda n: run(images[n % len(images)]) for number in range(len(contenders))},
         repeats,
+        device=images.device,
         around=lambda number: ailurus_enabled(model, contenders[number]),
     )
     for number, row in enumerate(rows, start=1):

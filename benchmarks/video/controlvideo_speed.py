@@ -203,15 +203,22 @@ def counted_flops(
 
 @torch.inference_mode()
 def measure(
-    pipe: ControlVideoPipeline, frames: int, size: int, methods: list[str], repeats: int, *, whole: bool = False
+    pipe: ControlVideoPipeline,
+    frames: int,
+    size: int,
+    methods: list[str],
+    repeats: int,
+    *,
+    whole: bool = False,
+    steps: int = 50,
 ) -> list[dict[str, Any]]:
-    """One row a method. Methods share the networks: each is on during its own turn only."""
+    """One row a method. Methods share the networks: each is on during its own turn only. steps: of a whole video."""
     device = pipe.unet.device
     given = [inputs(pipe, frames, size, number) for number in range(2)]
     methods = ["plain", *(name for name in methods if name != "plain")]
     networks = dict(pipe.unet.config), dict(pipe.controlnet.config)
     full = 1e12 * counted_flops(frames, size, ["plain"], *networks)[0]["tflops"]
-    run = video_of if whole else step_of
+    run = partial(video_of, steps=steps) if whole else step_of
     rows = methods_in_turn(
         pipe,
         {name: partial(METHODS[name], pipe, frames, (size // FACTOR) ** 2) for name in methods},

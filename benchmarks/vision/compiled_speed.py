@@ -3,6 +3,7 @@
     python -m benchmarks.vision.compiled_speed                      # all of GEOMETRIES, batch 1, fp32
     python -m benchmarks.vision.compiled_speed --precision bf16 --models "ViT-B/16 512"
     python -m benchmarks.vision.compiled_speed --tiny               # a dry run in seconds: measures and saves nothing
+    python -m benchmarks.vision.compiled_speed --precision bf16 --device cuda
 
 Every contender is one graph (fullgraph) on the same weights. Compile time is that of the first call, with no cache of
 earlier runs. UNets: `python -m benchmarks.diffusion_speed --compile`. Random weights but for the Segmenter: speed does
@@ -27,6 +28,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, ailurus_status, apply_ailurus
+from ailurus_hf.evaluation.timing import wait_for
 
 from ..harness import environment, interleaved, log, markdown, model_flops, save
 from . import families_speed, vit_speed
@@ -104,12 +106,13 @@ def measure(
     repeats: int,
     backend: str = "inductor",
     geometry: Geometry | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """A row a clustering; forwards of all contenders in turn. geometry: instead of the one of that name."""
-    geometry = geometry or GEOMETRIES[name]
+    geometry, device = geometry or GEOMETRIES[name], torch.device(device)
     torch.manual_seed(0)
-    plain = geometry.make().eval().to(PRECISIONS[precision])
-    images = torch.randn(3, 1, 3, *geometry.size).to(PRECISIONS[precision])
+    plain = geometry.make().eval().to(device, PRECISIONS[precision])
+    images = torch.randn(3, 1, 3, *geometry.size).to(device, PRECISIONS[precision])
     full, before = model_flops(lambda: plain(images[0])), geometry.prediction(plain(images[0]))
     contenders: dict[str, Callable[[int], Any]] = {}
     _, plain_compile = _compiled(sharing_weights(plain), images, contenders, "plain", backend)
@@ -126,7 +129,7 @@ def measure(
         rows.append(row)
         log.info("%s, %s compiled in %.0f s", name, clustering, row["compile_s"])
     with torch._dynamo.config.patch(recompile_limit=8 * len(contenders)):
-        seconds = interleaved(contenders, repeats, warmup=2)
+        seconds = interleaved(contenders, repeats, warmup=2, device=device)
     for row in rows:
         row |= {"plain_ms": 1e3 * seconds["plain"], "reduced_ms": 1e3 * seconds[row["clustering"]]}
         row["speed_up"] = row["plain_ms"] / row["reduced_ms"]
@@ -151,6 +154,7 @@ def _compiled(
     with limit, torch._inductor.config.patch(force_disable_caches=True):
         start = time.perf_counter()
         output = contenders[name](0)
+        wait_for(images.device)
         return output, time.perf_counter() - start
 
 
@@ -163,6 +167,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--clusterings", nargs="+", default=["local_kmeans", "density_peaks", "ward"])
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tiny", action="store_true", help="a dry run on small geometries; saves nothing")
     parser.add_argument("--name", default="compiled_speed", help="of the result file (default: %(default)s)")
@@ -174,8 +179,8 @@ def main() -> None:
         if args.tiny:
             rows += measure(name, args.clusterings, args.precision, 1, "eager", tiny(name))
         else:
-            rows += measure(name, args.clusterings, args.precision, args.repeats)
-            save(args.name, rows, environment(torch.device("cpu"), args.precision))
+            rows += measure(name, args.clusterings, args.precision, args.repeats, device=args.device)
+            save(args.name, rows, environment(args.device, args.precision))
         print(markdown(rows[-len(args.clusterings) :], COLUMNS), flush=True)
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.vision.detection_speed                                     # all of ROWS, batch 1, fp32
     python -m benchmarks.vision.detection_speed --models "ViT-L (CAE)" --rows 7,1600
     python -m benchmarks.vision.detection_speed --part pyramid                      # with the transposed convolutions
+    python -m benchmarks.vision.detection_speed --device cuda --dtype bf16
 
 A photograph of COCO is 640 x 480 pixels for the most part, so 1067 x 800 as the detector sees it, padded to whole
 patches: 1072 x 800, a grid of 50 x 67. CAE's encoder has relative position bias, of heads · N² numbers in each layer; a
@@ -25,7 +26,7 @@ from transformers import BeitConfig, BeitModel, ViTConfig, ViTModel, YolosConfig
 from ailurus_hf import AiluRusConfig
 from ailurus_hf.detection.pyramid import ViTPyramid
 
-from ..harness import environment, log, markdown, reductions_in_turn, save
+from ..harness import DTYPES, environment, log, markdown, reductions_in_turn, save
 
 SIZE = (800, 1072)
 PATCHES = {"image_size": 224, "patch_size": 16}
@@ -83,13 +84,21 @@ def run_part(model: nn.Module, part: str) -> Callable[[Tensor], list[Tensor]]:
 
 @torch.no_grad()  # BEiT keeps tensors that it makes, and could not train on with those of inference mode
 def measure(
-    name: str, rows: list[tuple[int, int]], repeats: int, size: tuple[int, int] = SIZE, part: str = "encoder"
+    name: str,
+    rows: list[tuple[int, int]],
+    repeats: int,
+    size: tuple[int, int] = SIZE,
+    part: str = "encoder",
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
 ) -> list[dict[str, Any]]:
     """A row for each location and number of clusters; one model, switched on for each contender's turn alone."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval().requires_grad_(False)  # the counter of FLOPs follows YOLOS's positions otherwise
+    # The counter of FLOPs follows YOLOS's positions otherwise.
+    model = MODELS[name]().eval().requires_grad_(False).to(device, DTYPES[precision])
     forward = run_part(model, part)
-    images = torch.randn(3, 1, 3, *size)
+    images = torch.randn(3, 1, 3, *size).to(device, DTYPES[precision])
     configs = [AiluRusConfig.paper(location, clusters) for location, clusters in rows]
     return [
         {
@@ -113,15 +122,18 @@ def main() -> None:
     parser.add_argument("--part", default="encoder", choices=["encoder", "pyramid"])
     parser.add_argument("--size", nargs=2, type=int, default=SIZE, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--name", default="detection_speed", help="of the result file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given = [tuple(map(int, row.split(","))) for row in args.rows or []]
+    options = {"device": args.device, "precision": args.dtype}
     rows = []
     for name in args.models:
-        rows += measure(name, given or ROWS[name], args.repeats, tuple(args.size), args.part)
+        rows += measure(name, given or ROWS[name], args.repeats, tuple(args.size), args.part, **options)
         log.info("%s", markdown(rows, COLUMNS).splitlines()[-1])
-    save(args.name, rows, environment(torch.device("cpu"), "fp32"))
+    save(args.name, rows, environment(args.device, args.dtype))
     print(markdown(rows, COLUMNS))
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.vision.families_speed                                   # all of GEOMETRIES, batch 1, fp32
     python -m benchmarks.vision.families_speed --models "SegFormer-B5 1024" --stages 1 2 3 4
+    python -m benchmarks.vision.families_speed --device cuda --dtype bf16
 
 Random weights: speed does not depend on them. Fidelity is the cosine to the plain model's prediction on random images,
 a lower bound that real images and weights do not reach.
@@ -33,7 +34,7 @@ from transformers import (
 
 from ailurus_hf import AiluRusConfig
 
-from ..harness import environment, log, markdown, reductions_in_turn, save
+from ..harness import DTYPES, environment, log, markdown, reductions_in_turn, save
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
@@ -42,11 +43,12 @@ def depth_anything(
     size: int, sizes: dict[str, int] = LARGE, neck: Sequence[int] = (256, 512, 1024, 1024), fusion: int = 256
 ) -> nn.Module:
     """DINOv2-L with the DPT head, which reads four layers. sizes, neck, fusion: of smaller ones."""
+    depth = sizes["num_hidden_layers"]
     backbone = Dinov2Config(
         **sizes,
         image_size=size,
         patch_size=14,
-        out_features=["stage5", "stage12", "stage18", "stage24"],
+        out_features=[f"stage{depth * part // 24}" for part in (5, 12, 18, 24)],
         reshape_hidden_states=False,
     )
     return DepthAnythingForDepthEstimation(
@@ -59,7 +61,7 @@ def depth_anything(
     )
 
 
-def eomt(size: int, masks_attention: bool = False) -> nn.Module:
+def eomt(size: int, masks_attention: bool = False, sizes: dict[str, int] = LARGE) -> nn.Module:
     """EoMT-L: 200 queries join in the last four layers.
 
     Its training fades out the masks that queries put on attention (mask annealing), and a trained checkpoint has none
@@ -67,7 +69,7 @@ def eomt(size: int, masks_attention: bool = False) -> nn.Module:
     front of each of the last layers too.
     """
     model = EomtForUniversalSegmentation(
-        EomtConfig(**LARGE, image_size=size, patch_size=16, num_queries=200, num_blocks=4)
+        EomtConfig(**sizes, image_size=size, patch_size=16, num_queries=200, num_blocks=4)
     )
     model.attn_mask_probs.fill_(float(masks_attention))
     return model
@@ -136,13 +138,20 @@ COLUMNS = {
 
 @torch.inference_mode()
 def measure(
-    name: str, clusterings: list[str], repeats: int, stages: list[tuple[int, ...]] | None = None
+    name: str,
+    clusterings: Sequence[str],
+    repeats: int,
+    stages: list[tuple[int, ...]] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    batch: int = 1,
 ) -> list[dict[str, Any]]:
     """A row a clustering and choice of stages; one model, on which each contender is switched on for its turn alone."""
     geometry = GEOMETRIES[name]
     torch.manual_seed(0)
-    model = geometry.make(geometry.size).eval()
-    images = torch.randn(3, 1, 3, geometry.size, geometry.size)
+    model = geometry.make(geometry.size).eval().to(device, DTYPES[precision])
+    images = torch.randn(3, batch, 3, geometry.size, geometry.size).to(device, DTYPES[precision])
     fields = [
         {**geometry.fields, "clustering": clustering, **({"stages": chosen} if chosen else {})}
         for clustering in clusterings
@@ -152,7 +161,7 @@ def measure(
         model, lambda image: [geometry.prediction(model(image))], images, [AiluRusConfig(**f) for f in fields], repeats
     )
     return [
-        {"model": name, "reduction": f"{row['tokens']}, {given['clustering']}", **row, **given}
+        {"model": name, "batch": batch, "reduction": f"{row['tokens']}, {given['clustering']}", **row, **given}
         for row, given in zip(rows, fields, strict=True)
     ]
 
@@ -163,15 +172,19 @@ def main() -> None:
     parser.add_argument("--clusterings", nargs="+", default=["density_peaks", "local_kmeans"])
     parser.add_argument("--stages", nargs="+", type=int, help="each of these alone, and then all (SegFormer)")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--name", default="families_speed", help="of the result file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = [*((stage,) for stage in args.stages), tuple(args.stages)] if args.stages else None
+    options = {"device": args.device, "precision": args.dtype, "batch": args.batch}
     rows = []
     for name in args.models:
-        rows += measure(name, args.clusterings, args.repeats, chosen)
+        rows += measure(name, args.clusterings, args.repeats, chosen, **options)
         log.info("%s", markdown(rows, COLUMNS).splitlines()[-1])
-    save(args.name, rows, environment(torch.device("cpu"), "fp32"))
+    save(args.name, rows, environment(args.device, args.dtype))
     print(markdown(rows, COLUMNS))
 
 

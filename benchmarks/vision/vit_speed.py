@@ -4,6 +4,7 @@
 ours. What that leaves of the share is the machine's: matrix products of fewer rows run at a lower rate.
 
     python -m benchmarks.vision.vit_speed                 # ViT-L at 640 x 640 and ViT-B at 512 x 512, batch 1, fp32
+    python -m benchmarks.vision.vit_speed --device cuda --dtype bf16 --batch 16
 
 Random weights: speed does not depend on them. Fidelity here is the cosine to the plain model's output on random images,
 a lower bound that real images and weights do not reach; benchmarks.vision.segmenter_quality measures quality.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from ailurus_hf.clustering import ClusterFunction, get_clustering
 from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.discovery import find_encoders
 
-from ..harness import environment, interleaved, log, markdown, model_flops, save
+from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save
 
 GEOMETRIES = {
     "ViT-L/16 640": (640, 400, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
@@ -55,15 +56,24 @@ def make_vit(name: str) -> ViTModel:
 
 
 @torch.inference_mode()
-def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) -> list[dict[str, Any]]:
+def measure(
+    name: str,
+    clusterings: Sequence[str],
+    repeats: int,
+    location: int = 2,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    batch: int = 1,
+) -> list[dict[str, Any]]:
     """A row a clustering: plain and reduced forwards in turn, and the clustering steps alone on the features at L.
 
     All contenders are one set of weights: where in memory weights lie moves a ratio by several percent.
     """
-    size, num_clusters, _ = GEOMETRIES[name]
+    (size, num_clusters, _), device = GEOMETRIES[name], torch.device(device)
     torch.manual_seed(0)
-    plain = make_vit(name).eval()
-    images = torch.randn(4, 1, 3, size, size)
+    plain = make_vit(name).eval().to(device, DTYPES[precision])
+    images = torch.randn(4, batch, 3, size, size).to(device, DTYPES[precision])
     full = model_flops(lambda: plain(images[0]))
     before = plain(images[0], output_hidden_states=True)
     tokens, grid = before.hidden_states[location][:, 1:].contiguous(), (size // 16, size // 16)
@@ -87,7 +97,7 @@ def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) 
     for clustering in clusterings:
         settings = AiluRusConfig(cluster_location=location, num_clusters=num_clusters, clustering=clustering)
         reduced = apply_ailurus(twin(), settings)
-        after = reduced(images[0]).last_hidden_state
+        after = reduced(images[0]).last_hidden_state.float()
         rows.append(
             {
                 "model": name,
@@ -95,14 +105,15 @@ def measure(name: str, clusterings: list[str], repeats: int, location: int = 2) 
                 "location": location,
                 "num_tokens": tokens.shape[1],
                 "num_clusters": num_clusters,
-                "ideal": full / (full - ailurus_status(reduced).saved_flops),
-                "cosine": cosine_similarity(before.last_hidden_state, after, dim=-1).mean().item(),
+                "batch": batch,
+                "ideal": full / (full - batch * ailurus_status(reduced).saved_flops),
+                "cosine": cosine_similarity(before.last_hidden_state.float(), after, dim=-1).mean().item(),
             }
         )
         contenders[clustering] = lambda n, model=reduced: model(images[n % len(images)])
         contenders[f"{clustering} steps"] = partial(_steps, get_clustering(clustering), tokens, grid, num_clusters)
 
-    seconds = interleaved(contenders, repeats)
+    seconds = interleaved(contenders, repeats, device=device)
     for row in rows:
         reduced_seconds, steps = seconds[row["clustering"]], seconds[f"{row['clustering']} steps"]
         row["speed_up"] = seconds["plain"] / reduced_seconds
@@ -123,13 +134,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--clusterings", nargs="+", default=["density_peaks", "local_kmeans"])
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--name", default="vit_speed", help="of the result file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = []
     for name in args.models:
-        rows += measure(name, args.clusterings, args.repeats)
+        options = {"device": args.device, "precision": args.dtype, "batch": args.batch}
+        rows += measure(name, args.clusterings, args.repeats, **options)
         log.info("%s done", name)
-    save("vit_speed", rows, environment(torch.device("cpu"), "fp32"))
+    save(args.name, rows, environment(args.device, args.dtype))
     print(markdown(rows, COLUMNS))
 
 

@@ -85,7 +85,7 @@ def test_compiled_unets_of_their_own_share_weights(monkeypatch):
     monkeypatch.setitem(diffusion_speed.MODELS, "sd15", {**UNET, **UP, "attention_head_dim": 2})
     unet = diffusion_speed.make_unet("sd15", torch.device("cpu"), torch.float32)
     graphs = []
-    monkeypatch.setattr(torch, "compile", lambda twin, fullgraph: graphs.append((twin, fullgraph)) or twin)
+    monkeypatch.setattr(torch, "compile", lambda twin, fullgraph, backend: graphs.append((twin, fullgraph)) or twin)
     rows = diffusion_speed.measure_compiled("sd15", 256, ["blocks 0.5", "ToDo 2"], 1, unet=unet)
     assert [row["method"] for row in rows] == ["plain", "blocks 0.5", "ToDo 2"] and rows[0]["speed_up"] == 1
     assert all(row["compile_s"] > 0 for row in rows) and [row.get("ideal", 0) > 1 for row in rows] == [

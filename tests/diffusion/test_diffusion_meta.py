@@ -1,0 +1,38 @@
+"""A reduced network waits for no device: every network, way and clustering on meta tensors, where reading a value
+raises.
+
+Flux's grid is given: without, it is read from `img_ids`, once a picture.
+"""
+
+import pytest
+import torch
+from diffusion_models import NETWORKS, SETTINGS, predict
+from diffusion_ways import WAYS, on_every_network, sample
+
+from ailurus_hf import ailurus_status, apply_ailurus
+from ailurus_hf.clustering import clustering_names
+
+META = torch.device("meta")
+
+
+def reads_nothing(name, **fields):
+    with META:
+        network = NETWORKS[name].make().eval()
+    apply_ailurus(network, **{**SETTINGS, **fields})
+    given = {"joint_attention_kwargs": {"grid": NETWORKS[name].grids[0]}} if name == "Flux" else {}
+    with META:
+        predict(network, name, sample(name).to(META), **given)
+    (location, *_) = ailurus_status(network).locations
+    assert location.num_clusters < location.num_tokens
+
+
+@on_every_network
+@pytest.mark.parametrize("way", WAYS)
+def test_no_network_reads_a_value(name, way):
+    reads_nothing(name, **WAYS[way])
+
+
+@pytest.mark.parametrize("name", ["UNet", "Flux", "Wan"])
+@pytest.mark.parametrize("clustering", clustering_names())
+def test_no_clustering_reads_a_value(name, clustering):
+    reads_nothing(name, clustering=clustering)
