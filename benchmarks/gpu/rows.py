@@ -124,7 +124,7 @@ def _family(name: str, short: str, *targets: Target, batch: int = 1) -> Row:
 
 def _compiled(name: str, short: str, minutes: float) -> Row:
     def run(module: Any, on: Machine) -> Rows:
-        return module.measure(name, on.some(CLUSTERINGS[1:]), "bf16", on.repeats(11), on.backend, on.device)
+        return module.measure(name, on.some(CLUSTERINGS[1:]), "bf16", on.repeats(11), on.backend, device=on.device)
 
     targets = (Target("share_of_ideal", {"clustering": "local_kmeans"}, least=0.95), Target("compile_s", most=40))
     return Row(
