@@ -1,9 +1,9 @@
 """autotune: the setting for one's own model, inputs and device, found by measuring.
 
-In three stages. The first settings, which differ in location and keep ratio, run on one input, and two of them in every
-way of clustering and restoring as well. What a way does to time and loss there is foreseen for all the others, and the
-likeliest run too. The best of all run on a few inputs, and the best of these on all of them, until the choice is
-outside of what chance does or `rounds` are over.
+In three stages. The first settings, which differ in location and keep ratio, run on one typical input, and two of them
+in every way of clustering and restoring as well. What a way does to time and loss there is foreseen for all the others,
+and the likeliest run too. The best of all run on a few inputs, and the best of these on all of them, until the choice
+is outside of what chance does or `rounds` are over.
 """
 
 from __future__ import annotations
@@ -137,19 +137,17 @@ def _tune(
     with tqdm(desc="autotune", unit=" runs", disable=not progress) as bar:
         measuring = Measuring(subject, timer, bar.update)
         try:
-            measuring.turn(first[:1], 0)  # what depends on an image's size alone is made here
-            first[0].ratios.clear()
-            first[0].seconds.clear()
-            measuring.turn(first, 0)
+            order = _typical_first(measuring, first[len(first) // 2])
+            measuring.turn(first, order[0])
             if candidates is None:
-                _try_ways(subject, measuring, first, goal, tried)
+                _try_ways(subject, measuring, first, goal, order[0], tried)
             last = survivors(tried, goal, SECOND, 0.15)
-            for index in range(1, min(1 + FEW, subject.num_inputs)):
-                measuring.turn(last, index, backwards=bool(index % 2))
+            for number, index in enumerate(order[1 : 1 + FEW]):
+                measuring.turn(last, index, backwards=bool(number % 2))
             _forget_first_turn(last)
             last = survivors(last, goal, LAST, 0.05)
-            for index in range(1 + FEW, subject.num_inputs):
-                measuring.turn(last, index, backwards=bool(index % 2))
+            for number, index in enumerate(order[1 + FEW :]):
+                measuring.turn(last, index, backwards=bool(number % 2))
             still_open = last
             for number in range((rounds - 1) * subject.num_inputs):
                 if number % CHECKED == 0:
@@ -169,18 +167,37 @@ def _tune(
     return _result(subject, goal, choice, last, len(tried), interrupted)
 
 
+def _typical_first(measuring: Measuring, candidate: Candidate) -> list[int]:
+    """The numbers of the inputs, before all the one of the first few on which a setting loses about what it loses on
+    them together. What depends on an input's size alone is made here, so nothing of these turns is kept."""
+    inputs = range(measuring.subject.num_inputs)
+    for index in inputs[:FEW]:
+        measuring.turn([candidate], index)
+    losses, mean = candidate.losses, candidate.loss
+    typical = min(losses, key=lambda index: abs(losses[index] - mean))
+    candidate.ratios, candidate.seconds, candidate.losses = [], [], {}
+    return [typical, *(index for index in inputs if index != typical)]
+
+
 def _try_ways(
-    subject: Subject, measuring: Measuring, first: Sequence[Candidate], goal: Goal, tried: list[Candidate]
+    subject: Subject,
+    measuring: Measuring,
+    first: Sequence[Candidate],
+    goal: Goal,
+    index: int,
+    tried: list[Candidate],
 ) -> None:
-    """Measures two of the first settings in every way, others where those ways promise most, then the best of all in
-    every way, and what is best then with every location and keep ratio; adds to `tried`, which is `first` until then.
+    """Measures, on the input of a number, two of the first settings in every way, others where those ways promise most,
+    then the best of all in every way, and what is best then with every location and keep ratio.
+
+    tried: those that ran, `first` until then; the others are added.
     """
     ways = {one: _usable_or_none(subject.target, subject.variants(one)) for one in first}
     bases = {each: one for one, variants in ways.items() for each in (one, *variants)}
     nearest = [one for one in survivors(first, goal, NEAREST, 0.1) if ways[one]]
     probed = {one: ways[one] for one in (*nearest[:1], *nearest[-1:])}
     for variants in probed.values():
-        _run(measuring, variants, tried)
+        _run(measuring, variants, index, tried)
     known = {each.way for variants in probed.values() for each in variants}
     foreseen = {
         one: [each for each in variants if each.way in known] for one, variants in ways.items() if one not in probed
@@ -191,17 +208,19 @@ def _try_ways(
     likeliest = survivors(every, goal, LIKELIEST, 0.25)
     for each in every:
         each.ratios, each.losses = [], {}
-    _run(measuring, likeliest, tried)
+    _run(measuring, likeliest, index, tried)
     best = {bases[each] for each in survivors(tried, goal, BEST, 0.1)}
-    _run(measuring, [each for one in first if one in best for each in ways[one] if not each.losses], tried)
+    others = [each for one in first if one in best for each in ways[one] if not each.losses]
+    _run(measuring, others, index, tried)
     way = choose(tried, goal).best.way
-    _run(measuring, [each for one in first for each in ways[one] if each.way == way and not each.losses], tried)
+    others = [each for one in first for each in ways[one] if each.way == way and not each.losses]
+    _run(measuring, others, index, tried)
 
 
-def _run(measuring: Measuring, candidates: list[Candidate], tried: list[Candidate]) -> None:
+def _run(measuring: Measuring, candidates: list[Candidate], index: int, tried: list[Candidate]) -> None:
     tried += candidates
     if candidates:
-        measuring.turn(candidates, 0)
+        measuring.turn(candidates, index)
 
 
 def goal_of(speedup: float | None, max_loss: float | None, pareto: bool) -> Goal:

@@ -55,6 +55,7 @@ class ModelSubject:
         self.loss_means = "what the metric falls by" if score is not None else ""
         self._is_dense = True
         self._flops: int | None = None
+        self._is_counted = False
 
     def _prepared(self, given: Any, processor: Any) -> dict[str, Any]:
         if isinstance(given, Tensor):
@@ -75,7 +76,11 @@ class ModelSubject:
     # Not inference_mode: tables that a model makes once, as BEiT's, would be of no use to a training in this process.
     @torch.no_grad()
     def run(self, index: int) -> Any:
-        return self.forward(self.inputs[index])
+        output = self.forward(self.inputs[index])
+        # After a forward: what a model keeps of its first one, as BEiT its tables, would be of shapes alone.
+        if not self._is_counted and not ailurus_status(self.target).active:
+            self._flops, self._is_counted = self._counted(self.inputs[index]), True
+        return output
 
     def loss(self, plain: Any, reduced: Any, index: int) -> float:
         if self.score is not None:
@@ -86,15 +91,19 @@ class ModelSubject:
         self._is_dense = kind != "labels" or logits is None or logits.ndim > 2
         return agreement.loss(plain, reduced)
 
+    def _counted(self, given: dict[str, Any]) -> int | None:
+        """FLOPs of one image; None where torch cannot count them on shapes alone."""
+        arguments = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        try:
+            return counted_flops(self.target, arguments) // len(next(iter(arguments.values())))
+        except Exception:  # not every model runs on shapes alone
+            return None
+
     def ideal(self) -> float | None:
         saved = ailurus_status(self.target).saved_flops
-        if self._flops is None:
-            arguments = {name: value for name, value in self.inputs[0].items() if isinstance(value, Tensor)}
-            try:
-                self._flops = counted_flops(self.target, arguments) // len(next(iter(arguments.values())))
-            except Exception:  # torch counts on shapes alone, which not every model runs on
-                return None
-        return self._flops / max(self._flops - saved, 1.0) if saved < self._flops else None
+        if self._flops is None or saved >= self._flops:
+            return None
+        return self._flops / (self._flops - saved)
 
     def first(self) -> list[Candidate]:
         """Every location and keep ratio, in the plainest way, and the presets."""
