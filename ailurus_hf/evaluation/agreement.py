@@ -86,7 +86,7 @@ def _labels(output: Any) -> Tensor:
     """Of pixels from Tensor[B, classes, H, W] or from masks of queries, else of images from Tensor[..., classes]."""
     if _given(output, "masks_queries_logits") is not None:
         classes = output.class_queries_logits.float().softmax(-1)[..., :-1]  # the last is no class
-        return torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.float().sigmoid()).argmax(1)
+        return torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.float().sigmoid()).max(1).indices
     logits: Tensor = output.logits
     axis = 1 if logits.ndim == 4 else -1
     # On a CPU argmax takes five times as long over an axis that is not the last.
