@@ -159,7 +159,7 @@ def _compiled(
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
-    return cosine_similarity(one.flatten(1).float(), other.flatten(1).float()).mean().item()
+    return cosine_similarity(one.flatten(1).double(), other.flatten(1).double()).mean().item()
 
 
 def main() -> None:
