@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_device
+
 EXAMPLES = """
   ailurus-hf app
   ailurus-hf app --model depth-anything/Depth-Anything-V2-Small-hf --port 8080
@@ -17,10 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("segment", "classify", "depth", "detect"),
         help="what the model has to be for (default: what its architecture is for)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the first there is)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s"
-    )
+    add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: for other machines, too")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument(

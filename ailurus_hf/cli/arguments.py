@@ -79,11 +79,16 @@ def add_output(
 
 def add_model(parser: argparse.ArgumentParser, lines: bool = False) -> None:
     parser.add_argument("--model", required=True, help="model folder or Hub name")
+    add_device(parser)
+    add_json(parser, lines)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where a model runs, and in which type."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the first there is)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s"
     )
-    add_json(parser, lines)
 
 
 def add_compare(parser: argparse.ArgumentParser, metric: str = "", labels: str = "") -> None:

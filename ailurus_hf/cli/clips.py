@@ -53,9 +53,10 @@ def run_clips(
         ending: of the name of what is written, as "_overlay".
         drawing: from the model to what makes the drawing of one clip.
     """
+    from ..evaluation.writing import as_read_again
     from ..video import check_output
 
-    settings = json.loads(json.dumps(result_settings(args)))  # as it is read again: no tuples
+    settings = as_read_again(result_settings(args))
     outputs = [check_output(output) for output in _outputs(args, ending, settings)]
     loaded = load(args, task)
     loaded.switch_on()
@@ -163,14 +164,14 @@ def detecting(loaded: LoadedModel, threshold: float) -> Callable[[], Draw]:
 
 def measuring_depth(loaded: LoadedModel, colors: Any) -> Callable[[], Draw]:
     """Depths in colors, from the least to the most of the clip so far, so that a clip does not flicker."""
-    from ..evaluation.depth import colorize_depth, depth_map
+    from ..evaluation.depth import colorize_depth, depth_map, widen
 
     def new_draw() -> Draw:
         seen: list[float] = []
 
         def draw(frame: Image.Image, outputs: Any) -> Image.Image:
             depth = depth_map(loaded, outputs, frame)
-            seen[:] = [min([*seen, float(depth.min())]), max([*seen, float(depth.max())])]
+            widen(seen, depth)
             return colorize_depth(depth, seen[0], seen[1], colors)
 
         return draw

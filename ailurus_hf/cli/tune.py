@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
         return batch.finish(loaded, num_images=0)
     subject = ModelSubject(loaded.model, inputs, forward=loaded)
     tuned = tune(subject, goal, rounds=args.rounds, progress=sys.stderr.isatty())
+    if not args.json:
+        print(tuned, flush=True)  # before the Hub is asked, which may refuse
     if args.save is not None:
         tuned.save(args.save)
     if args.save_model is not None:
         tuned.save_pretrained(loaded.model, args.save_model, processor=loaded.processor)
     if args.push_to_hub is not None:
         tuned.push_to_hub(loaded.model, args.push_to_hub, processor=loaded.processor)
-    if not args.json:
-        print(tuned)
     return batch.finish(loaded, num_images=len(inputs), tuned=tuned.to_dict())

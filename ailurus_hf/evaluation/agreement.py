@@ -89,7 +89,7 @@ def _labels(output: Any) -> Tensor:
         return torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.float().sigmoid()).max(1).indices
     logits: Tensor = output.logits
     axis = 1 if logits.ndim == 4 else -1
-    # On a CPU argmax takes five times as long over an axis that is not the last.
+    # By max: on a CPU argmax takes several times as long over an axis that is not the last.
     return logits.max(axis).indices if logits.shape[axis] > 1 else logits > 0
 
 

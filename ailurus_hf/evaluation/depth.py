@@ -46,6 +46,11 @@ def depth_range(depth: np.ndarray, metric: bool) -> Range:
     return Range(low, high, False)
 
 
+def widen(seen: list[float], depth: np.ndarray) -> None:
+    """Makes [least, most] of a clip so far, [] at first, hold another frame's depths: its colors do not flicker."""
+    seen[:] = [min([*seen, float(depth.min())]), max([*seen, float(depth.max())])]
+
+
 def to_16_bits(depth: np.ndarray, limits: Range) -> Image.Image:
     """Depths [H, W] as a 16-bit gray picture: low + value / 65535 · (high - low) are the depths again."""
     return Image.fromarray((_shares(depth, limits.low, limits.high) * LARGEST).round().astype(np.uint16))

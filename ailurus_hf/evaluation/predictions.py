@@ -17,7 +17,7 @@ from ..visualization.palettes import ColorMap
 from .agreement import relative_error
 from .boxes import box_agreement, draw_boxes, find_boxes, names_and_colors
 from .comparison import label_map, show_label_maps
-from .depth import colorize_depth, depth_difference, depth_map
+from .depth import colorize_depth, depth_difference, depth_map, widen
 from .report import Shown
 from .tasks import TaskName
 
@@ -64,7 +64,7 @@ def measured_depth(
     """
     plain, reduced = depth_map(loaded, pair.plain, image), depth_map(loaded, pair.reduced, image)
     limits = [] if seen is None else seen
-    limits[:] = [min([*limits, float(plain.min())]), max([*limits, float(plain.max())])]
+    widen(limits, plain)
     sides = [Panel("depth", colorize_depth(depth, limits[0], limits[1], colors)) for depth in (plain, reduced)]
     error = relative_error(torch.from_numpy(plain), torch.from_numpy(reduced))
     return max(0.0, 1 - error), Shown(sides, [depth_difference(plain, reduced)])

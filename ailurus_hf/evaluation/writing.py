@@ -79,13 +79,19 @@ def _whole(path: Path) -> Iterator[Path]:
         raise kind(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def as_read_again(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, without tuples."""
+    read: dict[str, Any] = json.loads(json.dumps(settings))
+    return read
+
+
 def check_mark(file: Path, mark: str | None, settings: Mapping[str, Any]) -> None:
     """Raises where a file has other settings than these, or none: it is no result of this call.
 
     Args:
         file: for the message.
         mark: what the file is marked with, see `MARK`; None: it is not.
-        settings: of this call, as JSON gives them back.
+        settings: of this call, `as_read_again`.
 
     Raises:
         BadInputError: naming the first setting that is another one.
@@ -130,7 +136,7 @@ class ResultFolder:
     ) -> None:
         self.together = tuple(together)
         self.path, self.endings, self.existing = make_folder(path), tuple(endings), existing
-        self.settings = json.loads(json.dumps(settings))  # as it is read again: no tuples
+        self.settings = as_read_again(settings)
         if existing == "resume":
             self._remove_leftovers()
 
@@ -212,7 +218,7 @@ class ResultLines:
 
     def __init__(self, path: str | Path, existing: Existing, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = as_read_again(settings)
         self.done: dict[str, dict[str, Any]] = {}
         try:
             if self.path.is_dir():

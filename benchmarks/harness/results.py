@@ -17,6 +17,14 @@ from ailurus_hf.evaluation.timing import markdown, measured_on
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of plain beside reduced: keys of rows and headings, as part of a benchmark's COLUMNS.
+SPEED_COLUMNS = {
+    "plain_ms": "plain|{:.0f} ms",
+    "reduced_ms": "reduced|{:.0f} ms",
+    "speed_up": "speed-up|{:.2f}×",
+    "ideal": "FLOPs-ideal|{:.2f}×",
+    "share_of_ideal": "share|{:.3f}",
+}
 log = logging.getLogger("benchmarks")
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ailurus_hf import AiluRusConfig, TokenClusters
-from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 
 from .hooks import Applied, Peer, attach
@@ -57,8 +56,7 @@ class CTM(Peer):
         restore_at: str = "backbone",
     ) -> None:
         super().__init__(found, restore_at)
-        if not 0 <= location < len(self.layers):
-            raise AiluRusError(f"location must be 0 to {len(self.layers) - 1}, got {location}")
+        self.check_location(location)
         self.location, self.num_neighbors = location, num_neighbors
         self.budget = AiluRusConfig(cluster_location=location, num_clusters=num_clusters, keep_ratio=keep)
 

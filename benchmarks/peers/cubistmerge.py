@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 
-from .hooks import Applied, Peer, attach, copy_back
+from .hooks import Applied, Peer, attach, copy_back, two_cells
 from .leaders import each_its_own, numbered
 
 
@@ -66,11 +65,8 @@ class CubistMerge(Peer):
 
     def __init__(self, found: FoundEncoder, location: int, cells: Sequence[int], restore_at: str = "decoder") -> None:
         super().__init__(found, restore_at)
-        if not 0 <= location < len(self.layers):
-            raise AiluRusError(f"location must be 0 to {len(self.layers) - 1}, got {location}")
-        if len(cells) != 2 or min(cells) < 1:
-            raise AiluRusError(f"cells must be two numbers from 1 on, got {tuple(cells)}")
-        self.location, self.cells = location, (cells[0], cells[1])
+        self.check_location(location)
+        self.location, self.cells = location, two_cells(cells)
 
     def add_hooks(self) -> None:
         self.merge_before(self.location, self.merge)

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 
-from .hooks import Applied, Peer, Unmerge, attach
+from .hooks import Applied, Peer, Unmerge, attach, two_cells
 
 
 def cells_near(grid: tuple[int, int], cells: tuple[int, int], reach: int, device: torch.device) -> Tensor:
@@ -83,11 +82,8 @@ class Expedite(Peer):
         restore_at: str = "decoder",
     ) -> None:
         super().__init__(found, restore_at)
-        if not 0 <= location < len(self.layers):
-            raise AiluRusError(f"location must be 0 to {len(self.layers) - 1}, got {location}")
-        if len(cells) != 2 or min(cells) < 1:
-            raise AiluRusError(f"cells must be two numbers from 1 on, got {tuple(cells)}")
-        self.location, self.cells = location, (cells[0], cells[1])
+        self.check_location(location)
+        self.location, self.cells = location, two_cells(cells)
         self.tau, self.iterations, self.reach, self.num_neighbors = tau, iterations, reach, num_neighbors
 
     def add_hooks(self) -> None:

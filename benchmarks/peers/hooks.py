@@ -48,6 +48,11 @@ class Peer:
 
     # What methods use.
 
+    def check_location(self, location: int) -> None:
+        """Raises AiluRusError where there is no such layer."""
+        if not 0 <= location < len(self.layers):
+            raise AiluRusError(f"location must be 0 to {len(self.layers) - 1}, got {location}")
+
     def merge_before(self, index: int, merge: Callable[[Tensor], Tensor]) -> None:
         """Patch tokens Tensor[B, N, C] through `merge` before layer `index` (0: the embeddings)."""
 
@@ -251,3 +256,10 @@ def _mlp_parts(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         if norm in parts and last in parts:
             return parts[norm], parts[last]
     raise UnsupportedModelError(f"the MLP of {type(layer).__name__} is not known: it has {', '.join(parts)}")
+
+
+def two_cells(cells: Sequence[int]) -> tuple[int, int]:
+    """(h, w), the grid that is left; raises AiluRusError where it is none."""
+    if len(cells) != 2 or min(cells) < 1:
+        raise AiluRusError(f"cells must be two numbers from 1 on, got {tuple(cells)}")
+    return cells[0], cells[1]

@@ -17,14 +17,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 
-from .hooks import Applied, Peer, attach, copy_back
+from .by_keys import MergesByKeys
+from .hooks import Applied, attach
 from .leaders import each_its_own, means_by_size, numbered
 
 MARGIN = 0.75
@@ -50,7 +50,7 @@ def match_by_energy(metric: Tensor, r: int, margin: float, protect: bool) -> Ten
     return each_its_own(metric).scatter(1, goes, to)
 
 
-class PiToMe(Peer):
+class PiToMe(MergesByKeys):
     """keep: share of the tokens that every layer leaves, from a half on. protect_from: the first layer that protects
     (0 is the first; default: of the second half). proportional: attention weighted by size."""
 
@@ -69,33 +69,15 @@ class PiToMe(Peer):
         self.keep, self.proportional = keep, proportional
         self.protect_from = math.ceil(depth / 2) if protect_from is None else protect_from
 
-    def add_hooks(self) -> None:
-        self.keys = {}
-        for index in range(len(self.layers)):
-            self.keys[index] = self.watch(index, "k_proj")
-            self.merge_inside(index, self.merge)
-
-    def begin(self) -> None:
-        self.sizes: Tensor | None = None
-        self.source: Tensor | None = None
-
     def merge(self, sequence: Tensor, index: int) -> Tensor:
         prefix, tokens = self.split(sequence)
         length = tokens.shape[1]
         r = math.floor(length - length * self.keep)
         if r == 0:
             return sequence
-        sizes = torch.ones(tokens.shape[:2], device=tokens.device) if self.sizes is None else self.sizes
-        keys = self.split(self.keys[index]["output"])[1]
-        metric = keys.unflatten(2, (self.found.encoder.config.num_attention_heads, -1)).mean(2)
         margin = MARGIN * (1 - index / len(self.layers))
-        to = numbered(match_by_energy(metric, r, margin, protect=index >= self.protect_from))
-        merged, self.sizes = means_by_size(tokens, sizes, to, length - r)
-        self.source = to if self.source is None else to.gather(1, self.source)
-        self.unmerge = copy_back(self.source)
-        if self.proportional:
-            self.bias = self.sizes.log()
-        return torch.cat([prefix, merged], 1)
+        to = numbered(match_by_energy(self.mean_keys(index), r, margin, protect=index >= self.protect_from))
+        return self.merged(prefix, *means_by_size(tokens, self.sizes_of(tokens), to, length - r), to)
 
 
 def apply(model: nn.Module, **settings: Any) -> Applied:

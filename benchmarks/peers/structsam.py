@@ -75,8 +75,8 @@ class StructSAM(Peer):
         self, found: FoundEncoder, keep: float = 0.5, location: int | None = None, restore_at: str = "backbone"
     ) -> None:
         super().__init__(found, restore_at)
-        if location is not None and not 0 <= location < len(self.layers):
-            raise AiluRusError(f"location must be 0 to {len(self.layers) - 1}, got {location}")
+        if location is not None:
+            self.check_location(location)
         self.location, self.budget = location, AiluRusConfig(keep_ratio=keep)
 
     def add_hooks(self) -> None:

@@ -19,7 +19,8 @@ from ailurus_hf.clustering.neighbors import image_rows
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 
-from .hooks import Applied, Peer, attach, copy_back
+from .by_keys import MergesByKeys
+from .hooks import Applied, attach
 
 
 class Matching(NamedTuple):
@@ -65,7 +66,7 @@ def merge_matched(tokens: Tensor, sizes: Tensor, matching: Matching) -> tuple[Te
     return torch.cat([image_rows(first, matching.kept), means], 1), torch.cat([kept_sizes, new_sizes], 1)
 
 
-class ToMe(Peer):
+class ToMe(MergesByKeys):
     """r: pairs merged in every layer, or one number a layer. proportional: attention weighted by size (Eq. 1)."""
 
     def __init__(
@@ -78,33 +79,16 @@ class ToMe(Peer):
         if len(self.r) != depth or min(self.r) < 0:
             raise AiluRusError(f"r must be one number from 0 on, or {depth} of them, got {r}")
 
-    def add_hooks(self) -> None:
-        self.keys = {}
-        for index, r in enumerate(self.r):
-            if r:
-                self.keys[index] = self.watch(index, "k_proj")
-                self.merge_inside(index, self.merge)
-
-    def begin(self) -> None:
-        self.sizes: Tensor | None = None
-        self.source: Tensor | None = None
+    def merges_in(self, index: int) -> bool:
+        return self.r[index] > 0
 
     def merge(self, sequence: Tensor, index: int) -> Tensor:
         prefix, tokens = self.split(sequence)
         r = min(self.r[index], tokens.shape[1] // 2)
         if r == 0:
             return sequence
-        if self.sizes is None:
-            self.sizes = torch.ones(tokens.shape[:2], device=tokens.device)
-        keys = self.split(self.keys[index]["output"])[1]
-        heads = self.found.encoder.config.num_attention_heads
-        matching = bipartite_matching(keys.unflatten(2, (heads, -1)).mean(2), r)
-        merged, self.sizes = merge_matched(tokens, self.sizes, matching)
-        self.source = matching.to if self.source is None else matching.to.gather(1, self.source)
-        self.unmerge = copy_back(self.source)
-        if self.proportional:
-            self.bias = self.sizes.log()
-        return torch.cat([prefix, merged], 1)
+        matching = bipartite_matching(self.mean_keys(index), r)
+        return self.merged(prefix, *merge_matched(tokens, self.sizes_of(tokens), matching), matching.to)
 
 
 def apply(model: nn.Module, **settings: Any) -> Applied:

@@ -30,19 +30,14 @@ from transformers import ViTConfig, ViTModel
 from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, ailurus_status, apply_ailurus
 from ailurus_hf.evaluation.timing import wait_for
 
-from ..harness import environment, interleaved, log, markdown, model_flops, save
+from ..harness import DTYPES, SPEED_COLUMNS, environment, interleaved, log, markdown, model_flops, save
 from . import families_speed, vit_speed
 from .segmenter_quality import SHIPPED
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = {
     "model": "model",
     "clustering": "clustering",
-    "plain_ms": "plain|{:.0f} ms",
-    "reduced_ms": "reduced|{:.0f} ms",
-    "speed_up": "speed-up|{:.2f}×",
-    "ideal": "FLOPs-ideal|{:.2f}×",
-    "share_of_ideal": "share|{:.3f}",
+    **SPEED_COLUMNS,
     "plain_compile_s": "compiling plain|{:.0f} s",
     "compile_s": "reduced|{:.0f} s",
     "cosine": "cosine|{:.3f}",
@@ -111,8 +106,8 @@ def measure(
     """A row a clustering; forwards of all contenders in turn. geometry: instead of the one of that name."""
     geometry, device = geometry or GEOMETRIES[name], torch.device(device)
     torch.manual_seed(0)
-    plain = geometry.make().eval().to(device, PRECISIONS[precision])
-    images = torch.randn(3, 1, 3, *geometry.size).to(device, PRECISIONS[precision])
+    plain = geometry.make().eval().to(device, DTYPES[precision])
+    images = torch.randn(3, 1, 3, *geometry.size).to(device, DTYPES[precision])
     full, before = model_flops(lambda: plain(images[0])), geometry.prediction(plain(images[0]))
     contenders: dict[str, Callable[[int], Any]] = {}
     _, plain_compile = _compiled(sharing_weights(plain), images, contenders, "plain", backend)
@@ -166,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--clusterings", nargs="+", default=["local_kmeans", "density_peaks", "ward"])
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tiny", action="store_true", help="a dry run on small geometries; saves nothing")

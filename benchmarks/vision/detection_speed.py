@@ -26,7 +26,7 @@ from transformers import BeitConfig, BeitModel, ViTConfig, ViTModel, YolosConfig
 from ailurus_hf import AiluRusConfig
 from ailurus_hf.detection.pyramid import ViTPyramid
 
-from ..harness import DTYPES, environment, log, markdown, reductions_in_turn, save
+from ..harness import DTYPES, SPEED_COLUMNS, environment, log, markdown, reductions_in_turn, save
 
 SIZE = (800, 1072)
 PATCHES = {"image_size": 224, "patch_size": 16}
@@ -63,11 +63,7 @@ ROWS = {name: TABLE_3 if "ViT-L" in name else TABLE_4 for name in MODELS}
 COLUMNS = {
     "model": "model",
     "reduction": "location, tokens",
-    "plain_ms": "plain|{:.0f} ms",
-    "reduced_ms": "reduced|{:.0f} ms",
-    "speed_up": "speed-up|{:.2f}×",
-    "ideal": "FLOPs-ideal|{:.2f}×",
-    "share_of_ideal": "share|{:.3f}",
+    **SPEED_COLUMNS,
     "cosine": "cosine|{:.3f}",
 }
 

@@ -18,19 +18,14 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import ViTConfig, ViTForImageClassification
 
 from ailurus_hf import (
     AiluRusConfig,
@@ -42,19 +37,16 @@ from ailurus_hf import (
 from ailurus_hf.cli.export import WRITERS
 from ailurus_hf.versions import installed_version
 
-from ..harness import environment, interleaved, log, markdown, model_flops, save
+from ..harness import SPEED_COLUMNS, environment, interleaved, log, markdown, model_flops, save
 from .compiled_speed import Geometry, sharing_weights
+from .families_speed import depth_anything
 from .segmenter_quality import SHIPPED
 
 COLUMNS = {
     "model": "model",
     "runtime": "runtime",
     "clustering": "clustering",
-    "plain_ms": "plain|{:.0f} ms",
-    "reduced_ms": "reduced|{:.0f} ms",
-    "speed_up": "speed-up|{:.2f}×",
-    "ideal": "FLOPs-ideal|{:.2f}×",
-    "share_of_ideal": "share|{:.3f}",
+    **SPEED_COLUMNS,
     "difference": "difference|{:.0e}",
     "export_s": "export|{:.0f} s",
     "plain_export_s": "of plain|{:.0f} s",
@@ -70,27 +62,15 @@ def classifier(**sizes: Any) -> nn.Module:
     return ViTForImageClassification(ViTConfig(**{"image_size": 512, "num_labels": 1000, **sizes}))
 
 
-def depth_anything(size: int, out_indices: Sequence[int] = (3, 6, 9, 12), neck: int = 128, **sizes: Any) -> nn.Module:
-    """DINOv2-B with the DPT head, which reads four layers, or of other sizes."""
-    backbone = Dinov2Config(
-        **sizes, image_size=size, patch_size=14, out_indices=list(out_indices), reshape_hidden_states=False
-    )
-    return DepthAnythingForDepthEstimation(
-        DepthAnythingConfig(
-            backbone_config=backbone,
-            reassemble_hidden_size=backbone.hidden_size,
-            neck_hidden_sizes=[neck * 3 // 4, neck * 3 // 2, neck * 3, neck * 6],
-            fusion_hidden_size=neck,
-            head_in_index=-1,
-        )
-    )
-
-
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 QUARTER = {"cluster_location": 2, "keep_ratio": 0.25}
 GEOMETRIES = {
     "ViT-B/16 512": Geometry(classifier, (512, 512), lambda out: out.logits, QUARTER),
     "DINOv2-B + DPT head 518": Geometry(
-        lambda: depth_anything(518), (518, 518), lambda out: out.predicted_depth, QUARTER
+        partial(depth_anything, 518, BASE, (96, 192, 384, 768), 128),
+        (518, 518),
+        lambda out: out.predicted_depth,
+        QUARTER,
     ),
     "Segmenter, shipped, 720 × 960": Geometry(
         lambda: SegmenterForSemanticSegmentation.from_pretrained(SHIPPED, dtype=torch.float32),
@@ -107,7 +87,7 @@ TINY = {
         lambda: classifier(**SMALL, intermediate_size=64, image_size=64), (64, 64), lambda out: out.logits, EARLY
     ),
     "DINOv2-B + DPT head 518": Geometry(
-        lambda: depth_anything(56, (1, 2, 3, 4), 8, **{**SMALL, "num_hidden_layers": 4}, mlp_ratio=2),
+        partial(depth_anything, 56, {**SMALL, "num_hidden_layers": 8}, (6, 12, 24, 48), 8),
         (56, 56),
         lambda out: out.predicted_depth,
         EARLY,

@@ -34,7 +34,7 @@ from transformers import (
 
 from ailurus_hf import AiluRusConfig
 
-from ..harness import DTYPES, environment, log, markdown, reductions_in_turn, save
+from ..harness import DTYPES, SPEED_COLUMNS, environment, log, markdown, reductions_in_turn, save
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
@@ -42,7 +42,7 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 def depth_anything(
     size: int, sizes: dict[str, int] = LARGE, neck: Sequence[int] = (256, 512, 1024, 1024), fusion: int = 256
 ) -> nn.Module:
-    """DINOv2-L with the DPT head, which reads four layers. sizes, neck, fusion: of smaller ones."""
+    """DINOv2-L with the DPT head, which reads four layers. sizes, neck, fusion: of other ones."""
     depth = sizes["num_hidden_layers"]
     backbone = Dinov2Config(
         **sizes,
@@ -127,11 +127,7 @@ GEOMETRIES = {
 COLUMNS = {
     "model": "model",
     "reduction": "reduced",
-    "plain_ms": "plain|{:.0f} ms",
-    "reduced_ms": "reduced|{:.0f} ms",
-    "speed_up": "speed-up|{:.2f}×",
-    "ideal": "FLOPs-ideal|{:.2f}×",
-    "share_of_ideal": "share|{:.3f}",
+    **SPEED_COLUMNS,
     "cosine": "cosine|{:.3f}",
 }
 

@@ -28,7 +28,7 @@ from ailurus_hf.clustering import ClusterFunction, get_clustering
 from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.discovery import find_encoders
 
-from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save
+from ..harness import DTYPES, SPEED_COLUMNS, environment, interleaved, log, markdown, model_flops, save
 
 GEOMETRIES = {
     "ViT-L/16 640": (640, 400, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
@@ -37,11 +37,7 @@ GEOMETRIES = {
 COLUMNS = {
     "model": "model",
     "clustering": "clustering",
-    "plain_ms": "plain|{:.0f} ms",
-    "reduced_ms": "reduced|{:.0f} ms",
-    "speed_up": "speed-up|{:.2f}×",
-    "ideal": "FLOPs-ideal|{:.2f}×",
-    "share_of_ideal": "share|{:.3f}",
+    **SPEED_COLUMNS,
     "share_of_slicing": "of slicing|{:.3f}",
     "overhead": "cluster + merge + unmerge|{:.2%}",
     "cosine": "cosine|{:.3f}",
