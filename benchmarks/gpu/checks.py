@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from ailurus_hf import apply_ailurus, count_weighted_attention, remove_ailurus, spatial_density_peaks
+from ailurus_hf import ailurus_enabled, count_weighted_attention, spatial_density_peaks
 from ailurus_hf.clustering import clustering_names, get_clustering
 
 from ..clustering.launch_modes import as_graph
@@ -119,31 +119,31 @@ def _of_model(
     plain = forward(images[0])
 
     def reduced(clustering: str) -> str:
-        with applied(model, **fields, clustering=clustering):
+        with ailurus_enabled(model, **fields, clustering=clustering):
             output = forward(images[0])
         assert output.isfinite().all(), "not finite"
         assert not torch.equal(output, plain), "as without reduction"
         return f"cosine {torch.cosine_similarity(output.flatten(1), plain.flatten(1)).mean():.3f}"
 
     def kept_whole() -> str:
-        with applied(model, **{**fields, "keep_ratio": 1.0}):
+        with ailurus_enabled(model, **{**fields, "keep_ratio": 1.0}):
             far = ((forward(images[0]) - plain).abs().max() / plain.abs().max()).item()
         assert far <= 1e-5, f"differs by {far:.1e}"
         return f"differs by {far:.1e}"
 
     def undone() -> None:
-        with applied(model, **fields):
+        with ailurus_enabled(model, **fields):
             forward(images[0])
         assert torch.equal(forward(images[0]), plain), "differs after remove_ailurus"
 
     def waits_for_nothing(clustering: str) -> None:
-        with applied(model, **fields, clustering=clustering):
+        with ailurus_enabled(model, **fields, clustering=clustering):
             forward(images[0])
             with waiting_raises():
                 forward(images[1])
 
     def as_one_graph(clustering: str) -> str:
-        with applied(model, **fields, clustering=clustering):
+        with ailurus_enabled(model, **fields, clustering=clustering):
             want = forward(images[1])
             got = as_graph(forward, images[0])(images[1])
             far = ((got - want).abs().max() / want.abs().max()).item()
@@ -157,16 +157,6 @@ def _of_model(
     for clustering in clustering_names() if device.type == "cuda" else ("any clustering",):
         yield Check(f"{name} waits for nothing, {clustering}", lambda c=clustering: waits_for_nothing(c), cuda=True)
         yield Check(f"{name} is one CUDA graph, {clustering}", lambda c=clustering: as_one_graph(c), cuda=True)
-
-
-@contextmanager
-def applied(model: nn.Module, **fields: Any) -> Iterator[None]:
-    """AiluRus on a model for a `with` block."""
-    apply_ailurus(model, **fields)
-    try:
-        yield
-    finally:
-        remove_ailurus(model)
 
 
 @contextmanager
