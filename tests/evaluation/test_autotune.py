@@ -113,7 +113,7 @@ def test_more_turns_end_where_the_choice_is_settled():
     first = tune(one, ("max_loss", 1.0), rounds=1, progress=False, timer=lambda: one.now)
     second = tune(two, ("max_loss", 1.0), rounds=4, progress=False, timer=lambda: two.now)
     assert not first.confident and second.confident
-    assert two.runs - one.runs < 3 * 12 * 3  # the plain model and the two settings of four that may yet be chosen
+    assert two.runs - one.runs == 2 * 8 * 3  # the plain model and the two settings of four that may yet be chosen
 
 
 def test_a_goal_that_nothing_reaches_gets_the_nearest_and_says_so():
