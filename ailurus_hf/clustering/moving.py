@@ -13,7 +13,8 @@ from ..clusters import TokenClusters
 from ..grid_cache import grid_table
 from ..precision import without_autocast
 from .all_pairs import all_scores, membership
-from .neighbors import Grid, chunk_length, image_rows
+from .neighbors import Grid
+from .rows import row_norms, row_products
 
 
 def moved(features: Tensor, assignment: Tensor, grid: Grid, num_clusters: int) -> Tensor:
@@ -29,16 +30,11 @@ def moved(features: Tensor, assignment: Tensor, grid: Grid, num_clusters: int) -
         LongTensor[B, N]. A cluster may lose all its tokens at once.
     """
     means = TokenClusters.from_assignment(assignment, num_clusters).merge(features)
-    (batch, count, channels), num_around = features.shape, 3 ** len(grid)
-    candidates = assignment[:, tokens_around(grid, features.device).index.flatten()].view(batch, count, num_around)
-    bytes_each = 2 * features.element_size() * batch * num_around * channels
-    at_once = count if torch.compiler.is_compiling() else chunk_length(bytes_each, features.device)
-    nearest = []
-    for tokens, near in zip(features.split(at_once, 1), candidates.split(at_once, 1), strict=True):
-        there = image_rows(means, near.flatten(1)).view(batch, -1, num_around, channels)
-        # The token's own cluster comes first: it stays where another is as near.
-        nearest.append((there - tokens[:, :, None]).square_().sum(-1).argmin(-1, keepdim=True))
-    return candidates.gather(2, torch.cat(nearest, 1)).squeeze(2)
+    candidates = assignment[:, tokens_around(grid, features.device).index.flatten()].view(*assignment.shape, -1)
+    norms = row_norms(means).gather(1, candidates.flatten(1)).view(candidates.shape)
+    # The token's own cluster comes first: it stays where another is as near.
+    nearest = (norms / 2 - row_products(features, means, candidates)).argmin(-1, keepdim=True)
+    return candidates.gather(2, nearest).squeeze(2)
 
 
 @without_autocast

@@ -1,7 +1,8 @@
 """Spatial neighbors on a token grid: the nearest tokens of each (cached tables), and feature distances to just those.
 
-Tables depend on the grid alone and not on an image, so they are made once per grid and device. Distances are matrix
-products over tiles of the grid: for each tile of tokens, one product with the union of its neighbors.
+Tables depend on the grid alone and not on an image, so they are made once per grid and device. Distances are row
+products on a CPU, and elsewhere matrix products over tiles of the grid: for each tile of tokens, one product with the
+union of its neighbors.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from ..clusters import stable_argsort
 from ..errors import AiluRusError
 from ..grid_cache import grid_table
 from ..precision import without_autocast
+from .rows import chunk_length, is_exporting, is_one_pass, row_norms, row_products
 
 Grid = tuple[int, ...]
 
@@ -28,14 +30,8 @@ Grid = tuple[int, ...]
 DIRECT_DISTANCE_LIMIT = 2**22
 # A tile's side: 8 was fastest on 32x32 to 128x128 grids (4 copies more, 16 multiplies more).
 TILE_SIDE = 8
-# The most that is gathered at once. On a CPU it then stays in the cache (2 to 4 MB were fastest), and the C allocator
-# does not return the pages to the system on every call.
-CHUNK_BYTES = {"cpu": 2**22}
-DEFAULT_CHUNK_BYTES = 2**28
 # Squared distances below this share of the squared norms are rounding errors: such tokens count as equal.
 EQUALITY_TOLERANCE = 2e-6
-# Not in all versions of torch; those without specialize an exported program on its batch.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def check_grid(grid: Sequence[int], num_tokens: int) -> Grid:
@@ -117,18 +113,18 @@ def tile_plan(grid: Grid, candidates: Tensor, device: torch.device) -> TilePlan:
     return TilePlan(queries.to(device), keys.to(device), local.to(device), slot.to(device))
 
 
-def chunk_length(bytes_each: int, device: torch.device) -> int:
-    """How many items of `bytes_each` to gather at once."""
-    return max(CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES) // bytes_each, 1)
-
-
 def neighbor_distances(features: Tensor, neighbors: Neighbors) -> Tensor:
     """Euclidean distance of each token to its neighbors: Tensor[B, N, C] (fp32) to [B, N, k]."""
     batch, tokens, channels = features.shape
     if tokens * tokens * channels <= DIRECT_DISTANCE_LIMIT and not torch.onnx.is_in_onnx_export():
         every = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
         return every.gather(2, neighbors.index.expand(batch, -1, -1))
-    products, norms = _tile_products(features, features, neighbors.plan, middle_token(features))
+    if is_one_pass(features):
+        relative = features - middle_token(features)
+        products = row_products(relative, relative, neighbors.index.expand(batch, -1, -1))
+        norms = row_norms(relative)
+    else:
+        products, norms = _tile_products(features, features, neighbors.plan, middle_token(features))
     scale = norms[..., None] + norms[:, neighbors.index]
     squared = scale - 2 * products
     return torch.where(squared <= EQUALITY_TOLERANCE * scale, 0.0, squared).sqrt()
@@ -148,7 +144,10 @@ def middle_token(features: Tensor) -> Tensor:
 def candidate_scores(tokens: Tensor, centers: Tensor, candidates: Tensor, plan: TilePlan) -> Tensor:
     """|center|^2 / 2 - token . center of each token's candidates: [B, N, C], [B, M, C] to [B, N, k]; least is
     nearest."""
-    products, _ = _tile_products(tokens, centers, plan)
+    if is_one_pass(tokens):
+        products = row_products(tokens, centers, candidates.expand(tokens.shape[0], -1, -1))
+    else:
+        products, _ = _tile_products(tokens, centers, plan)
     return centers.square().sum(-1)[:, candidates] / 2 - products
 
 
@@ -233,10 +232,3 @@ def _rows(table: Tensor, index: Tensor, image: Tensor, tile: Tensor) -> Tensor:
     """table[image, index[tile]] for each pair: [B, L, C] to [pairs, I, C]."""
     flat = (index[tile] + image[:, None] * table.shape[1]).flatten()
     return table.flatten(0, 1).index_select(0, flat).view(-1, index.shape[1], table.shape[2])
-
-
-def image_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of each image's table: Tensor[B, n, C] at LongTensor[B, P] to [B, P, C]."""
-    batch, count, channels = table.shape
-    flat = index + torch.arange(batch, device=index.device)[:, None] * count
-    return table.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)

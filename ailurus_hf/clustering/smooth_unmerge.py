@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clusters import TokenClusters
-from .neighbors import Grid, grid_neighbors, is_exporting, neighbor_distances
+from .neighbors import Grid, grid_neighbors, neighbor_distances
+from .rows import is_exporting
 
 # The two rings around a token.
 NUM_NEIGHBORS = 24

@@ -19,7 +19,8 @@ from ..profiling import recorded
 from .all_pairs import prefers_all_pairs
 from .base import Clustering, register_clustering
 from .moving import moved, moved_all_pairs
-from .neighbors import Grid, check_input, is_exporting
+from .neighbors import Grid, check_input
+from .rows import is_exporting
 from .ward_all_pairs import joined_all_pairs
 from .ward_edges import adjacent_clusters, edges_of_empty, joined_along_edges, touching, touching_tokens
 
@@ -99,7 +100,7 @@ def ward(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fini
         move = moved_all_pairs
     else:
         itself = torch.arange(count, device=device).expand(batch, -1)
-        assignment = joined_along_edges(features, sizes, itself, adjacent_clusters(itself, grid), grid, rounds)
+        assignment = joined_along_edges(features, sizes, itself, adjacent_clusters(itself, grid), rounds)
         move = moved
     for _ in range(MOVES if rounds else 0):
         assignment = move(features, assignment, grid, num_clusters)
@@ -129,21 +130,21 @@ def join_regions(
         5
     """
     check_num_clusters(num_clusters, clusters.num_clusters)
-    edges = torch.cat([adjacent_clusters(clusters.assignment, grid), edges_of_empty(clusters.counts)], 1)
+    edges = torch.cat([adjacent_clusters(clusters.assignment, grid), edges_of_empty(clusters.counts, len(grid))], 1)
     means, sizes = _prepared(representatives), clusters.counts.clamp_min(SIZE_OF_EMPTY)
     count, owner = clusters.num_clusters, clusters.assignment
     rounds = _rounds(count, num_clusters, SHARE_OF_CLUSTERS, LEAST_SHARE_OF_CLUSTERS)
     if prefers_all_pairs(count * count, means.device):
         assignment = joined_all_pairs(means, sizes, touching(edges, count), rounds).gather(1, owner)
     else:
-        assignment = joined_along_edges(means, sizes, owner, edges, grid, rounds)
+        assignment = joined_along_edges(means, sizes, owner, edges, rounds)
     return TokenClusters.from_assignment(assignment, num_clusters)
 
 
 def _prepared(features: Tensor) -> Tensor:
     """In fp32, finite, and relative to the image's mean, for precision."""
-    finite = features.float().nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST)
-    return finite - finite.mean(1, keepdim=True)
+    finite = features.float().nan_to_num(0.0, 0.0, 0.0).clamp_(-LARGEST, LARGEST)
+    return finite.sub_(finite.mean(1, keepdim=True))
 
 
 @grid_table

@@ -125,8 +125,8 @@ def _ward(tokens: Tensor, grid: tuple[int, ...], num_clusters: int) -> Tensor:
         return sizes[a] * sizes[b] / (sizes[a] + sizes[b]) * float(difference @ difference)
 
     heap = []
-    edges = adjacent_clusters(torch.arange(count)[None], grid)[0]
-    for a, b in edges[edges[:, 0] != edges[:, 1]].tolist():
+    itself, *following = adjacent_clusters(torch.arange(count)[None], grid)[0].unbind(1)
+    for a, b in torch.cat([torch.stack([itself, there], 1)[itself != there] for there in following]).tolist():
         near[a].add(b)
         near[b].add(a)
         heap.append((cost(a, b), a, b))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ailurus_hf.clustering.neighbors import image_rows
+from ailurus_hf.clustering.rows import image_rows
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
 from ailurus_hf.vision.discovery import FoundEncoder
 

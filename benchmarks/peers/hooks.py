@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ailurus_hf.clustering.neighbors import image_rows
+from ailurus_hf.clustering.rows import image_rows
 from ailurus_hf.errors import AiluRusError, UnsupportedModelError
 from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.adapters import relative_bias_modules

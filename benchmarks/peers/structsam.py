@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ailurus_hf import AiluRusConfig, TokenClusters
-from ailurus_hf.clustering.neighbors import image_rows
+from ailurus_hf.clustering.rows import image_rows
 from ailurus_hf.errors import AiluRusError
 from ailurus_hf.vision.discovery import FoundEncoder
 

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from oracle import Oracle
 
 from ailurus_hf import AiluRusError, spatial_density_peaks
-from ailurus_hf.clustering import neighbors
+from ailurus_hf.clustering import neighbors, rows
 
 GRIDS = [
     (1, 1),
@@ -104,16 +104,17 @@ def test_arithmetic_is_float32_whatever_the_input_type(dtype):
     assert agrees(x.float(), (8, 12), 24)
 
 
-@pytest.fixture
-def by_tiles(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["in one pass", "by tiles"])
+def of_products(monkeypatch, request):
     monkeypatch.setattr(neighbors, "DIRECT_DISTANCE_LIMIT", 0)
+    monkeypatch.setattr(neighbors, "is_one_pass", lambda table: request.param)
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, (17, 21), (3, 9, 10)])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**24])
-def test_tiled_distances_equal_oracle(by_tiles, monkeypatch, grid, chunk_bytes):
+def test_distances_of_products_equal_oracle(of_products, monkeypatch, grid, chunk_bytes):
     """Whole numbers keep the matrix products exact, so that ties stay ties."""
-    monkeypatch.setitem(neighbors.CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setitem(rows.CHUNK_BYTES, "cpu", chunk_bytes)
     count = math.prod(grid)
     x = torch.randint(-8, 9, (2, count, 6), generator=torch.Generator().manual_seed(count)).float()
     for lam in (0, 4, 50):
@@ -123,7 +124,7 @@ def test_tiled_distances_equal_oracle(by_tiles, monkeypatch, grid, chunk_bytes):
 
 
 @pytest.mark.parametrize("scale, offset, rtol", [(1.0, 0.0, 2e-6), (1e3, 0.0, 2e-6), (1.0, 1e4, 2e-6)])
-def test_tiled_distances_are_accurate(by_tiles, scale, offset, rtol):
+def test_distances_of_products_are_accurate(of_products, scale, offset, rtol):
     x = torch.randn(2, 30 * 41, 24, generator=torch.Generator().manual_seed(0)) * scale + offset
     x[:, 5] = x[:, 6]
     x[:, 700] *= 1e3

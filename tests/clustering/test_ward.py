@@ -13,7 +13,7 @@ from oracle import GRIDS, partition, slow_unions
 from torch.library import opcheck
 
 from ailurus_hf import TokenClusters, ailurus_status, apply_ailurus, local_kmeans, remove_ailurus
-from ailurus_hf.clustering import Ward, get_clustering, neighbors
+from ailurus_hf.clustering import Ward, get_clustering, rows
 from ailurus_hf.clustering.ward import (
     LEAST_SHARE,
     LEAST_SHARE_OF_CLUSTERS,
@@ -87,12 +87,13 @@ def test_equals_plain_loops(grid, num_clusters):
         assert partition(found.assignment[image]) == want
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 5000])
-def test_edges_in_chunks_make_the_same_clusters(chunk_bytes, monkeypatch):
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 2**22])
+def test_edges_gathered_in_chunks_make_the_same_clusters(chunk_bytes, monkeypatch):
     x = tokens((8, 12), batch=2)
-    whole = ward(x, (8, 12), 20)
-    monkeypatch.setitem(neighbors.CHUNK_BYTES, "cpu", chunk_bytes)
-    assert torch.equal(ward(x, (8, 12), 20).assignment, whole.assignment)
+    in_one_pass = ward(x, (8, 12), 20)
+    monkeypatch.setattr(rows, "is_one_pass", lambda table: False)
+    monkeypatch.setitem(rows.CHUNK_BYTES, "cpu", chunk_bytes)
+    assert torch.equal(ward(x, (8, 12), 20).assignment, in_one_pass.assignment)
 
 
 def test_a_second_location_goes_on_where_the_first_ended():
@@ -145,7 +146,8 @@ def test_so_many_clusters_the_same_alone_and_in_a_batch_connected_until_tokens_m
     found = ward(x, grid, num_clusters)
     assert found.num_clusters == num_clusters and found.counts.min() >= 1 and found.centers is None
     assert torch.equal(ward(x[1:], grid, num_clusters).assignment, found.assignment[1:])
-    a, b = adjacent_clusters(torch.arange(math.prod(grid))[None], tuple(grid))[0].unbind(1)
+    a, *following = adjacent_clusters(torch.arange(math.prod(grid))[None], tuple(grid))[0].unbind(1)
+    a, b = a.repeat(len(grid)), torch.cat(following)
     for assignment in found.assignment:
         # From the first token of a cluster, steps between adjacent tokens of it reach all others.
         first = torch.full((num_clusters,), math.prod(grid)).scatter_reduce(
