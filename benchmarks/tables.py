@@ -5,11 +5,11 @@
     python -m benchmarks.tables --only "Tab. 7" "Fig. 7"     # by name
     python -m benchmarks.tables --minutes 60                 # leaves out what takes longer
 
-Data: the folder AILURUS_DATA, with camvid/, ade20k/, cityscapes/, pascal_context/, cifar10/ and imagenet/ in it as far
-as they are there. Weights beside the shipped Segmenter: the folder AILURUS_WEIGHTS, with the names of the list;
+Data: the folder AILURUS_DATA, with camvid/, ade20k/, cityscapes/, pascal_context/, cifar10/, imagenet/ and bccd/ in it
+as far as they are there. Weights beside the shipped Segmenter: the folder AILURUS_WEIGHTS, with the names of the list;
 `ailurus-hf convert-segmenter` makes them from the official checkpoints, examples/train_classifier.py makes
-classifier-cifar10. Results go to benchmarks/results as JSON, and plots to the folder figures/ beside them. Minutes are
-estimates for two CPU cores (for what needs a GPU, none is given).
+classifier-cifar10 and examples/train_detector.py detector-bccd. Results go to benchmarks/results as JSON, and plots to
+the folder figures/ beside them. Minutes are estimates for two CPU cores (for what needs a GPU, none is given).
 """
 
 from __future__ import annotations

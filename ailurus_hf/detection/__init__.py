@@ -1,4 +1,4 @@
-"""Detection and instance segmentation: Mask R-CNN on a plain ViT (AiluRus, section 4.2)."""
+"""Detection and instance segmentation: Mask R-CNN, or Faster R-CNN, on a plain ViT (AiluRus, section 4.2)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,9 +9,9 @@ with needs_extra("detection", "ailurus_hf.detection"):
     from .pyramid import ViTPyramid
 
 if TYPE_CHECKING:
-    from .detector import ViTWithFPN, mask_rcnn
+    from .detector import ViTWithFPN, faster_rcnn, mask_rcnn
 
-__all__ = ["ViTPyramid", "ViTWithFPN", "mask_rcnn"]
+__all__ = ["ViTPyramid", "ViTWithFPN", "mask_rcnn", "faster_rcnn"]
 
 
 def __getattr__(name: str) -> Any:

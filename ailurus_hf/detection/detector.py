@@ -1,4 +1,4 @@
-"""torchvision's Mask R-CNN on a plain ViT of transformers, which `apply_ailurus` reduces as it does any other model.
+"""torchvision's Mask R-CNN and Faster R-CNN on a plain ViT of transformers, which `apply_ailurus` reduces as any model.
 
 encoder = BeitModel.from_pretrained("microsoft/beit-base-patch16-224", add_pooling_layer=False)
 detector = mask_rcnn(encoder, num_classes=91)
@@ -19,7 +19,7 @@ from ..extras import needs_extra
 from .pyramid import ChannelNorm, ViTPyramid
 
 with needs_extra("detection", "Mask R-CNN"):
-    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection import FasterRCNN, MaskRCNN
     from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -71,13 +71,20 @@ class SameWidth(nn.Module):
         return OrderedDict(zip(names, results, strict=True))
 
 
-def mask_rcnn(encoder: PreTrainedModel, num_classes: int, taps: Sequence[int] | None = None, **fields: Any) -> MaskRCNN:
+def mask_rcnn(
+    encoder: PreTrainedModel,
+    num_classes: int,
+    taps: Sequence[int] | None = None,
+    out_channels: int = OUT_CHANNELS,
+    **fields: Any,
+) -> MaskRCNN:
     """Mask R-CNN on a ViT or BEiT, for images of any size, padded to whole patches (AiluRus, section 4.2).
 
     Args:
         encoder: as in `ViTPyramid`.
         num_classes: with the background, which is class 0 (91 for COCO's category numbers).
         taps: as in `ViTPyramid`; four, at each quarter of the depth, by default. `taps=(depth,)` reads the last alone.
+        out_channels: of the maps that the heads see; fewer make a lighter detector.
         fields: of torchvision's MaskRCNN (min_size=800 and max_size=1333 pixels, image_mean, image_std, …).
 
     Returns:
@@ -87,5 +94,29 @@ def mask_rcnn(encoder: PreTrainedModel, num_classes: int, taps: Sequence[int] | 
         encoder = BeitModel.from_pretrained("microsoft/beit-base-patch16-224", add_pooling_layer=False)
         detector = apply_ailurus(mask_rcnn(encoder, num_classes=91), cluster_location=3, num_clusters=1296)
     """
-    backbone = ViTWithFPN(ViTPyramid(encoder, taps))
+    backbone = ViTWithFPN(ViTPyramid(encoder, taps), out_channels)
     return MaskRCNN(backbone, num_classes, **{"size_divisible": backbone.pyramid.patch_size, **fields})
+
+
+def faster_rcnn(
+    encoder: PreTrainedModel,
+    num_classes: int,
+    taps: Sequence[int] | None = None,
+    out_channels: int = OUT_CHANNELS,
+    **fields: Any,
+) -> FasterRCNN:
+    """The same without masks: boxes alone, for data that has no others.
+
+    Args:
+        encoder, num_classes, taps, out_channels: as in `mask_rcnn`.
+        fields: of torchvision's FasterRCNN.
+
+    Returns:
+        torchvision's FasterRCNN.
+
+    Example:
+        encoder = ViTModel.from_pretrained("google/vit-base-patch16-224", add_pooling_layer=False)
+        detector = apply_ailurus(faster_rcnn(encoder, num_classes=4), cluster_location=3, keep_ratio=0.4)
+    """
+    backbone = ViTWithFPN(ViTPyramid(encoder, taps), out_channels)
+    return FasterRCNN(backbone, num_classes, **{"size_divisible": backbone.pyramid.patch_size, **fields})

@@ -1,4 +1,4 @@
-"""The registry of data sets, segmentation and classification: where their images and labels lie, and what they mean.
+"""The data sets of segmentation, classification and detection: where their images and labels lie, what they mean.
 
 A folder is given on the command line or is DATASET in the folder named by AILURUS_DATA. Nothing is downloaded.
 """
@@ -6,6 +6,7 @@ A folder is given on the command line or is DATASET in the folder named by AILUR
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ailurus_hf import AiluRusError
+from ailurus_hf.evaluation.boxes import Truth
 
 Item = TypeVar("Item")
 IGNORED = 255
@@ -176,6 +178,40 @@ class ClassificationData:
         """The photograph, RGB."""
         file = self.files[index]
         return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
+
+
+class DetectionData:
+    """One split in COCO's format: images in SPLIT/, boxes in annotations/instances_SPLIT.json.
+
+    limit: only so many images, evenly from the whole split.
+    """
+
+    def __init__(self, name: str, folder: str | Path | None = None, split: str = "val", limit: int | None = None):
+        self.folder = data_folder(name, folder)
+        listed = self.folder / "annotations" / f"instances_{split}.json"
+        if not listed.is_file():
+            raise AiluRusError(f"{listed} is missing: data in COCO's format hold it, and {split}/ with the images")
+        annotated = json.loads(listed.read_text())
+        self.images = evenly(annotated["images"], limit)
+        self.split = split
+        self.boxes: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in annotated["images"]}
+        for each in annotated["annotations"]:
+            self.boxes[each["image_id"]].append(each)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> Image.Image:
+        """The photograph, RGB."""
+        return Image.open(self.folder / self.split / self.images[index]["file_name"]).convert("RGB")
+
+    def truth(self, index: int) -> Truth:
+        """Its boxes, with the numbers of their categories."""
+        rows = self.boxes[self.images[index]["id"]]
+        corners = np.array([each["bbox"] for each in rows], dtype=float).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        labels = np.array([each["category_id"] for each in rows], dtype=int)
+        return Truth(corners, labels, np.array([bool(each.get("iscrowd")) for each in rows], dtype=bool))
 
 
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:

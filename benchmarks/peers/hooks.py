@@ -189,11 +189,18 @@ class Peer:
     def _finish(self, encoder: nn.Module, args: tuple, output: Any) -> Any:
         states = getattr(output, "hidden_states", None)
         if states is not None:
+            # What is around the encoder may read some of them alone (a pyramid): the rest stays as short as it is.
+            read = range(len(states)) if self.found.reader is None else self._read_states()
             output["hidden_states"] = tuple(
-                None if state is None else self._unmerged(state, self.history.get(location))
+                state if state is None or location not in read else self._unmerged(state, self.history.get(location))
                 for location, state in enumerate(states)
             )
         return output
+
+    def _read_states(self) -> frozenset[int]:
+        assert self.found.reader is not None
+        module, reader = self.found.reader
+        return frozenset(reader.reads(module))
 
     def _finish_decoder(self, decoder: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output if self.unmerge is None else self.back(output, self.unmerge)
@@ -243,7 +250,7 @@ def copy_back(source: Tensor) -> Unmerge:
 def _check_plain(found: FoundEncoder) -> None:
     """Peers are written for tokens with a prefix and a mask, and nothing else beside them."""
     family, parameters = found.family, parameters_of(found.layers[0])
-    around = [found.suffix, family.queries, family.reads, family.between, family.prepare, found.reader]
+    around = [found.suffix, family.queries, family.reads, family.between, family.prepare]
     beside = "position_embeddings" in parameters or relative_bias_modules(found.encoder)
     if any(around) or beside or "attention_mask" not in parameters:
         raise UnsupportedModelError(f"the peers run on ViTs without anything beside tokens, not on {family.name}")

@@ -92,12 +92,19 @@ def intervals(
     weights = drawn_weights(len(first), resampling.num_resamples, resampling.generator)
     values = {name: resampled_scores(each, weights, task.score) for name, each in counts.items()}
     scores = {name: task.score(each.sum(0)) for name, each in counts.items()}
-    found: dict[str, dict[str, Any]] = {name: {"score_between": interval(values[name])} for name in counts}
+    return chances(scores, values, contenders, resampling.against)
+
+
+def chances(
+    scores: dict[str, float], values: dict[str, np.ndarray], contenders: dict[str, Contender], against: str | None
+) -> dict[str, dict[str, Any]]:
+    """The same from each model's score, and its scores of the resamples, which are the same images for all models."""
+    found: dict[str, dict[str, Any]] = {name: {"score_between": interval(values[name])} for name in scores}
     for name, (method, *amount) in contenders.items():
         lost = interval(values["plain"] - values[name])
         found[name] |= {"lost_between": lost, "lost_is": called(lost, "a loss", "a gain")}
         for other, (reference, *of_other) in contenders.items():
-            if reference == resampling.against != method and of_other[:2] == amount[:2] and of_other[2] is None:
+            if reference == against != method and of_other[:2] == amount[:2] and of_other[2] is None:
                 behind = interval(values[other] - values[name])
                 found[name] |= {
                     "reference": reference,

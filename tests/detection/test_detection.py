@@ -1,4 +1,4 @@
-"""Mask R-CNN on a plain ViT: four maps of one encoder, the same on and off, trained and scored on a made-up COCO."""
+"""Detectors on a plain ViT: four maps of one encoder, the same on and off, trained and scored on a made-up COCO."""
 
 import json
 import sys
@@ -9,9 +9,18 @@ import pytest
 import torch
 import torchvision_ops
 import transformers as hf
+from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
 
-from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import (
+    AiluRusError,
+    SegmenterConfig,
+    SegmenterForSemanticSegmentation,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
 from ailurus_hf.detection.pyramid import ViTPyramid
 from ailurus_hf.vision.backend import layers_of
 
@@ -233,6 +242,29 @@ def test_detector_trains_while_reduced(mask_rcnn, taps):
     assert all("encoder.layernorm" in name for name in without), without
 
 
+@pytest.mark.usefixtures("mask_rcnn")
+def test_faster_rcnn_is_the_same_without_masks():
+    from ailurus_hf.detection import faster_rcnn
+
+    detector = faster_rcnn(encoder("ViT"), 4, out_channels=16, min_size=64, max_size=96, **FEW).eval()
+    assert detector.backbone.out_channels == 16
+    pictures = photographs()
+    with torch.no_grad():
+        plain = detector(pictures)
+        apply_ailurus(detector, **REDUCED)
+        reduced = detector(pictures)
+        remove_ailurus(detector)
+        again = detector(pictures)
+    for before, between, after in zip(plain, reduced, again, strict=True):
+        assert set(before) == {"boxes", "labels", "scores"}
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert not torch.equal(before["scores"], between["scores"])
+    boxes_alone = [{key: target[key] for key in ("boxes", "labels")} for target in targets_for(pictures)]
+    assert set(detector.train()(pictures, boxes_alone)) == {
+        f"loss_{name}" for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")
+    }
+
+
 def test_without_torchvision_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "ailurus_hf.detection.detector", raising=False)
     monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
@@ -281,6 +313,7 @@ def script(mask_rcnn, monkeypatch):
     import train_detector
 
     def run(*args):
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
         monkeypatch.setattr(sys, "argv", ["train_detector.py", *map(str, args)])
         train_detector.main()
 
@@ -303,3 +336,36 @@ def test_training_script_trains_goes_on_and_scores(script, coco, tmp_path):
     plain, row = json.loads((output / "evaluation.json").read_text())
     assert plain["setting"] == "plain" and row["setting"] == "1,24"
     assert all(0 <= each["box_ap"] <= 100 and each["ms"] > 0 for each in (plain, row))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # of pycocotools
+def test_training_script_without_masks_from_a_segmenter(script, coco, tmp_path):
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).symlink_to(coco / split)
+        about = json.loads((coco / f"annotations/instances_{split}.json").read_text())
+        about["annotations"] = [{**each, "segmentation": []} for each in about["annotations"]]
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(about))
+    sizes = {"model_type": "vit", **SIZES, "intermediate_size": 64, "image_size": [48, 72]}
+    segmenter = SegmenterForSemanticSegmentation(SegmenterConfig(encoder_config=sizes, num_labels=5))
+    segmenter.save_pretrained(tmp_path / "segmenter")
+    output = tmp_path / "run"
+    fields = json.dumps({"min_size": 64, "max_size": 96, **FEW})
+    small = ["--data", tmp_path, "--output", output, "--workers", 0, "--warmup", 1, "--lr", 1e-12]
+    start = ["--encoder", tmp_path / "segmenter", "--fields", fields, "--channels", 16, "--taps", 1, 2, 2, 4]
+    script(*small, *start, "--precision", "bf16", "--flip-vertically", "--epochs", 1)
+    # With so small a step the weights are still the Segmenter's, its positions resized to a square.
+    trained, before = load_file(output / "state/model.safetensors"), segmenter.encoder.state_dict()
+    kept = {name: trained[f"backbone.pyramid.encoder.{name}"] for name in before}
+    assert kept.pop("embeddings.position_embeddings").shape == (1, 1 + 6 * 6, WIDTH)
+    for name, weight in kept.items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6)
+    about = json.loads((output / "detector.json").read_text())
+    assert about["num_classes"] == 4 and not about["masks"] and about["taps"] == [1, 2, 2, 4]
+    minutes = json.loads((output / "progress.json").read_text())["minutes"]
+    # What it is made of need not be said again.
+    script(*small, "--resume", "--epochs", 2)
+    assert json.loads((output / "progress.json").read_text())["minutes"] > minutes > 0
+    script(*small, "--evaluate", "1,24")
+    plain, row = json.loads((output / "evaluation.json").read_text())
+    assert "mask_ap" not in plain and 0 <= row["box_ap"] <= row["box_ap50"] <= 100

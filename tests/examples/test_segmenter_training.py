@@ -17,6 +17,7 @@ pytest.importorskip("accelerate")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import pretrain_masked  # noqa: E402
 from camvid_data import (  # noqa: E402
     UNLABELED,
     CamVid,
@@ -25,6 +26,7 @@ from camvid_data import (  # noqa: E402
     training_batch,
     window_positions,
 )
+from pretrain_masked import MaskedPretraining, Reduction, order_by_cells, small_segmenter  # noqa: E402
 from widen_segmenter import widened  # noqa: E402
 
 
@@ -135,3 +137,79 @@ def test_training_goes_on_from_a_widened_segmenter(camvid, tmp_path):
     run("train_segmenter.py", *train, "--init", tmp_path / "wide", "--output", tmp_path / "run")
     trained = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run" / "best")
     assert trained.config.encoder_config.hidden_size == 384
+
+
+def masked_pretraining(**fields):
+    torch.manual_seed(0)
+    model = small_segmenter((23, 30), 64, 3, 1)
+    model.set_attn_implementation("eager")
+    return MaskedPretraining(model, (23, 30), by_cells=True, **fields)
+
+
+def loss_and_latents(masked, images, grid=(8, 12)):
+    """The loss, and what the decoder gets to know of the visible tokens, with the same masks each time."""
+    seen = []
+    handle = masked.narrow.register_forward_hook(lambda module, args, out: seen.append(out[:, 1:]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        loss = masked(images, torch.tensor([[0, 0], [5, 7]]), grid, keep=0.25)
+    handle.remove()
+    return loss, seen[0]
+
+
+def test_one_patch_of_every_cell_is_visible():
+    order = order_by_cells(5, (4, 6))
+    assert (order.sort(1).values == torch.arange(24)).all() and len(order[:, :6].unique(dim=0)) > 1
+    rows, columns = order[:, :6] // 6, order[:, :6] % 6
+    assert (rows // 2 * 3 + columns // 2 == torch.arange(6)).all()
+
+
+@pytest.mark.parametrize("clustering", ["local_kmeans", "density_peaks", "ward"])
+def test_pretraining_with_every_token_its_own_representative_is_the_plain_one(clustering):
+    images = torch.randn(2, 3, 8 * 16, 12 * 16)
+    plain, latents = loss_and_latents(masked_pretraining(), images)
+    whole, same = loss_and_latents(masked_pretraining(reduction=Reduction(1, 24, clustering)), images)
+    torch.testing.assert_close(same, latents, atol=1e-5, rtol=1e-4)
+    assert whole == pytest.approx(plain.item(), abs=1e-5)
+    _, reduced = loss_and_latents(masked_pretraining(reduction=Reduction(1, 6, clustering)), images)
+    assert not torch.allclose(reduced, latents, atol=1e-3)
+
+
+def test_layers_after_the_clustering_run_on_representatives_and_hidden_patches_have_no_part_in_it():
+    masked, images = masked_pretraining(reduction=Reduction(1, 6, "local_kmeans")), torch.randn(2, 3, 8 * 16, 12 * 16)
+    lengths = []
+    for layer in masked.encoder.layers:
+        layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    _, latents = loss_and_latents(masked, images)
+    assert lengths == [1 + 24, 1 + 6, 1 + 6]
+    torch.manual_seed(1)
+    visible = order_by_cells(2, (8, 12))[:, :24]
+    is_visible = torch.zeros(2, 96).scatter(1, visible, 1.0).view(2, 1, 8, 12)
+    is_visible = is_visible.repeat_interleave(16, 2).repeat_interleave(16, 3).bool()
+    _, same = loss_and_latents(masked, torch.where(is_visible, images, torch.randn_like(images)))
+    assert torch.equal(same, latents)
+
+
+def test_pretraining_reduced_from_the_command_line(camvid, tmp_path, monkeypatch):
+    small = ["--data", camvid, "--batch-size", 2, "--width", 64, "--layers", 2, "--decoder-layers", 1]
+    options = [*small, "--output", tmp_path, "--steps", 2, "--masks", "cells", "--ailurus", "1,12"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_masked.py", *map(str, options)])
+    pretrain_masked.main()
+    report = json.loads((tmp_path / "pretraining.json").read_text())
+    assert report["steps"] == 2 and report["minutes"] > 0 and report["args"]["ailurus"] == [1, 12]
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--ailurus", "2,12"], "needs --masks cells"),
+        (["--masks", "cells", "--ailurus", "8,12"], "L from 0 to 7"),
+        (["--masks", "cells", "--ailurus", "2,49"], "M from 1 to 48"),
+        (["--masks", "cells", "--grid", "11", "16"], "even sides, got 11 16"),
+    ],
+)
+def test_what_pretraining_cannot_do_is_refused(options, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain_masked.py", "--output", "nowhere", *options])
+    with pytest.raises(SystemExit):
+        pretrain_masked.main()
+    assert told in capsys.readouterr().err
