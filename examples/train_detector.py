@@ -235,11 +235,16 @@ def main() -> None:
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="mixed with single, or not")
     parser.add_argument("--flip-vertically", action="store_true", help="for images without an up and a down")
     parser.add_argument(
-        "--fields", type=json.loads, default={}, help='of torchvision\'s MaskRCNN, as JSON: {"min_size": 640, ...}'
+        "--fields",
+        type=json.loads,
+        nargs="+",
+        default=[],
+        help="of torchvision's detector, as JSON: '{\"min_size\": 640}' …",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.fields = {name: value for fields in args.fields for name, value in fields.items()}
     if args.evaluate is not None:
         evaluate(args)
     elif not (args.encoder or args.resume):

@@ -67,6 +67,7 @@ COLUMNS = {
     "behind_between": "behind, 95 %|{0[0]:+.2f} to {0[1]:+.2f}",
     "behind_is": "behind or chance",
     "agreement": "agreement|{:.1%}",
+    "ideal": "FLOPs-ideal|{:.2f}×",
     "speed_up": "speed-up|{:.2f}×",
     "share_of_ideal": "share of ideal|{:.2f}",
 }
@@ -181,13 +182,14 @@ def measure(
     runs = {name: (lambda n, each=each: each(timed[n % len(timed)])) for name, each in encoders.items()}
     with torch.no_grad():
         full = model_flops(lambda: plain(timed[0]))
-        seconds = interleaved(runs, repeats, warmup=3, device=device)
+        seconds = interleaved(runs, repeats, warmup=3, device=device) if repeats else {}
         rows = [{"method": "plain", "gflops": full / 1e9, "ideal": 1.0, **said["plain"]}]
         rows += [reduced_row(contenders[name], each, full, encoders[name], timed[0]) | said[name]
                  for name, each in reductions.items()]  # fmt: skip
     for row, name in zip(rows, encoders, strict=True):
-        row["ms"], row["speed_up"] = 1e3 * seconds[name], seconds["plain"] / seconds[name]
-        row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+        if name in seconds:
+            row["ms"], row["speed_up"] = 1e3 * seconds[name], seconds["plain"] / seconds[name]
+            row["share_of_ideal"] = row["speed_up"] / row["ideal"]
     return rows
 
 
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="output folder of examples/train_detector.py")
     parser.add_argument("--methods", nargs="+", default=list(CHOSEN), help=", ".join(METHODS))
     parser.add_argument("--settings", nargs="+", type=setting, metavar="L,KEEP", help="instead of Tab. 4's")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="of the timing (0: AP and FLOPs alone)")
     parser.add_argument("--limit", type=int, help="only so many images, evenly from the whole split")
     parser.add_argument("--resamples", type=int, default=1000, help="of the images, for intervals (0: no intervals)")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")

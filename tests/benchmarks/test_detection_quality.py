@@ -161,10 +161,11 @@ def test_the_command_saves_what_was_measured_and_how_it_was_trained(run, monkeyp
     saved = []
     monkeypatch.setattr(detection_quality, "save", lambda *args: saved.append(args))
     options = ["--data", str(run.parent), "--model", str(run), "--methods", "grid pooling, copy", "--settings", "1,0.5"]
-    monkeypatch.setattr("sys.argv", ["detection_quality", *options, "--resamples", "5", "--repeats", "1"])
+    monkeypatch.setattr("sys.argv", ["detection_quality", *options, "--resamples", "5", "--repeats", "0"])
     detection_quality.main()
     ((name, rows, about),) = saved
     assert name == "detection_quality" and len(rows) == 2 and json.dumps([rows, about])
+    assert "speed_up" not in rows[0] and rows[1]["ideal"] > 1
     assert about["training"] == {"epochs": 1, "minutes": 2.5} and about["images"] == 3
     assert "| grid pooling, copy | 1 | 40 |" in capsys.readouterr().out
 
