@@ -3,7 +3,7 @@
 "Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart:
 each stack clusters its own tokens, every second step where nothing else is said. "k-means": over the whole image, every
 fourth step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
-cross-attention and MLP too.
+cross-attention and MLP too. The peers written from their papers are in diffusion_peers.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ailurus_hf import apply_ailurus, remove_ailurus
 
 from ..peers.todo import ToDoProcessor
 from ..peers.tomesd import merged_by_tomesd
+from .diffusion_peers import PEERS, peers_of
 
 # What tomesd merges beside self-attention.
 PARTS: dict[str, dict[str, Any]] = {
@@ -106,13 +107,29 @@ OURS: dict[str, dict[str, Any]] = {
         for keys, every in ((0.0625, ""), (0.03125, ""), (0.03125, ", every 4 steps"))
     },
 }
-METHODS = ("plain", *TOMESD, *TODO, *OURS)
+# Of transformers: in which block tokens are merged, and how many of its blocks run on all tokens.
+OURS_OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    **{
+        f"blocks {keep} after layer {layer}{every}": {"keep_ratio": keep, "cluster_location": layer, **EVERY[every]}
+        for keep in (0.5, 0.25)
+        for layer in (0, 1, 2, 4)
+        for every in ("", ", every 4 steps")
+    },
+    **{
+        f"attention {keep} after layer 1": {"keep_ratio": keep, "scope": "attention", "cluster_location": 1}
+        for keep in (0.5, 0.25)
+    },
+}
+METHODS = ("plain", *TOMESD, *TODO, *peers_of("UNets"), *OURS)
+METHODS_OF_TRANSFORMERS = ("plain", *peers_of("transformers"), *OURS_OF_TRANSFORMERS)
 
 
 def networks_of(target: Any) -> list[nn.Module]:
-    """UNet and ControlNet of a pipeline: given one, tomesd takes the UNet alone, and AiluRus takes both."""
+    """Transformer, or UNet and ControlNet, of a pipeline: given one, tomesd takes the UNet alone, and AiluRus both."""
     if isinstance(target, nn.Module):
         return [target]
+    if hasattr(target, "transformer"):
+        return [target.transformer]
     return [target.unet, *([target.controlnet] if hasattr(target, "controlnet") else [])]
 
 
@@ -128,7 +145,10 @@ def switch_on(name: str, target: Any, latent_tokens: int, **more: Any) -> Callab
     if name in TODO:
         offs = [_downsampled(network, latent_tokens, TODO[name]) for network in networks_of(target)]
         return lambda: [off() for off in offs]
-    apply_ailurus(target, **{**OURS[name], **more})
+    if name in PEERS:
+        offs = [PEERS[name].on(network, latent_tokens) for network in networks_of(target)]
+        return lambda: [off() for off in offs]
+    apply_ailurus(target, **{**(OURS | OURS_OF_TRANSFORMERS)[name], **more})
     return lambda: remove_ailurus(target)
 
 

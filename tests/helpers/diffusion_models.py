@@ -110,13 +110,12 @@ def make_controlnet(**fields):
 
 def make_sd3(**fields):
     return SD3Transformer2DModel(
-        **JOINT,
         sample_size=16,
         pos_embed_max_size=32,
         in_channels=4,
         out_channels=4,
         caption_projection_dim=16,
-        **{"qk_norm": "rms_norm", **fields},
+        **{**JOINT, "qk_norm": "rms_norm", **fields},
     )
 
 

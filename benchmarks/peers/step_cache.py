@@ -1,0 +1,79 @@
+"""Caches over steps alone, without token reduction: DeepCache for UNets, FirstBlockCache for transformers.
+
+DeepCache (Ma et al. 2024, arXiv 2312.00858), uniform, at its outermost skip connection: every `every`-th step runs
+whole, and the steps between compute the first convolution, the last layer of the last up block and what follows; what
+comes to that layer from below is that of the last whole step.
+
+FirstBlockCache is diffusers' own: a step whose first block changes what it adds by less than `threshold` adds what all
+later blocks added before. Its last block has to return text as well, which SD3's does not: it gets its own back, which
+nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from torch import Tensor, nn
+
+from ailurus_hf.hooks import Hooks
+
+from .steps import Steps
+
+
+def deep_cache(unet: Any, every: int) -> Callable[[], None]:
+    """On a UNet; returns the call that undoes it."""
+    hooks = Hooks()
+    kept: dict[nn.Module, Any] = {}
+    steps = Steps(unet, hooks, kept.clear)
+
+    def keeps(module: nn.Module) -> Callable[..., Any]:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if steps.number % every == 0:
+                kept[module] = original(*args, **kwargs)
+            return kept[module]
+
+        return forward
+
+    last = unet.up_blocks[-1]
+    inner = [*last.resnets[:-1], *getattr(last, "attentions", [])[:-1]]
+    for module in (*unet.down_blocks, unet.mid_block, *unet.up_blocks[:-1], *inner):
+        hooks.replace_method(module, "forward", keeps(module))
+    return hooks.remove
+
+
+def first_block_cache(transformer: Any, threshold: float) -> Callable[[], None]:
+    """On a transformer whose blocks are `transformer_blocks`; returns the call that undoes it."""
+    hooks, blocks = Hooks(), list(transformer.transformer_blocks)
+
+    def begin() -> None:
+        HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
+        _set_cache_context(transformer, CacheContext("generation"))
+
+    Steps(transformer, hooks, begin)
+    if getattr(blocks[-1], "context_pre_only", False):
+        hooks.replace_method(blocks[-1], "forward", _with_text)
+    before = {block: vars(block).get("forward") for block in blocks}
+    apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=threshold))
+
+    def off() -> None:
+        # diffusers' own removal leaves its registry and a `forward` on each block.
+        for block, forward in before.items():
+            del block._diffusers_hook, block.forward
+            if forward is not None:
+                block.forward = forward
+        vars(transformer).pop("_diffusers_hook", None)
+        hooks.remove()
+
+    return off
+
+
+def _with_text(
+    original: Callable[..., tuple[None, Tensor]], hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """The output of SD3's last block with the text that it got."""
+    _, out = original(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **kwargs)
+    return encoder_hidden_states, out
