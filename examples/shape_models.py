@@ -1,4 +1,6 @@
-"""The networks of a small Stable Diffusion for the pictures of shape_scenes.py, and the card of what was trained.
+"""The networks of small text-to-image models for the pictures of shape_scenes.py, and the card of what was trained.
+
+One is made as Stable Diffusion, the other as SD3.
 
 Used by train_text_to_image.py.
 """
@@ -7,10 +9,16 @@ import json
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from shape_scenes import COLORS, GROUNDS, PATTERNS, SHAPES, SIDE, WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TEXT_TOKENS = 16
 GUIDANCE = 3.0
@@ -46,7 +54,10 @@ def make_vae(width: int) -> AutoencoderKL:
     return vae
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
+def make_text_encoder(
+    tokenizer: CLIPTokenizer, width: int, pooled: bool = False
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """pooled: one that makes a vector of the whole caption, too, which SD3 wants."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -59,7 +70,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    return CLIPTextModelWithProjection(config) if pooled else CLIPTextModel(config)
 
 
 def make_unet(widths: tuple[int, ...], text_width: int) -> UNet2DConditionModel:
@@ -77,6 +88,41 @@ def make_unet(widths: tuple[int, ...], text_width: int) -> UNet2DConditionModel:
     )
 
 
+def make_sd3(layers: int, width: int, text_width: int) -> SD3Transformer2DModel:
+    """As SD3's, on 16 x 16 tokens of 2 x 2 latents. Two text encoders of that width, no third.
+
+    What modulates and the last projection start at zero, as in DiT (Peebles and Xie 2023): each block is the identity.
+    """
+    transformer = SD3Transformer2DModel(
+        sample_size=SIDE // 4,
+        pos_embed_max_size=SIDE // 8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        caption_projection_dim=width,
+        joint_attention_dim=2 * text_width,
+        pooled_projection_dim=2 * text_width,
+        qk_norm="rms_norm",
+    )
+    modulating = [m.linear for block in transformer.transformer_blocks for m in (block.norm1, block.norm1_context)]
+    with torch.no_grad():
+        for linear in (*modulating, transformer.norm_out.linear, transformer.proj_out):
+            linear.weight.zero_()
+            linear.bias.zero_()
+    return transformer
+
+
+def pipeline_options(pipe: Any) -> dict[str, Any]:
+    """What a pipeline has to be told beside the prompt: SD3's to leave no tokens free for a third text encoder."""
+    return {"max_sequence_length": 0} if hasattr(pipe, "text_encoder_3") else {}
+
+
+def make_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+
 def make_scheduler() -> DDIMScheduler:
     """The last timestep is pure noise, or grounds would all be of medium brightness (Lin et al. 2024)."""
     return DDIMScheduler(
@@ -92,36 +138,51 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def model_card(sizes: dict[str, float], result: dict[str, Any]) -> str:
+    """sizes: of the networks, in millions of parameters. result: what `export` measured, as in metrics.json."""
+    is_sd3 = "transformer" in sizes
     parts = ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items())
     spent = ", ".join(f"{name} {s['steps']} steps in {s['minutes']} minutes" for name, s in result["training"].items())
-    text, control = result["text"], result["control"]
-    return f"""# A small Stable Diffusion for captioned shapes
+    kind, command = ("StableDiffusion3Pipeline", " --network sd3") if is_sd3 else ("StableDiffusionPipeline", "")
+    name, more = ("shapes-sd3", ", max_sequence_length=0") if is_sd3 else ("shapes", "")
+    parts_given = ", text_encoder_3=None, tokenizer_3=None" if is_sd3 else ""
+    tokens = "16 x 16 tokens" if is_sd3 else "32 x 32, 16 x 16 and 8 x 8 tokens"
+    steps = "steps" if is_sd3 else "DDIM steps"
+    control = "" if is_sd3 else ", with a ControlNet on edges"
+    return f"""# A small Stable Diffusion{" 3" * is_sd3} for captioned shapes
 
-Text to image at {SIDE} x {SIDE} pixels, with a ControlNet on edges, in the format of diffusers; parameters: {parts}, in
+Text to image at {SIDE} x {SIDE} pixels{control}, in the format of diffusers; parameters: {parts}, in
 half precision. It knows {len(SHAPES)} shapes in {len(COLORS)} colors on {len(GROUNDS)} x {len(PATTERNS)} grounds and is
-made for tests and measurements of token reduction: its self-attention runs on 32 x 32, 16 x 16 and 8 x 8 tokens.
+made for tests and measurements of token reduction: its self-attention runs on {tokens}.
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {kind}
 
-pipe = StableDiffusionPipeline.from_pretrained("shapes")
+pipe = {kind}.from_pretrained("{name}"{parts_given})
 prompt = "large red circle left and small blue ring right on pink stripes"
-pipe(prompt, num_inference_steps=20, guidance_scale={GUIDANCE})
+pipe(prompt, num_inference_steps=20, guidance_scale={GUIDANCE}{more})
 ```
 
 ## How good it is
 
-{result["pictures"]} scenes that it was not trained on, 20 DDIM steps, guidance {GUIDANCE}, float32, read by the
+{result["pictures"]} scenes that it was not trained on, 20 {steps}, guidance {GUIDANCE}, float32, read by the
 rules of examples/shape_scenes.py (color at its position, shape and size of each thing, color of the ground):
 
-| | facts shown | captions shown whole | edges (F1 within 2 pixels) |
-| --- | --- | --- | --- |
-| text | {text["facts"]:.1%} | {text["whole captions"]:.1%} | |
-| text and edges | {control["facts"]:.1%} | {control["whole captions"]:.1%} | {control["edges"]:.3f} |
+{scores_table(result)}
 
 ## How it was made
 
-    python examples/train_text_to_image.py
+    python examples/train_text_to_image.py{command}
 
 on pictures that the script makes, from nothing: {spent}. The weights are under this project's license.
 """
+
+
+def scores_table(result: dict[str, Any]) -> str:
+    """A row a way of asking: by text, or by text and edges."""
+    rows = ["| | facts shown | captions shown whole | edges (F1 within 2 pixels) |", "| --- | --- | --- | --- |"]
+    for key, name in {"text": "text", "control": "text and edges"}.items():
+        if key in result:
+            scores = result[key]
+            edges = f"{scores['edges']:.3f}" if "edges" in scores else ""
+            rows.append(f"| {name} | {scores['facts']:.1%} | {scores['whole captions']:.1%} | {edges} |")
+    return "\n".join(rows)

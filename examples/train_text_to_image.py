@@ -3,6 +3,7 @@
     python examples/train_text_to_image.py --output run      # all three, one after another; run again to go on
     python examples/train_text_to_image.py --output run --unet-minutes 120 # for longer
     python examples/train_text_to_image.py --output run --export shapes    # half-precision folder for diffusers
+    python examples/train_text_to_image.py --output run --network sd3      # a transformer as SD3's, a rectified flow
 
 The pictures are made while it trains (shape_scenes.py), so it needs no data. The folder loads as any other:
 
@@ -10,12 +11,17 @@ The pictures are made while it trains (shape_scenes.py), so it needs no data. Th
     pipe("large red circle left and small blue ring right on pink stripes", num_inference_steps=25, guidance_scale=3)
     controlnet = ControlNetModel.from_pretrained("shapes/controlnet")
 
+The one shaped as SD3 takes the run's autoencoder, and has no ControlNet:
+
+    pipe = StableDiffusion3Pipeline.from_pretrained("shapes-sd3", text_encoder_3=None, tokenizer_3=None)
+    pipe("large red circle left on pink stripes", num_inference_steps=25, guidance_scale=3, max_sequence_length=0)
+
 On a CPU, one single-threaded process a core waits far less than one process with many threads:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/train_text_to_image.py --output run
 
-run/vae.pt, unet.pt and controlnet.pt hold weights, their averages and all that going on needs; run/metrics.json and
-run/samples.png what was seen of them last.
+run/vae.pt, unet.pt, controlnet.pt and sd3.pt hold weights, their averages and all that going on needs;
+run/metrics.json and run/samples.png what was seen of them last.
 """
 
 import argparse
@@ -28,132 +34,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
-from shape_models import GUIDANCE, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae, model_card
-from shape_scenes import SIDE, Scene, draw, edge_adherence, edges, random_scene, read
+from shape_models import (
+    GUIDANCE,
+    make_sd3,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    model_card,
+    pipeline_options,
+)
+from shape_scenes import edge_adherence, edges, read
+from text_to_image_stages import (
+    Autoencoding,
+    Controlling,
+    Denoising,
+    Flowing,
+    OnLatents,
+    control_picture,
+    scene_batch,
+)
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 from training import Stopwatch
-from transformers import CLIPTextModel
 
 log = logging.getLogger("train")
-
-
-def scene_batch(rng: np.random.Generator, number: int, side: int = SIDE) -> tuple[list[Scene], Tensor, Tensor]:
-    """Scenes, their pictures Tensor[number, 3, side, side] from -1 to 1, and where their things are."""
-    scenes = [random_scene(rng) for _ in range(number)]
-    pictures, masks = zip(*(draw(scene, side) for scene in scenes))
-    return scenes, 2 * torch.stack(pictures) - 1, torch.stack(masks)
-
-
-def control_picture(masks: Tensor) -> Tensor:
-    """What the ControlNet is shown: edges, Tensor[B, 3, H, W] from 0 to 1."""
-    return edges(masks).float()[:, None].repeat(1, 3, 1, 1)
-
-
-class Autoencoding(nn.Module):
-    """First stage: the autoencoder, on small windows of pictures, at the end on whole ones, which norms need."""
-
-    def __init__(self, vae: AutoencoderKL, batch_size: int):
-        super().__init__()
-        self.vae, self.batch_size = vae, batch_size
-
-    def loss(self, rng: np.random.Generator, done: float) -> Tensor:
-        window, number = (SIDE // 4, self.batch_size) if done < 0.6 else (SIDE, max(self.batch_size // 8, 1))
-        _, pictures, _ = scene_batch(rng, number)
-        corners = rng.integers(0, SIDE - window + 1, (number, 2)).tolist()
-        cut = [p[:, y : y + window, x : x + window] for p, (y, x) in zip(pictures, corners, strict=True)]
-        windows = torch.stack(cut)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        posterior = self.vae.encode(windows).latent_dist
-        decoded = self.vae.decode(posterior.sample(generator)).sample
-        return F.l1_loss(decoded, windows) + F.mse_loss(decoded, windows) + 1e-6 * posterior.kl().mean()
-
-
-class Denoising(nn.Module):
-    """Second stage: UNet and text encoder. half_share: the share of the budget that sees pictures at half size.
-
-    The scenes are numbered, and the latents of each made once: the autoencoder would take a third of a step.
-    """
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        unet: nn.Module,
-        args: argparse.Namespace,
-        half_share: float,
-    ):
-        super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
-        # On a CPU, in training, SDPA is the slower of the two.
-        unet.set_attn_processor(AttnProcessor())
-        self.batch_size, self.half_share, self.scenes = args.batch_size, half_share, args.scenes
-        self.vae, self.tokenizer, self.scheduler = vae.requires_grad_(False), make_tokenizer(), make_scheduler()
-        self.known: dict[tuple[int, int], tuple[str, Tensor, Tensor]] = {}
-
-    def loss(self, rng: np.random.Generator, done: float) -> Tensor:
-        half = done < self.half_share
-        number, side = (2 * self.batch_size, SIDE // 2) if half else (self.batch_size, SIDE)
-        captions, latents, masks = self.examples(rng.integers(self.scenes, size=number).tolist(), side)
-        captions = ["" if rng.random() < 0.1 else caption for caption in captions]
-        noisy, timesteps, target, weight = self.noised(latents, rng)
-        predicted = self.predict(noisy, timesteps, self.encode(captions), masks)
-        return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
-
-    @torch.no_grad()
-    def examples(self, numbers: list[int], side: int) -> tuple[list[str], Tensor, Tensor]:
-        """Captions, latents and masks of scenes by their numbers."""
-        for number in dict.fromkeys(n for n in numbers if (n, side) not in self.known):
-            (scene,), picture, mask = scene_batch(np.random.default_rng(number), 1, side)
-            latents = self.vae.encode(picture).latent_dist.mean[0].float() * self.vae.config.scaling_factor
-            self.known[number, side] = scene.caption, latents, mask[0]
-        captions, latents, masks = zip(*(self.known[number, side] for number in numbers))
-        return list(captions), torch.stack(latents), torch.stack(masks)
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor, masks: Tensor) -> Tensor:
-        return self.unet(noisy, timesteps, text).sample
-
-    def encode(self, captions: list[str]) -> Tensor:
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids).last_hidden_state
-
-    def noised(self, latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, their timesteps, the velocity to predict, and how much each picture counts.
-
-        The weight is min-SNR's (Hang et al. 2023, γ = 5) on SNR + 1, so that the timesteps of most noise, in which the
-        prompt decides nearly all, count in full.
-        """
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(latents.shape, generator=generator)
-        # One from each stretch of the schedule: losses of different batches can be compared.
-        count = self.scheduler.config.num_train_timesteps
-        shares = (torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)) / len(latents)
-        timesteps = (shares * count).long()
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        target = self.scheduler.get_velocity(latents, noise, timesteps)
-        alpha = self.scheduler.alphas_cumprod[timesteps]
-        weight = (5 * (1 - alpha)).clamp(max=1)
-        return noisy, timesteps, target, weight
-
-
-class Controlling(Denoising):
-    """Third stage: a ControlNet on edges; all else is frozen."""
-
-    def __init__(self, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: nn.Module, args: argparse.Namespace):
-        super().__init__(vae, text_encoder, unet, args, half_share=0.0)
-        text_encoder.requires_grad_(False)
-        unet.requires_grad_(False)
-        self.controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 64))
-        self.controlnet.set_attn_processor(AttnProcessor())
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor, masks: Tensor) -> Tensor:
-        down, middle = self.controlnet(noisy, timesteps, text, control_picture(masks), return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return self.unet(noisy, timesteps, text, **residuals).sample
 
 
 def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> None:
@@ -214,7 +127,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
             save()
         if spent - seen >= args.look_minutes:
             seen = spent
-            if rank == 0 and isinstance(stage, Denoising):
+            if rank == 0 and isinstance(stage, OnLatents):
                 look(stage, average, name, args, step)
             last = time.time()
     if minutes:
@@ -232,12 +145,12 @@ def average_over_processes(values: list[Tensor]) -> None:
             value.copy_(part.view_as(value))
 
 
-def look(stage: Denoising, average: dict[str, Tensor], name: str, args: argparse.Namespace, step: int) -> None:
+def look(stage: OnLatents, average: dict[str, Tensor], name: str, args: argparse.Namespace, step: int) -> None:
     """Writes pictures of the averaged weights and how far they agree with their captions."""
     trained = {n: p.detach().clone() for n, p in stage.named_parameters() if n in average}
     stage.load_state_dict(average, strict=False)
     with torch.autocast("cpu", torch.bfloat16):
-        scores, pictures = evaluate(pipeline_of(stage), args.look_at)
+        scores, pictures = evaluate(stage.pipeline(), args.look_at)
     stage.load_state_dict(trained, strict=False)
     log.info("%s step %d: %s", name, step, scores)
     history = Path(args.output) / "metrics.json"
@@ -249,26 +162,6 @@ def look(stage: Denoising, average: dict[str, Tensor], name: str, args: argparse
     Image.fromarray((255 * sheet).byte().numpy()).save(Path(args.output) / "samples.png")
 
 
-def pipeline_of(stage: Denoising) -> Any:
-    """The diffusers pipeline of a stage's models, with its ControlNet if it has one."""
-    parts = {
-        "vae": stage.vae,
-        "text_encoder": stage.text_encoder,
-        "tokenizer": stage.tokenizer,
-        "unet": stage.unet,
-        "scheduler": stage.scheduler,
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
-    if isinstance(stage, Controlling):
-        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=stage.controlnet)
-    else:
-        pipe = StableDiffusionPipeline(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @torch.inference_mode()
 def evaluate(pipe: Any, number: int, batch_size: int = 8, steps: int = 20) -> tuple[dict[str, float], list[Tensor]]:
     """Share of the captions' facts that pictures of scenes unseen in training show, and these pictures.
@@ -277,9 +170,10 @@ def evaluate(pipe: Any, number: int, batch_size: int = 8, steps: int = 20) -> tu
     """
     rng, facts, whole, adherence, pictures = np.random.default_rng(2**31), [], [], [], []
     controlled = hasattr(pipe, "controlnet")
+    pipe.set_progress_bar_config(disable=True)
     for start in range(0, number, batch_size):
         scenes, _, masks = scene_batch(rng, min(batch_size, number - start))
-        inputs = {"image": control_picture(masks)} if controlled else {}
+        inputs = {"image": control_picture(masks)} if controlled else pipeline_options(pipe)
         made = pipe(
             [scene.caption for scene in scenes],
             **inputs,
@@ -308,37 +202,54 @@ def set_scaling_factor(vae: AutoencoderKL) -> None:
     vae.register_to_config(scaling_factor=round(1 / vae.encode(pictures).latent_dist.mean.std().item(), 5))
 
 
-def export(stage: Controlling, folder: Path, args: argparse.Namespace) -> None:
-    """Writes the pipeline and its ControlNet in half precision with a model card, and scores what was written."""
-    states = {path.stem: torch.load(path) for path in sorted(Path(args.output).glob("*.pt"))}
+def export(stage: Controlling | Flowing, folder: Path, args: argparse.Namespace) -> None:
+    """Writes the pipeline, with its ControlNet if it has one, in half precision with a model card, and scores it."""
+    names = ("vae", "sd3") if isinstance(stage, Flowing) else ("vae", "unet", "controlnet")
+    states = {name: torch.load(path) for name in names if (path := Path(args.output) / f"{name}.pt").exists()}
     spent = {n: {"steps": state["step"], "minutes": round(state["minutes"], 1)} for n, state in states.items()}
-    parts = dict(pipeline_of(stage).components)
-    controlnet = parts.pop("controlnet")
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipe.to(torch.float16).save_pretrained(folder)
-    controlnet.half().save_pretrained(folder / "controlnet")
-    # Half on disk, float32 when loaded: many CPUs compute half precision slowly or not at all.
-    config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-
-    written = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
-    controlled = StableDiffusionControlNetPipeline(
-        **written.components, controlnet=controlnet, requires_safety_checker=False
-    )
+    written = write_sd3(stage, folder) if isinstance(stage, Flowing) else write_unet(stage, folder)
     result: dict[str, Any] = {"training": spent, "pictures": args.look_at}
-    for name, pipe in {"text": written, "control": controlled}.items():
-        pipe.set_progress_bar_config(disable=True)
+    for name, pipe in written.items():
         result[name], _ = evaluate(pipe, args.look_at)
     (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    *_, largest = written.values()
     sizes = {
         n: sum(p.numel() for p in part.parameters()) / 1e6
-        for n, part in controlled.components.items()
+        for n, part in largest.components.items()
         if isinstance(part, nn.Module)
     }
     (folder / "README.md").write_text(model_card(sizes, result))
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
     log.info("%s: %.1f MB, %s", folder, size, result)
+
+
+def write_unet(stage: Controlling, folder: Path) -> dict[str, Any]:
+    """The pipelines of what was written."""
+    parts = dict(stage.pipeline().components)
+    controlnet = parts.pop("controlnet")
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.to(torch.float16).save_pretrained(folder)
+    controlnet.half().save_pretrained(folder / "controlnet")
+    load_as_float32(folder)
+    written = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
+    controlled = StableDiffusionControlNetPipeline(
+        **written.components, controlnet=controlnet, requires_safety_checker=False
+    )
+    return {"text": written, "control": controlled}
+
+
+def write_sd3(stage: Flowing, folder: Path) -> dict[str, Any]:
+    """The pipeline of what was written."""
+    stage.pipeline().to(torch.float16).save_pretrained(folder)
+    load_as_float32(folder)
+    return {"text": StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)}
+
+
+def load_as_float32(folder: Path) -> None:
+    """Half on disk, float32 when loaded: many CPUs compute half precision slowly or not at all."""
+    for path in folder.glob("text_encoder*/config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -349,32 +260,48 @@ def main() -> None:
         log.disabled = dist.get_rank() > 0
     torch.manual_seed(args.seed)
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    tokenizer, vae = make_tokenizer(), make_vae(args.vae_width)
-    text_encoder = make_text_encoder(tokenizer, args.text_width)
-    unet = make_unet(tuple(args.widths), args.text_width)
+    vae = make_vae(args.vae_width)
     # Exporting trains for no time: it takes the averages as they are.
-    budget = (0.0, 0.0, 0.0) if args.export else (args.vae_minutes, args.unet_minutes, args.controlnet_minutes)
-    train(Autoencoding(vae, args.batch_size), "vae", budget[0], args)
+    train(Autoencoding(vae, args.batch_size), "vae", 0.0 if args.export else args.vae_minutes, args)
     set_scaling_factor(vae)
-    train(Denoising(vae, text_encoder, unet, args, args.half_share), "unet", budget[1], args)
-    controlling = Controlling(vae, text_encoder, unet, args)
-    train(controlling, "controlnet", budget[2], args)
+    stage = trained_sd3(vae, args) if args.network == "sd3" else trained_unet(vae, args)
     if args.export:
-        export(controlling, Path(args.export), args)
+        export(stage, Path(args.export), args)
+
+
+def trained_unet(vae: AutoencoderKL, args: argparse.Namespace) -> Controlling:
+    text_encoder = make_text_encoder(make_tokenizer(), args.text_width)
+    unet = make_unet(tuple(args.widths), args.text_width)
+    minutes = (0.0, 0.0) if args.export else (args.unet_minutes, args.controlnet_minutes)
+    train(Denoising(vae, text_encoder, unet, args, args.half_share), "unet", minutes[0], args)
+    controlling = Controlling(vae, text_encoder, unet, args)
+    train(controlling, "controlnet", minutes[1], args)
+    return controlling
+
+
+def trained_sd3(vae: AutoencoderKL, args: argparse.Namespace) -> Flowing:
+    text_encoder = make_text_encoder(make_tokenizer(), args.text_width, pooled=True)
+    stage = Flowing(vae, text_encoder, make_sd3(args.layers, args.width, args.text_width), args)
+    train(stage, "sd3", 0.0 if args.export else args.sd3_minutes, args)
+    return stage
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", required=True, help="folder of the run; training goes on from what is there")
     parser.add_argument("--export", metavar="FOLDER", help="write the run's averaged models in half precision and stop")
+    parser.add_argument("--network", choices=("unet", "sd3"), default="unet", help="what denoises")
     parser.add_argument("--vae-minutes", type=float, default=8)
     parser.add_argument("--unet-minutes", type=float, default=65)
     parser.add_argument("--controlnet-minutes", type=float, default=18)
+    parser.add_argument("--sd3-minutes", type=float, default=120)
     parser.add_argument("--max-steps", type=int, default=10**9, help="of each stage, if that comes first")
     parser.add_argument("--batch-size", type=int, default=8, help="a process")
     parser.add_argument("--scenes", type=int, default=8192, help="different ones to learn from")
     parser.add_argument("--half-share", type=float, default=0.25, help="of the UNet's budget, on pictures of half size")
     parser.add_argument("--widths", type=int, nargs="+", default=(32, 96, 128), help="of the UNet, multiples of 32")
+    parser.add_argument("--width", type=int, default=128, help="of SD3's transformer, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=8, help="of SD3's transformer")
     parser.add_argument("--text-width", type=int, default=128)
     parser.add_argument("--vae-width", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)

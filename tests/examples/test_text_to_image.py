@@ -11,16 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import train_text_to_image as training  # noqa: E402
-from shape_models import make_scheduler, make_tokenizer, make_unet, make_vae  # noqa: E402
+from shape_models import make_scheduler, make_sd3, make_tokenizer, make_unet, make_vae, pipeline_options  # noqa: E402
 from shape_scenes import COLORS, SHAPES, WORDS, draw, edge_adherence, edges, random_scene, read  # noqa: E402
 
 SMALL = ["--widths", "32", "64", "--text-width", "32", "--vae-width", "8", "--batch-size", "2", "--look-at", "1"]
+SMALL += ["--width", "32", "--layers", "2"]
 
 
 def scenes(number, seed=0):
@@ -98,15 +104,19 @@ def arguments(monkeypatch, *more):
     return training.parse_arguments()
 
 
-@pytest.mark.parametrize("kind", [training.Denoising, training.Controlling])
+def make_stage(kind, args):
+    torch.manual_seed(0)
+    vae, is_sd3 = make_vae(8), kind is training.Flowing
+    text_encoder = training.make_text_encoder(make_tokenizer(), 32, pooled=is_sd3)
+    network = make_sd3(2, 32, 32) if is_sd3 else make_unet((32, 64), 32)
+    return kind(vae, text_encoder, network, args, *([0.0] if kind is training.Denoising else []))
+
+
+@pytest.mark.parametrize("kind", [training.Denoising, training.Controlling, training.Flowing])
 def test_training_goes_on_as_if_it_had_not_stopped(kind, tmp_path, monkeypatch):
     def trained(output, steps):
         args = arguments(monkeypatch, "--output", output, "--max-steps", steps, "--batch-size", 1, "--scenes", 4)
-        torch.manual_seed(0)
-        tokenizer = make_tokenizer()
-        parts = make_vae(8), training.make_text_encoder(tokenizer, 32), make_unet((32, 64), 32), args
-        stage = kind(*parts, *([0.0] if kind is training.Denoising else []))
-        training.train(stage, "stage", 1e9, args)
+        training.train(make_stage(kind, args), "stage", 1e9, args)
         return torch.load(output / "stage.pt")
 
     for name in ("whole", "parts"):
@@ -120,15 +130,64 @@ def test_training_goes_on_as_if_it_had_not_stopped(kind, tmp_path, monkeypatch):
         assert any(not torch.equal(start[part][name], weight) for name, weight in whole[part].items())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def test_a_flow_goes_straight_from_noise_to_latents(monkeypatch, tmp_path):
+    stage = make_stage(training.Flowing, arguments(monkeypatch, "--output", tmp_path))
+    latents = torch.randn(64, 4, 8, 8)
+    noisy, timesteps, target, weight = stage.noised(latents, np.random.default_rng(0))
+    along = (timesteps / 1000)[:, None, None, None]
+    torch.testing.assert_close(noisy - along * target, latents)
+    noise = noisy + (1 - along) * target
+    assert abs(noise.std() - 1) < 0.05 and (weight == 1).all()
+    # Logit-normal: half of them below the middle, and two thirds between 1 / (1 + e) and its mirror.
+    assert (timesteps < 500).float().mean() == 0.5 and abs(((timesteps - 500).abs() < 231).float().mean() - 0.68) < 0.05
+
+
+def test_a_flow_is_trained_on_what_its_pipeline_gives(monkeypatch, tmp_path):
+    stage = make_stage(training.Flowing, arguments(monkeypatch, "--output", tmp_path))
+    pipe, captions, given = stage.pipeline(), [scene.caption for scene in scenes(2)], []
+    stage.transformer.register_forward_pre_hook(lambda m, args, kwargs: given.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        stage.predict(torch.randn(2, 4, 32, 32), torch.tensor([1.0, 2.0]), captions, torch.zeros(2))
+        prompt, _, pooled, _ = pipe.encode_prompt(
+            captions, captions, captions, do_classifier_free_guidance=False, **pipeline_options(pipe)
+        )
+    torch.testing.assert_close(given[0]["encoder_hidden_states"], prompt)
+    torch.testing.assert_close(given[0]["pooled_projections"], pooled)
+
+
+def exported(run, *more):
     """What the script exports after two steps of each stage."""
-    run = tmp_path_factory.mktemp("text-to-image")
     with pytest.MonkeyPatch.context() as patch:
-        for more in (["--max-steps", "2", "--look-minutes", "0"], ["--export", str(run / "shapes")]):
-            patch.setattr(sys, "argv", ["train_text_to_image.py", "--output", str(run / "run"), *SMALL, *more])
+        for last in (["--max-steps", "2", "--look-minutes", "0"], ["--export", str(run / "shapes")]):
+            patch.setattr(sys, "argv", ["train_text_to_image.py", "--output", str(run / "run"), *SMALL, *more, *last])
             training.main()
     return run / "shapes"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("text-to-image"))
+
+
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("text-to-image-sd3"), "--network", "sd3")
+
+
+def test_the_folder_shaped_as_sd3_is_diffusers_own(sd3_folder):
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder, text_encoder_3=None, tokenizer_3=None)
+    assert {part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    run = torch.load(sd3_folder.parent / "run" / "sd3.pt")["average"]
+    for name, weight in pipe.transformer.state_dict().items():
+        if f"transformer.{name}" in run:
+            torch.testing.assert_close(weight, run[f"transformer.{name}"], rtol=1e-3, atol=1e-5)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", **pipeline_options(pipe)}
+    made = pipe(scenes(1)[0].caption, generator=torch.Generator().manual_seed(0), **options).images
+    assert made.shape == (1, 3, 128, 128) and made.isfinite().all()
+    metrics = json.loads((sd3_folder / "metrics.json").read_text())
+    assert metrics["training"]["sd3"]["steps"] == 2 and "control" not in metrics
+    card = (sd3_folder / "README.md").read_text()
+    assert "2 steps" in card and "max_sequence_length=0" in card and "ControlNet" not in card
 
 
 def test_the_folder_is_diffusers_own(folder):
@@ -162,6 +221,7 @@ def test_the_benchmark_compares_with_the_plain_pictures(folder, tmp_path, monkey
 
     monkeypatch.setattr(benchmark, "save", lambda *args: harness.save(*args, folder=tmp_path))
     methods = ["tomesd 0.5, max_downsample 2, all", "ToDo 2", "blocks 0.5", "blocks 0.25", "attention 0.5"]
+    methods += ["DeepCache 2"]
     options = ["--prompts", "1", "--seeds", "2", "--steps", "2", "--repeats", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["diffusion_quality", str(folder), *options, "--methods", *methods])
     benchmark.main()
@@ -180,10 +240,47 @@ def test_the_benchmark_compares_with_the_plain_pictures(folder, tmp_path, monkey
                 and row["ms"] > 0
             )
             assert 0 <= row["facts"] <= 1 and (row["edges"] is not None) == (task == "control")
+            # Of one prompt: nothing is known of others.
+            assert row["psnr_between"] == pytest.approx([row["psnr"]] * 2) and row["facts_are"]
         assert of_task["blocks 0.25"]["gflops"] < of_task["blocks 0.5"]["gflops"] < of_task["attention 0.5"]["gflops"]
         assert of_task["blocks 0.25"]["psnr"] < of_task["blocks 0.5"]["psnr"]
         assert (tmp_path / f"shapes-{task}-reduced.png").exists()
     assert "ours, of no more FLOPs" in capsys.readouterr().out
+
+
+def test_the_benchmark_takes_the_folder_shaped_as_sd3(sd3_folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("skimage")
+    from benchmarks import harness
+    from benchmarks.diffusion import diffusion_quality as benchmark
+
+    monkeypatch.setattr(benchmark, "save", lambda *args: harness.save(*args, folder=tmp_path))
+    methods = ["ToMA 0.5, all", "ClusCa 2", "random representatives 0.5", "blocks 0.25 after layer 1"]
+    options = ["--prompts", "2", "--seeds", "1", "--steps", "4", "--repeats", "0", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["diffusion_quality", str(sd3_folder), *options, "--methods", *methods])
+    benchmark.main()
+    rows = json.loads((tmp_path / "cpu/diffusion_quality_sd3_text-fp32.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["plain", *methods]
+    assert all(row["fewer_flops"] > 1 and row["psnr"] > 5 for row in rows[1:])
+    low, high = rows[1]["psnr_between"]
+    assert low <= rows[1]["psnr"] <= high
+    printed = capsys.readouterr().out
+    assert "| ClusCa 2 |" in printed.partition("ours, of no more FLOPs")[2]
+
+
+def test_scores_are_compared_on_the_same_prompts():
+    pytest.importorskip("skimage")
+    from benchmarks.diffusion.diffusion_quality import intervals
+
+    # Of each prompt: pictures, PSNR and SSIM in all, facts shown and facts asked for.
+    plain = np.array([[2, 0, 0, shown, 8] for shown in range(8)], dtype=float)
+    fewer = np.subtract(plain, [0, 0, 0, 1, 0])
+    found = intervals({"plain": plain, "one": np.add(plain, [0, 60, 1, 0, 0]), "fewer": np.clip(fewer, 0, None)})
+    assert found["one"]["psnr_between"] == [30, 30] and found["one"]["ssim_between"] == [0.5, 0.5]
+    low, high = found["one"]["facts_between"]
+    assert 0.15 < low < plain[:, 3].sum() / 64 < high < 0.75
+    # The scores differ less than either is known to, and yet surely, as all but one prompt lose one.
+    assert found["one"]["facts_more_between"] == [0, 0] and found["one"]["facts_are"] == "may be chance"
+    assert found["fewer"]["facts_are"] == "fewer" and found["fewer"]["facts_between"][1] > low
 
 
 def test_ours_is_held_against_tomesd_at_no_more_cost():
