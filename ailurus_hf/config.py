@@ -9,7 +9,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_at_least, check_choice, check_fields, check_ratios
+from .checks import check_at_least, check_choice, check_ratios
 from .choices import (
     CLUSTERINGS,
     FRAMES,
@@ -27,6 +27,7 @@ from .choices import (
 )
 from .config_base import Config, from_fields
 from .errors import AiluRusError
+from .level import Level
 from .presets import DIFFUSION_PRESETS, VISION_PRESETS, DiffusionPreset, VisionPreset
 
 if TYPE_CHECKING:
@@ -194,34 +195,6 @@ class AiluRusConfig(Config):
         return self.restore_at == "decoder"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """What one resolution of a UNet does in its own way. None: as the config says.
-
-    Args:
-        keep_ratio, scope, reduce: as in `AiluRusDiffusionConfig`.
-
-    Raises:
-        AiluRusError: a value is wrong.
-
-    Example:
-        >>> Level(scope="attention", reduce="kv").to_dict()
-        {'scope': 'attention', 'reduce': 'kv'}
-    """
-
-    keep_ratio: float | None = None
-    scope: Scope | None = None
-    reduce: Reduce | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_ratios("keep_ratio", [] if self.keep_ratio is None else [self.keep_ratio])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that are not None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
 AS_THE_REST = Level()
 
 
@@ -246,6 +219,13 @@ class AiluRusDiffusionConfig(Config):
             what sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack
             only). Transformers on patches have no such maps.
         refresh_every: denoising steps that share an assignment.
+        full_every: k, every k-th denoising step runs on all tokens and keeps what each stack of blocks added to each of
+            them. In the steps between, which run on representatives, a token adds that, corrected by how much more or
+            less its representative adds now than its cluster added then. For whole blocks, in pipelines of diffusers
+            and within `denoising`; not compiled as a whole, and not beside a cache of diffusers. 1: every step runs on
+            all tokens. None: none do for this.
+        extrapolate: with full_every, what was added is drawn on in a straight line through the last two full steps, as
+            TaylorSeer (arXiv:2503.06923) draws on features.
         share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
             pipeline says that its batches are such; False: never.
         unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline,
@@ -275,6 +255,8 @@ class AiluRusDiffusionConfig(Config):
     cluster_per: ClusterPer = "resolution"
     projections: Projections = "all"
     refresh_every: int = 1
+    full_every: int | None = None
+    extrapolate: bool = False
     share_cfg: bool | None = None
     unreduced_first_steps: int = 0
     unreduced_last_steps: int = 0
@@ -328,6 +310,7 @@ class AiluRusDiffusionConfig(Config):
             unreduced_last_steps=self.unreduced_last_steps,
         )
         _check_clustering(self)
+        self._check_full_steps()
         if self.reduce == "kv" and not self.has_scope("attention"):
             raise AiluRusError(f"reduce='kv' keeps every token's query: use scope='attention', got {self.scope!r}")
         for number, level in (self.levels or {}).items():
@@ -339,6 +322,18 @@ class AiluRusDiffusionConfig(Config):
                 raise AiluRusError(
                     f"keep_ratio at level {number} is given twice, as {self.keep_ratio[number]} and {level.keep_ratio}"
                 )
+
+    def _check_full_steps(self) -> None:
+        """What every k-th step on all tokens needs."""
+        if self.full_every is not None:
+            check_at_least(1, full_every=self.full_every)
+            if not self.has_scope("blocks"):
+                raise AiluRusError(
+                    f"full_every={self.full_every} keeps what stacks of blocks add: use scope='blocks', got "
+                    f"{self.scope!r}"
+                )
+        elif self.extrapolate:
+            raise AiluRusError("extrapolate draws on from steps on all tokens: give full_every, got None")
 
     def clusters_for(self, num_tokens: int, level: int) -> int:
         """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced."""
@@ -367,7 +362,8 @@ class AiluRusDiffusionConfig(Config):
     @property
     def counts_steps(self) -> bool:
         """Whether a forward depends on those before it."""
-        return self.refresh_every > 1 or self.unreduced_first_steps > 0 or self.unreduced_last_steps > 0
+        unreduced = self.unreduced_first_steps > 0 or self.unreduced_last_steps > 0
+        return self.refresh_every > 1 or unreduced or (self.full_every or 1) > 1
 
 
 def rounded_share(ratio: float, num_tokens: int) -> int:

@@ -40,6 +40,8 @@ class AiluRusDiffusionFields(TypedDict, total=False):
     cluster_per: ClusterPer
     projections: Projections
     refresh_every: int
+    full_every: int | None
+    extrapolate: bool
     share_cfg: bool | None
     unreduced_first_steps: int
     unreduced_last_steps: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -18,6 +19,7 @@ class Record:
     recompile them.
 
     attended: images whose keys a token takes in self-attention; more than 1 in cross-frame attention.
+    sizes: how many forwards there were of each N and M.
     """
 
     forwards: int = 0
@@ -27,6 +29,7 @@ class Record:
     last_clusters: TokenClusters | None = None
     last_grid: tuple[int, ...] | None = None
     attended: int = 1
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def reduced(
         self,
@@ -41,6 +44,7 @@ class Record:
             return
         self.forwards += 1
         self.clusterings += clustered
+        self.sizes[num_tokens, num_clusters] += 1
         self.last_tokens, self.last_clusters_count = num_tokens, num_clusters
         self.last_clusters, self.last_grid = clusters, grid
 
@@ -48,6 +52,7 @@ class Record:
         if torch.compiler.is_compiling():
             return
         self.forwards += 1
+        self.sizes[num_tokens, num_tokens] += 1
         self.last_tokens = self.last_clusters_count = num_tokens
         self.last_clusters = self.last_grid = None
 
@@ -77,7 +82,8 @@ class LocationStatus:
     the first.
     forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
     flops, reduced_flops: of the transformer layers for one image, without and with reduction, up to the encoder's next
-        location; at its first one also of those that run on all tokens. None before the first forward.
+        location; at its first one also of those that run on all tokens. None before the first forward. Of the last
+        forward; in a diffusion network with `full_every` the mean of all forwards, as some run on all tokens.
     """
 
     where: str

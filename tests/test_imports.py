@@ -16,7 +16,7 @@ LAYERS = [
     ("errors",),
     ("versions",),
     ("checks", "choices", "extras", "grid_cache", "hooks", "per_thread", "precision", "profiling"),
-    ("clusters", "config_base", "images", "presets"),
+    ("clusters", "config_base", "images", "level", "presets"),
     ("config", "status"),
     ("fields",),
     ("clustering", "segmenter", "video", "visualization"),

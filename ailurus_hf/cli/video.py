@@ -33,6 +33,7 @@ AILURUS_FIELDS = (
     "clustering",
     "compile_clustering",
     "refresh_every",
+    "full_every",
     "unreduced_first_steps",
     "unreduced_last_steps",
 )
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_clustering(group, "ailurus-")
     add("compile-clustering", **COMPILE_CLUSTERING)
     add("refresh-every", type=positive, metavar="N", help="steps that share an assignment")
+    add("full-every", type=positive, metavar="K", help="every K-th step on all tokens; those between build on it")
     add("unreduced-first-steps", type=int, metavar="N", help="steps on all tokens at the beginning")
     add("unreduced-last-steps", type=int, metavar="N", help="steps on all tokens at the end")
     group.add_argument("--no-ailurus", action="store_true", help="run the pipeline as it is")

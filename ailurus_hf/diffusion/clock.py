@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..per_thread import PerThread
+from .cache_contexts import CacheContexts
 from .calls import NetworkCall, calling_pipeline, guides_by_halves
 from .forward_state import Assignments
+from .kept_additions import KeptAdditions
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ class Scheduler(Protocol):
 Timestep = Tensor | float
 # Which of several calls in one step: the shape of the latents, and which frames of a video they are.
 CallPart = tuple[tuple[int, ...], tuple[int, ...] | None]
+# The calls of one kind, one in each step: their part, their cache context, and which of the step's such calls they are:
+# where guidance has no context of diffusers, it is the order of its calls that tells them apart.
+CallKind = tuple[CallPart, str | None, int]
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,13 @@ class Tick:
         reduce: False in a step that runs on all tokens.
         share_cfg: whether the batch is two halves of the same latents.
         assignments: those that the call may use and adds to.
+        additions: what stacks added in the last step on all tokens, with `full_every`.
     """
 
     reduce: bool
     share_cfg: bool
     assignments: Assignments
+    additions: KeptAdditions | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +83,8 @@ class Generation:
         calls: the latents that each part was called with in this step.
         alone: whether each part was called with one tensor a step, and so for one picture.
         halves: whether a batch of so many is two halves of the same latents.
+        additions: what stacks added, by the kind of call.
+        counted: how many calls there were of each part and cache context in this step.
     """
 
     schedule: Tensor | None = None
@@ -90,12 +99,29 @@ class Generation:
     calls: dict[CallPart, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
     alone: bool = True
     halves: dict[CallPart, bool] = field(default_factory=dict)
+    additions: dict[CallKind, KeptAdditions] = field(default_factory=dict)
+    counted: dict[tuple[CallPart, str | None], int] = field(default_factory=dict)
 
     def move_to(self, step: int) -> None:
         """Another step, or the same one."""
         if step != self.step:
             self.step = step
             self.calls.clear()
+            self.counted.clear()
+
+    def additions_of(self, part: CallPart, context: str | None, every: int, extrapolate: bool) -> KeptAdditions:
+        """Those of the next call of a part, in a cache context."""
+        number = self.counted.get((part, context), 0)
+        self.counted[part, context] = number + 1
+        kept = self.additions.setdefault((part, context, number), KeptAdditions(every, extrapolate))
+        if self.schedule is not None and self.step == len(self.schedule) - 1:
+            # Nothing comes after: their memory is not held.
+            del self.additions[part, context, number]
+        return kept
+
+    def forget(self) -> None:
+        """A forward broke off: what it has clustered and kept is not used again."""
+        self.assignments, self.additions = {}, {}
 
     def note(self, part: CallPart, latents: Tensor) -> None:
         """A call of this step; two for one part that differ are of different pictures, such as tiles."""
@@ -109,6 +135,7 @@ class Clock:
 
     def __init__(self, config: AiluRusDiffusionConfig, name: str) -> None:
         self.config, self.name = config, name
+        self.contexts = CacheContexts()
         self._generations: PerThread[Generation] = PerThread()
         self._warned = False
 
@@ -119,13 +146,14 @@ class Clock:
             by_halves: whether pipelines guide this kind of network by batches of two halves.
             frames: the numbers of the frames of a video that the batch is.
 
-        Raises AiluRusError where steps at the end shall run on all tokens, and how many there are is not known.
+        Raises AiluRusError where steps at the end shall run on all tokens, and how many there are is not known, and
+        where every k-th shall, and which one it is is not known.
         """
         config = self.config
+        if config.full_every == 1:
+            return Tick(False, False, {})
         if torch.compiler.is_compiling():
-            if config.unreduced_first_steps or config.unreduced_last_steps:
-                raise AiluRusError("a compiled network does not count steps: leave none of them unreduced")
-            return Tick(True, bool(config.share_cfg), {})
+            return self._tick_compiled()
         may_pair = config.share_cfg is None and by_halves and call.latents.shape[0] % 2 == 0
         if not config.counts_steps and not may_pair:
             return Tick(True, bool(config.share_cfg), {})
@@ -137,7 +165,19 @@ class Clock:
             share = self._are_halves(generation, part, call.latents)
         if not config.counts_steps:
             return Tick(True, share, {})
-        return Tick(self._reduces(generation), share, self._assignments(generation, part, call.latents))
+        reduce, additions = self._reduces(generation), self._additions(generation, part, call.latents)
+        if additions is not None and generation is not None:
+            reduce = additions.begin(generation.step, reduce)
+        return Tick(reduce, share, self._assignments(generation, part, call.latents), additions)
+
+    def _tick_compiled(self) -> Tick:
+        """What is said of a call that the compiler traces, for all that will run its graph."""
+        config = self.config
+        if config.unreduced_first_steps or config.unreduced_last_steps or config.full_every:
+            raise AiluRusError(
+                "a compiled network does not count steps: leave none of them unreduced, and full_every out"
+            )
+        return Tick(True, bool(config.share_cfg), {})
 
     @contextmanager
     def generation(self, scheduler: Scheduler | None) -> Iterator[None]:
@@ -155,7 +195,7 @@ class Clock:
         """A forward broke off: what it has clustered is not used again."""
         generation = self._generations.get()
         if generation is not None:
-            generation.assignments = {}
+            generation.forget()
 
     def _generation(self, call: NetworkCall, pipeline: object) -> Generation | None:
         """This thread's generation, moved to the step of this call, or a new one; None where nothing is known."""
@@ -199,6 +239,25 @@ class Clock:
             if step >= len(generation.schedule) - last:
                 return False
         return step >= self.config.unreduced_first_steps
+
+    def _additions(self, generation: Generation | None, part: CallPart, latents: Tensor) -> KeptAdditions | None:
+        """What was kept of earlier steps, of this picture for sure; None without `full_every`."""
+        every = self.config.full_every
+        if every is None:
+            return None
+        if generation is None or not generation.known:
+            raise AiluRusError(
+                f"full_every={every} cannot tell which step this is: no pipeline of diffusers makes this call, or its "
+                "scheduler has not this timestep. In a loop of your own: with denoising(network, scheduler)"
+            )
+        if not generation.given:
+            generation.note(part, latents)
+            if not generation.alone:
+                raise AiluRusError(
+                    f"full_every={every} cannot tell pictures apart: this pipeline calls {self.name} several times a "
+                    "step, for tiles or pictures that differ. Leave it out"
+                )
+        return generation.additions_of(part, self.contexts.current, every, self.config.extrapolate)
 
     def _assignments(self, generation: Generation | None, part: CallPart, latents: Tensor) -> Assignments:
         """Those of earlier steps where they are of this picture for sure, else none."""

@@ -17,6 +17,7 @@ from ..clusters import TokenClusters
 from ..per_thread import PerThread
 from .calls import NetworkCall
 from .frames import JointClusters
+from .kept_additions import KeptAdditions
 from .rotary import Rotary
 from .stacks import Stack
 
@@ -35,6 +36,7 @@ class StackState:
         grid: of its tokens.
         scope: "blocks" or "attention".
         reached: whether the first block to be reduced was reached.
+        whole: whether it runs on all tokens, and what it adds is kept.
         call: of the network, where a rotary embedding depends on its arguments.
         clusters: of the tokens, once they are merged; with scope="attention" None, as each layer asks for them.
         kept: what all N tokens keep, Tensor[B, N, C] or [B, C, H, W].
@@ -47,6 +49,7 @@ class StackState:
     grid: tuple[int, ...]
     scope: str
     reached: bool = False
+    whole: bool = False
     call: NetworkCall | None = None
     clusters: Clusters | None = None
     kept: Tensor | None = None
@@ -68,6 +71,7 @@ class ForwardState:
         most_unreduced: tokens of the largest grid that ran unreduced for its size.
         recomputing: whether a gradient checkpoint runs a part of the forward again.
         traced: whether the compiler traces the whole forward.
+        additions: what stacks added in the last step on all tokens, with `full_every`.
     """
 
     latent_side: int
@@ -78,6 +82,7 @@ class ForwardState:
     most_unreduced: int = 0
     recomputing: bool = False
     traced: bool = False
+    additions: KeptAdditions | None = None
 
     def at_this_point(self) -> ForwardState:
         """A copy to run the next block again from, as often as need be."""

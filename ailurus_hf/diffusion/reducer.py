@@ -29,6 +29,7 @@ from .cluster_tokens import cluster_tokens
 from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import Clusters, Forwards, ForwardState, StackState
 from .frames import Frames, JointClusters
+from .kept_additions import corrected, refuse_caches
 from .networks import DiffusionNetwork
 from .processor import AiluRusProcessor, Assigned
 from .rebuildable import RebuildableProcessor
@@ -91,6 +92,9 @@ class NetworkReducer:
         """Puts the hooks on the network; subclasses add those of its stacks."""
         self.hooks.pre_forward(self.network, self.begin)
         self.hooks.post_forward(self.network, self.end, always_call=True)
+        if self.config.full_every is not None and hasattr(self.network, "cache_context"):
+            # Some pipelines guide by two calls a step, and tell them apart by diffusers' cache contexts.
+            self.hooks.replace_method(self.network, "cache_context", self.clock.contexts.entered)
         log.debug("%s: %d stacks are reduced", type(self.network).__name__, len(self.stacks))
 
     def remove(self) -> None:
@@ -163,9 +167,15 @@ class NetworkReducer:
             self.left_whole.clear()
         frames = frames_of(self.stacks[0])
         tick = self.clock.tick(call, self.declared.guides_by_halves, None if frames is None else frames.numbers)
+        if tick.additions is not None and not tick.reduce:
+            refuse_caches(self.network)
         side = max(call.latents.shape[-2:])
         traced = torch.compiler.is_compiling()
-        self.forwards.begin(ForwardState(side, tick.reduce, tick.share_cfg, tick.assignments, traced=traced))
+        self.forwards.begin(
+            ForwardState(
+                side, tick.reduce, tick.share_cfg, tick.assignments, traced=traced, additions=tick.additions
+            )
+        )
 
     def end(self, network: nn.Module, args: tuple, output: Any) -> None:
         """After the network's forward, also where it raised; then there is no output."""
@@ -202,6 +212,13 @@ class NetworkReducer:
         """M for a grid in this forward; N where it runs unreduced."""
         num_tokens = math.prod(grid)
         return self.config.clusters_for(num_tokens, self.level_of(forward, grid)) if forward.reduce else num_tokens
+
+    def keeps_additions(self, forward: ForwardState, grid: tuple[int, ...]) -> bool:
+        """Whether stacks of a grid run on all tokens in this forward, and what they add serves in later ones."""
+        if forward.additions is None or forward.reduce:
+            return False
+        level, num_tokens = self.level_of(forward, grid), math.prod(grid)
+        return self.config.scope_at(level) == "blocks" and self.config.clusters_for(num_tokens, level) < num_tokens
 
     def assign(self, forward: ForwardState, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> Clusters:
         """The forward's clusters of a grid, made from Tensor[B, N, C] if it has none."""
@@ -262,8 +279,23 @@ class NetworkReducer:
 
     def unmerged(self, running: StackState, representatives: Tensor) -> Tensor:
         """All tokens after a stack: each adds what its representative gained."""
-        assert running.clusters is not None and running.kept is not None and running.start is not None
-        return running.kept + running.clusters.unmerge(representatives - running.start)
+        assert running.kept is not None and running.start is not None
+        return running.kept + self.gained(running, representatives - running.start)
+
+    def gained(self, running: StackState, gained: Tensor) -> Tensor:
+        """What all tokens add where representatives gained Tensor[B, M, C]; with `full_every` on what they added."""
+        assert running.clusters is not None
+        additions = self.running().additions
+        expected = None if additions is None else additions.expected(running.stack.name)
+        if expected is None:
+            return running.clusters.unmerge(gained)
+        return corrected(expected, running.clusters, gained)
+
+    def keep(self, running: StackState, added: Tensor) -> None:
+        """After a stack that ran on all tokens and added Tensor[B, N, C] to them."""
+        additions = self.running().additions
+        assert additions is not None
+        additions.keep(running.stack.name, added.detach())
 
     def leave(self, forward: ForwardState, stack: Stack, num_tokens: int, reason: str | None = None) -> None:
         """A stack runs unreduced. reason: why, where it is not for the size of its grid."""

@@ -53,6 +53,8 @@ def _location(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> 
     else:
         around = config.projections == "merged" and stack.on_maps
         restored = f"{'around the stack' if around else 'after the last block'} (residual)"
+        if config.full_every is not None:
+            restored = restored.replace("residual", f"residual, all tokens in 1 of {config.full_every} steps")
     whole, reduced = _flops(reducer, stack, scope == "attention", level)
     where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
     return record.location_status(where, number, restored, whole, reduced)
@@ -61,11 +63,27 @@ def _location(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> 
 def _flops(
     reducer: NetworkReducer, stack: Stack, attention_alone: bool, level: int | None
 ) -> tuple[float, float] | tuple[None, None]:
-    """FLOPs of a stack on one image in the last forward, without and with reduction; None before the first."""
-    record, config, flops = reducer.records[stack.name], reducer.config, reducer.declared.flops
-    tokens, clusters = record.last_tokens, record.last_clusters_count
-    if tokens is None or clusters is None:
+    """FLOPs of a stack on one image in the last forward, without and with reduction; None before the first.
+
+    With `full_every`, where forwards differ, of all forwards in the mean.
+    """
+    record = reducer.records[stack.name]
+    if record.last_tokens is None or record.last_clusters_count is None:
         return None, None
+    sizes = {(record.last_tokens, record.last_clusters_count): 1}
+    if reducer.config.full_every is not None:
+        sizes = dict(record.sizes)
+    each = [(_flops_of(reducer, stack, attention_alone, level, *size), times) for size, times in sizes.items()]
+    forwards = sum(sizes.values())
+    whole, reduced = (sum(flops[index] * times for flops, times in each) / forwards for index in (0, 1))
+    return whole, reduced
+
+
+def _flops_of(
+    reducer: NetworkReducer, stack: Stack, attention_alone: bool, level: int | None, tokens: int, clusters: int
+) -> tuple[float, float]:
+    """FLOPs of a stack with so many tokens and clusters, without and with reduction."""
+    record, config, flops = reducer.records[stack.name], reducer.config, reducer.declared.flops
     text = TEXT_TOKENS if reducer.text_tokens is None else reducer.text_tokens
     others = tokens if attention_alone else clusters
     queries = tokens if attention_alone and level and not config.merges_queries(level) else clusters

@@ -109,13 +109,17 @@ class TransformerReducer(NetworkReducer):
             # Some layers would not weigh the representatives, so none runs on them.
             self.leave(forward, self.stack, math.prod(grid), reason)
             return
+        whole = self.keeps_additions(forward, grid)
         if self.num_clusters(forward, grid) == math.prod(grid):
             self.leave(forward, self.stack, math.prod(grid))
-            return
+            if not whole:
+                return
         self._refuse_reduced(call, scope)
         if isinstance(self.own, OwnProcessor) and not torch.compiler.is_compiling():
             self.text_tokens = call.argument("encoder_hidden_states").shape[1]
-        forward.stack = StackState(self.stack, grid, scope, call=call if scope == "blocks" else None)
+        forward.stack = StackState(
+            self.stack, grid, scope, whole=whole, call=call if scope == "blocks" else None
+        )
 
     def _runs_whole(self, scope: str) -> str | None:
         if isinstance(self.own, OwnProcessor):
@@ -182,6 +186,10 @@ class TransformerReducer(NetworkReducer):
         first, running.reached = not running.reached, True
         if running.scope == "attention":
             return None
+        if running.whole:
+            if first:
+                running.kept = args[0] if args else kwargs["hidden_states"]
+            return None
         if first:
             tokens: Tensor = args[0] if args else kwargs["hidden_states"]
             representatives = self.merged(forward, running, tokens)
@@ -203,18 +211,22 @@ class TransformerReducer(NetworkReducer):
 
     @eager_in_compiled_blocks
     def unmerge_after(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        forward = self.running()
-        running, forward.stack = forward.stack, None
-        return None if running is None or running.clusters is None else self.unmerged(running, output)
+        return self._all_tokens(output)
 
     @eager_in_compiled_blocks
     def unmerge_before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        restored = self._all_tokens(args[0] if args else kwargs[self.tokens_name])
+        return None if restored is None else with_argument(args, kwargs, 0, self.tokens_name, restored)
+
+    def _all_tokens(self, tokens: Tensor) -> Tensor | None:
+        """After the last block on what it gave: all tokens again; None where it gave all of them."""
         forward = self.running()
         running, forward.stack = forward.stack, None
-        if running is None or running.clusters is None:
+        if running is None:
             return None
-        tokens: Tensor = args[0] if args else kwargs[self.tokens_name]
-        return with_argument(args, kwargs, 0, self.tokens_name, self.unmerged(running, tokens))
+        if running.whole and running.kept is not None:
+            self.keep(running, tokens - running.kept)
+        return None if running.clusters is None else self.unmerged(running, tokens)
 
     # For the processor
 
@@ -222,7 +234,7 @@ class TransformerReducer(NetworkReducer):
     def joint_reduction(self, tokens: Tensor) -> JointReduction | None:
         """How a layer of joint attention is reduced that gets Tensor[B, L, C]; None where it runs as it is."""
         running = self.running().stack
-        if running is None or not running.reached:
+        if running is None or running.whole or not running.reached:
             return None
         if running.scope == "blocks":
             assert isinstance(running.clusters, TokenClusters)

@@ -80,25 +80,28 @@ class UNetReducer(NetworkReducer):
             if checkpoints:
                 keep_state_in_checkpoints(module, self.forwards)
             return None
-        if self.num_clusters(forward, grid) == height * width:
+        running.whole = self.keeps_additions(forward, grid)
+        if self.num_clusters(forward, grid) == height * width and not running.whole:
             self.leave(forward, stack, height * width)
             return None
         if (other := self._other_processor(stack)) is not None:
-            self.say_once(
-                "%s runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it "
-                "runs the whole batch and takes a mask",
-                stack.name,
-                other,
-            )
             self.leave(forward, stack, height * width, f"left whole: {other}")
             return None
+        self._refuse_blocks(stack, checkpoints, args, kwargs)
+        forward.stack = running
+        if running.whole:
+            running.kept = hidden_states
+            self.leave(forward, stack, height * width)
+            return None
+        return self._merge_map(forward, running, hidden_states, args, kwargs) if self._merges_maps(stack) else None
+
+    def _refuse_blocks(self, stack: Stack, checkpoints: bool, args: tuple, kwargs: dict) -> None:
+        """Raises AiluRusError where the blocks of a stack cannot run on merged tokens."""
         if checkpoints and not self._merges_maps(stack):
             raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
         given = args[stack.mask_position] if len(args) > stack.mask_position else kwargs.get("attention_mask")
         if given is not None:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the network without one")
-        forward.stack = running
-        return self._merge_map(forward, running, hidden_states, args, kwargs) if self._merges_maps(stack) else None
 
     @eager_in_compiled_blocks
     def depart(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -110,7 +113,14 @@ class UNetReducer(NetworkReducer):
         """The class of a processor in the stack that AiluRus does not know to take the bias."""
         for layer in self_attentions([stack]).values():
             if not takes_mask(layer):
-                return type(layer.processor).__name__
+                other = type(layer.processor).__name__
+                self.say_once(
+                    "%s runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it "
+                    "runs the whole batch and takes a mask",
+                    stack.name,
+                    other,
+                )
+                return other
         return None
 
     # projections="all"
@@ -122,6 +132,9 @@ class UNetReducer(NetworkReducer):
         if running is None or running.scope == "attention":
             return None
         tokens: Tensor = args[0] if args else kwargs["hidden_states"]
+        if running.whole:
+            running.kept = tokens
+            return None
         representatives = self.merged(forward, running, tokens)
         running.key_bias = key_bias(running.clusters, tokens)
         return with_argument(args, kwargs, 0, "hidden_states", representatives)
@@ -136,6 +149,10 @@ class UNetReducer(NetworkReducer):
     @eager_in_compiled_blocks
     def unmerge_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         running = self.running().stack
+        if running is not None and running.whole:
+            assert running.kept is not None
+            self.keep(running, output - running.kept)
+            return None
         return None if running is None or running.clusters is None else self.unmerged(running, output)
 
     # projections="merged"
@@ -162,8 +179,13 @@ class UNetReducer(NetworkReducer):
     @eager_in_compiled_blocks
     def unmerge_map(self, module: nn.Module, args: tuple, output: Any) -> Any:
         running = self.running().stack
-        if running is None or running.clusters is None or running.kept is None:
+        if running is None or running.kept is None:
             return None
-        gained = running.clusters.unmerge(output[0].squeeze(2).transpose(1, 2))
+        if running.whole:
+            self.keep(running, (output[0] - running.kept).flatten(2).transpose(1, 2))
+            return None
+        if running.clusters is None:
+            return None
+        gained = self.gained(running, output[0].squeeze(2).transpose(1, 2))
         restored = running.kept + gained.transpose(1, 2).reshape(running.kept.shape)
         return (restored,) if isinstance(output, tuple) else type(output)(sample=restored)

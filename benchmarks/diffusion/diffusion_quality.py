@@ -5,6 +5,7 @@
     python -m benchmarks.diffusion.diffusion_quality shapes      # results, tables, and pictures side by side
     python -m benchmarks.diffusion.diffusion_quality shapes --prompts 4 --methods plain "keys 0.25"
     python -m benchmarks.diffusion.diffusion_quality shapes-sd3  # a transformer, of --network sd3
+    python -m benchmarks.diffusion.diffusion_quality shapes --methods plain "blocks of each stack 0.25" --full-every 2 3
 
 Each method's pictures are compared with those of the unreduced model from the same seeds (the mean of each picture's
 PSNR, the PSNR of all their pixels, which the one picture decides that changes most, and SSIM), and read by the rules of
@@ -44,7 +45,16 @@ from examples.shape_scenes import draw, edge_adherence, edges, random_scene, rea
 
 from ..harness import environment, interleaved, log, markdown, measured_columns, model_flops, save, switched
 from ..harness.bootstrap import called, drawn_weights, interval, resampled_scores
-from ..methods.diffusion import METHODS, METHODS_OF_TRANSFORMERS, OURS, OURS_OF_TRANSFORMERS, TOMESD, switch_on
+from ..methods.diffusion import (
+    FULL_EVERY,
+    METHODS,
+    METHODS_OF_TRANSFORMERS,
+    OURS,
+    OURS_OF_TRANSFORMERS,
+    TOMESD,
+    switch_on,
+    with_full_steps,
+)
 
 # Two levels of the model have at least as many tokens.
 MIN_TOKENS = 256
@@ -226,7 +236,7 @@ def against(others: Sequence[str], rows: list[dict[str, Any]], full_size: Mappin
         "by_flops": {row["method"]: row["gflops"] for row in rows},
         "by_speed": {name: 1 / speed_up for name, speed_up in full_size.items()},
     }
-    of_ours = [row for row in rows if row["method"] in OURS | OURS_OF_TRANSFORMERS]
+    of_ours = [row for row in rows if row["method"].partition(FULL_EVERY)[0] in OURS | OURS_OF_TRANSFORMERS]
     compared = []
     for row in rows:
         name = row["method"]
@@ -290,6 +300,9 @@ def main() -> None:
     known = {*METHODS, *METHODS_OF_TRANSFORMERS}
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help="default: all for the network")
     parser.add_argument(
+        "--full-every", nargs="+", type=int, default=[], metavar="K", help="beside them, each K-th step on all tokens"
+    )
+    parser.add_argument(
         "--shown",
         nargs="+",
         default=[
@@ -333,7 +346,7 @@ def main() -> None:
     for name in args.tasks or [task for task in TASKS if task == "text" or (folder / "controlnet").exists()]:
         controlled = name == "control"
         task = Scenes(load(args.model, controlled), args.prompts, args.seeds, args.steps)
-        measured, pictures = measure(task, methods, args.repeats)
+        measured, pictures = measure(task, with_full_steps(methods, args.full_every), args.repeats)
         path = output / f"{folder.name}-{name}-reduced.png"
         sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)
         log.info("wrote %s", path)

@@ -5,12 +5,13 @@
     python -m benchmarks.diffusion.diffusion_speed --device cuda --dtype bf16 --batch 2
     python -m benchmarks.diffusion.diffusion_speed --device cuda --dtype bf16 --steps 50             # whole generations
     python -m benchmarks.diffusion.diffusion_speed --device cuda --dtype bf16 --steps 50 --compile
+    python -m benchmarks.diffusion.diffusion_speed --size 512 --steps 20 --methods "blocks 0.25" --full-every 3 5
 
 A whole generation is of one prompt under guidance, without text encoder and autoencoder. Compiled, every method has a
 UNet of its own on the same weights, because a graph holds what was on when it was made.
 
 Random weights: speed does not depend on them. Fidelity here is the cosine to the plain UNet's output on noise, a lower
-bound; quality is measured on a trained model. Every contender is undone before the next one's turn.
+bound (with --full-every, of whole generations); quality is measured on a trained model. Every contender is undone before the next one's turn.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
 from ailurus_hf.evaluation.timing import wait_for
 
 from ..harness import environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
-from ..methods.diffusion import METHODS, OURS, switch_on
+from ..methods.diffusion import FULL_EVERY, METHODS, OURS, switch_on, with_full_steps
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -222,10 +223,12 @@ def measure(
     # In single steps, timestep and all are the same in each turn: clusters are made in each, more often than in any
     # use.
     more = {} if steps else {"refresh_every": 1}
+    # A step alone is none of a generation, of which every k-th runs on all tokens.
+    counted = steps if any(FULL_EVERY in name for name in methods) else None
     rows = methods_in_turn(
         unet,
         {name: partial(switch_on, name, target, (size // 8) ** 2, **more) for name in plain_first(methods)},
-        runner(unet, given),
+        runner(target if counted else unet, given, counted),
         full_flops(model, size, batch),
         repeats,
         unet.device,
@@ -308,6 +311,9 @@ def main() -> None:
     parser.add_argument("--model", default="sd15", choices=MODELS)
     parser.add_argument("--size", nargs="+", type=int, help="image sides in pixels, multiples of 64")
     parser.add_argument("--methods", nargs="+", default=SHOWN, choices=METHODS, metavar="METHOD")
+    parser.add_argument(
+        "--full-every", nargs="+", type=int, default=[], metavar="K", help="beside them, each K-th step on all tokens"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="2 is one image with guidance")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
@@ -320,6 +326,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="by torch.compile; no memory, no fidelity")
     parser.add_argument("--name", help="of the result file (default: diffusion_speed_MODEL and what was asked for)")
     args = parser.parse_args()
+    if args.full_every and (args.compile or not args.steps):
+        parser.error("--full-every is for whole generations that are not compiled: give --steps, without --compile")
+    methods = with_full_steps(args.methods, args.full_every)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -329,7 +338,7 @@ def main() -> None:
     options = {"unet": unet, "batch": args.batch, "steps": args.steps}
     for size in args.size or SIZES[args.model]:
         run = measure_compiled if args.compile else measure
-        new = run(args.model, size, args.methods, args.repeats, **options)
+        new = run(args.model, size, methods, args.repeats, **options)
         log.info(measured_columns(new, COLUMNS))
         rows += new
     kind = "_whole" * bool(args.steps) + "_compiled" * args.compile

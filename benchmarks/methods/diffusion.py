@@ -8,12 +8,12 @@ cross-attention and MLP too. The peers written from their papers are in diffusio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ailurus_hf import apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusDiffusionConfig, apply_ailurus, remove_ailurus
 
 from ..peers.todo import ToDoProcessor
 from ..peers.tomesd import merged_by_tomesd
@@ -122,6 +122,8 @@ OURS_OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 METHODS = ("plain", *TOMESD, *TODO, *peers_of("UNets"), *OURS)
 METHODS_OF_TRANSFORMERS = ("plain", *peers_of("transformers"), *OURS_OF_TRANSFORMERS)
+# Ends the name of a method of ours whose every k-th step runs on all tokens; k follows.
+FULL_EVERY = ", full every "
 
 
 def networks_of(target: Any) -> list[nn.Module]:
@@ -148,8 +150,19 @@ def switch_on(name: str, target: Any, latent_tokens: int, **more: Any) -> Callab
     if name in PEERS:
         offs = [PEERS[name].on(network, latent_tokens) for network in networks_of(target)]
         return lambda: [off() for off in offs]
-    apply_ailurus(target, **{**(OURS | OURS_OF_TRANSFORMERS)[name], **more})
+    ours, _, every = name.partition(FULL_EVERY)
+    full = {"full_every": int(every)} if every else {}
+    apply_ailurus(target, **{**(OURS | OURS_OF_TRANSFORMERS)[ours], **full, **more})
     return lambda: remove_ailurus(target)
+
+
+def with_full_steps(methods: Sequence[str], every: Sequence[int]) -> list[str]:
+    """The methods, and after each of ours that reduces whole blocks the same with every k-th step on all tokens."""
+    named, ours = [], OURS | OURS_OF_TRANSFORMERS
+    for name in methods:
+        reduces_blocks = name in ours and AiluRusDiffusionConfig(**ours[name]).has_scope("blocks")
+        named += [name, *(f"{name}{FULL_EVERY}{steps}" for steps in every if reduces_blocks)]
+    return named
 
 
 def _downsampled(network: Any, latent_tokens: int, factor: int) -> Callable[[], Any]:

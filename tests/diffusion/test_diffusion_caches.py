@@ -10,7 +10,7 @@ from diffusers.hooks import HookRegistry
 from diffusion_models import SETTINGS, generate
 from diffusion_pipelines import clusterings, text_to_image
 
-from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 
 WAYS = [{}, {"projections": "merged"}, {"scope": "attention"}]
 STEPS = 4
@@ -83,3 +83,23 @@ def test_reduced_networks_skip_as_whole_ones_do(cache, way, cached_first):
     whole = text_to_image()[0]
     cache(whole, 2)
     torch.testing.assert_close(run(remove_ailurus(pipe)), run(whole), rtol=0, atol=0)
+
+
+def test_full_steps_go_with_skipping_as_deepcache_and_refuse_what_is_kept_within_blocks():
+    pipe = text_to_image()[0]
+    apply_ailurus(pipe, **SETTINGS, full_every=2)
+    want = run(pipe)
+    skip_as_deepcache(pipe, 1)
+    torch.testing.assert_close(run(pipe), want, rtol=1e-5, atol=1e-5)
+    pipe = text_to_image()[0]
+    skip_as_deepcache(pipe, 2)
+    whole = run(pipe)
+    apply_ailurus(pipe, **SETTINGS, full_every=2)
+    skipped = run(pipe)
+    assert torch.equal(run(pipe), skipped) and (skipped - want).abs().max() > 1e-4
+    reduced = run(apply_ailurus(pipe, **SETTINGS))
+    assert (skipped - whole).norm() < (reduced - whole).norm()
+    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
+    broadcast(pipe, 2)
+    with pytest.raises(AiluRusError, match=r"full_every and the cache 'pyramid_attention_broadcast' of diffusers"):
+        run(pipe)

@@ -79,3 +79,19 @@ def test_steps_are_counted_once_each():
     video(pipe, num_inference_steps=6)
     first = ailurus_status(pipe).locations[0]
     assert (first.forwards, first.clusterings) == (6, 2)
+
+
+@pytest.mark.parametrize("frames", ["each", "joint"])
+def test_every_second_step_on_all_tokens(frames):
+    pipe = make_pipeline()
+    options = {"frames": clip(9), "latents": noise(9), "num_inference_steps": 4, "clip_length": 3}
+    plain = video(pipe, **options)
+    off = lambda **fields: (video(apply_ailurus(pipe, **SETTINGS, frames=frames, **fields), **options) - plain).norm()  # noqa: E731
+    without = off()
+    assert off(full_every=2) < without
+    made = video(pipe, **options)
+    assert torch.equal(video(pipe, **options), made) and made.isfinite().all()
+    rows = [p for p in ailurus_status(pipe).locations if p.num_tokens == 96]
+    # Three videos of key frames and four clips, in two of four steps.
+    assert {p.clusterings for p in rows if p.where.endswith("down_blocks.0.attentions.0")} == {3 * 5 * 2}
+    assert torch.equal(video(remove_ailurus(pipe), **options), plain)

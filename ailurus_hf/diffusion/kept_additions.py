@@ -1,0 +1,93 @@
+"""Clusters over steps: every k-th step runs on all tokens and keeps what each stack of blocks added to them.
+
+In the steps between, stacks run on representatives, and a token adds what it added then, corrected by how much more or
+less its representative adds now than its cluster added then, in the mean. What sets a token's addition apart from its
+cluster's is thus of the last full step, and what clusters have in common is of this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..clusters import TokenClusters
+from ..errors import AiluRusError
+from .frames import JointClusters
+
+
+@dataclass(frozen=True, eq=False)
+class _Addition:
+    """What a stack added to all tokens in a step, and by how much that grew a step since the full one before."""
+
+    step: int
+    added: Tensor
+    growth: Tensor | None = None
+
+
+@dataclass(eq=False)
+class KeptAdditions:
+    """What the stacks of a network added in the last full step, for the calls of one kind, of one picture or batch.
+
+    Args:
+        every: steps from one that runs on all tokens to the next.
+        extrapolate: whether additions are drawn on in a straight line through the last two full steps.
+        step: the one that is running.
+        full_step: the last one that ran on all tokens, None before the first.
+    """
+
+    every: int
+    extrapolate: bool
+    step: int = 0
+    full_step: int | None = None
+    _of_stacks: dict[str, _Addition] = field(default_factory=dict)
+
+    def begin(self, step: int, reduce: bool) -> bool:
+        """A step begins. Returns whether it runs on representatives.
+
+        Args:
+            reduce: whether it may.
+        """
+        self.step = step
+        is_due = self.full_step is None or not 0 <= step - self.full_step < self.every
+        if is_due or not reduce:
+            self.full_step = step
+            return False
+        return True
+
+    def keep(self, stack: str, added: Tensor) -> None:
+        """A stack, by name, has added Tensor[B, N, C] to its tokens in a full step."""
+        before = self._of_stacks.get(stack)
+        growth = None
+        if self.extrapolate and before is not None and before.step < self.step:
+            growth = (added - before.added) / (self.step - before.step)
+        self._of_stacks[stack] = _Addition(self.step, added, growth)
+
+    def expected(self, stack: str) -> Tensor | None:
+        """What a stack would add by now, Tensor[B, N, C]; None where nothing is kept, as it was skipped then."""
+        kept = self._of_stacks.get(stack)
+        if kept is None or kept.growth is None:
+            return None if kept is None else kept.added
+        return kept.added + (self.step - kept.step) * kept.growth
+
+
+def corrected(expected: Tensor, clusters: TokenClusters | JointClusters, gained: Tensor) -> Tensor:
+    """What each token adds, Tensor[B, N, C].
+
+    Args:
+        expected: what it would add by what was kept, Tensor[B, N, C].
+        clusters: of the tokens.
+        gained: what their representatives add now, Tensor[B, M, C].
+    """
+    return expected + clusters.unmerge(gained - clusters.merge(expected))
+
+
+def refuse_caches(network: nn.Module) -> None:
+    """Raises AiluRusError where a cache of diffusers is on in a network, also one that was put on its blocks alone."""
+    for module in network.modules():
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if getattr(hook, "_is_stateful", False):
+                raise AiluRusError(
+                    f"full_every and the cache {name!r} of diffusers both skip in steps: the cache would give blocks "
+                    "that run on representatives what others gave for all tokens. Switch one of them off"
+                )

@@ -1,0 +1,328 @@
+"""Every k-th step on all tokens, those between on representatives: what is kept, for which calls, and how long."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, StableDiffusionPipeline
+from diffusers.hooks import apply_first_block_cache
+from diffusion_models import NETWORKS, SETTINGS, generate, latents, make_network, predict, text
+from diffusion_pipelines import PIPELINES, text_to_image
+from diffusion_ways import on_every_network, sample
+from traces import traces
+
+from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf.diffusion import denoising
+from ailurus_hf.diffusion.apply import reducers_of
+
+WAYS = {
+    "blocks": {},
+    "merged projections": {"projections": "merged"},
+    "each stack": {"cluster_per": "stack", "refresh_every": 2},
+    "extrapolated": {"extrapolate": True, "clustering": "density_peaks"},
+}
+in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+on_some_networks = pytest.mark.parametrize("name", ["UNet", "PixArt", "SD3.5", "Flux", "Wan"])
+STEPS = (9, 8, 7, 6)
+
+
+def picture(name, step, seed=0, batch=2):
+    """Latents that change a little from step to step."""
+    return sample(name, batch=batch, seed=seed) + 0.05 * step * sample(name, batch=batch, seed=seed + 7)
+
+
+def run(network, name, seed=0, batch=2, steps=STEPS, **kwargs):
+    """What a network predicts in each step of a picture."""
+    with denoising(network):
+        return [predict(network, name, picture(name, n, seed, batch), t, **kwargs) for n, t in enumerate(steps)]
+
+
+def plain_run(network, name, **kwargs):
+    return [predict(network, name, picture(name, n), t, **kwargs) for n, t in enumerate(STEPS)]
+
+
+def same(got, want, tolerance=1e-5):
+    return all(
+        torch.allclose(a, b, rtol=tolerance, atol=tolerance * b.abs().max()) for a, b in zip(got, want, strict=True)
+    )
+
+
+def distance(one, other):
+    return ((one - other).norm() / other.norm()).item()
+
+
+@on_every_network
+@in_every_way
+def test_full_steps_are_plain_and_those_between_nearer_to_it(name, way):
+    if "projections" in way and not NETWORKS[name].maps:
+        pytest.skip("no projections")
+    network = make_network(name)
+    plain, before = plain_run(network, name), traces(network)
+    alone = run(apply_ailurus(network, **SETTINGS, **{n: v for n, v in way.items() if n != "extrapolate"}), name)
+    apply_ailurus(network, **SETTINGS, **way, full_every=2)
+    kept = run(network, name)
+    assert same(kept[::2], plain[::2]) and not same(alone[::2], plain[::2], 1e-3)
+    assert all(x.isfinite().all() for x in kept) and not same(kept[1::2], plain[1::2], 1e-4)
+    assert all(distance(kept[n], plain[n]) < 0.7 * distance(alone[n], plain[n]) for n in (1, 3))
+    # Another picture leaves nothing behind.
+    run(network, name, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(run(network, name), kept, strict=True))
+    remove_ailurus(network)
+    assert all(torch.equal(a, b) for a, b in zip(plain_run(network, name), plain, strict=True))
+    assert traces(network) == before
+
+
+@on_every_network
+def test_identity_where_every_step_is_full_or_no_token_has_to_go(name):
+    network = make_network(name)
+    plain = plain_run(network, name)
+    for fields in ({"full_every": 1}, {"full_every": 2, "keep_ratio": 1.0}, {"full_every": 2, "min_tokens": 10**4}):
+        assert same(run(apply_ailurus(network, **{**SETTINGS, **fields}), name), plain)
+        assert all(p.num_tokens == p.num_clusters for p in ailurus_status(network).locations)
+    # One call, of which nothing is known, is enough.
+    apply_ailurus(network, **SETTINGS, full_every=1)
+    assert same([predict(network, name, picture(name, 0), STEPS[0])], plain[:1])
+
+
+@on_every_network
+def test_an_image_gives_the_same_alone_and_in_a_batch(name):
+    if NETWORKS[name].conditions(1).get("class_labels") is not None:
+        pytest.skip("its condition depends on the place in the batch")
+    network = apply_ailurus(make_network(name), **SETTINGS, full_every=2)
+    together = run(network, name)
+    x = [picture(name, n)[:1] for n in range(len(STEPS))]
+    with denoising(network):
+        alone = [predict(network, name, x[n], t) for n, t in enumerate(STEPS)]
+    assert same(alone, [each[:1] for each in together], 1e-3)
+
+
+def slowly(kept, assignment, gained):
+    """What every token adds, one by one: what was kept, and what its representative gained since."""
+    added = torch.empty_like(kept)
+    for image in range(len(kept)):
+        for token, cluster in enumerate(assignment[image].tolist()):
+            members = [n for n, other in enumerate(assignment[image].tolist()) if other == cluster]
+            of_representative = sum(kept[image, n] for n in members) / len(members)
+            added[image, token] = kept[image, token] + (gained[image, cluster] - of_representative)
+    return added
+
+
+@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
+def test_the_correction_token_by_token(name, extrapolate):
+    network, around, inside = make_network(name), [], []
+    path = {"UNet": "down_blocks.0.attentions.0.", "SDXL UNet": "down_blocks.1.attentions.0.", "PixArt": ""}[name]
+    blocks = network.get_submodule(f"{path}transformer_blocks")
+    # Hooks that were there before see all tokens; later ones, before ours, what the blocks get and give.
+    blocks[0].register_forward_pre_hook(lambda module, args: around.append(args[0]))
+    blocks[-1].register_forward_hook(lambda module, args, out: around.append(out))
+    apply_ailurus(network, **SETTINGS, full_every=2, extrapolate=extrapolate)
+    blocks[0].register_forward_pre_hook(lambda module, args: inside.append(args[0]))
+    blocks[-1].register_forward_hook(lambda module, args, out: inside.append(out), prepend=True)
+    run(network, name)
+    record = reducers_of(network)[0][1].records[path.removesuffix(".")]
+    added = [after - before for before, after in zip(around[::2], around[1::2], strict=True)]
+    gained = inside[-1] - inside[-2]
+    assert gained.shape[1] * 4 == added[-1].shape[1]
+    # Steps 0 and 2 were full; this is step 3.
+    kept = added[2] + (added[2] - added[0]) / 2 if extrapolate else added[2]
+    want = slowly(kept, record.last_clusters.assignment, gained)
+    torch.testing.assert_close(added[3], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert distance(added[3], added[2]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["UNet", "SD3.5", "Flux", "Wan"])
+def test_calls_with_and_without_a_prompt_each_have_their_own(name):
+    network = apply_ailurus(make_network(name), **SETTINGS, full_every=3)
+    prompts = {"cond": text(2), "uncond": text(2, seed=9)}
+    want = {each: run(network, name, encoder_hidden_states=prompt) for each, prompt in prompts.items()}
+    contexts = hasattr(network, "cache_context")
+    got = {each: [] for each in prompts}
+    with denoising(network):
+        for n, timestep in enumerate(STEPS):
+            # By their order, or by the cache context, in whatever order.
+            for each in sorted(prompts, reverse=contexts and n % 2 == 1):
+                call = lambda each=each, n=n, t=timestep: predict(  # noqa: E731
+                    network, name, picture(name, n), t, encoder_hidden_states=prompts[each]
+                )
+                if contexts:
+                    with network.cache_context(each):
+                        got[each].append(call())
+                else:
+                    got[each].append(call())
+    for each in prompts:
+        assert same(got[each], want[each])
+        assert not same(got[each], want["uncond" if each == "cond" else "cond"], 1e-3)
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_pipelines(make):
+    pipe, inputs = make()
+    plain = generate(pipe, **inputs)
+    apply_ailurus(pipe, **SETTINGS, full_every=2)
+    reduced = generate(pipe, **inputs)
+    assert reduced.isfinite().all() and (reduced - plain).abs().max() > 1e-4
+    generate(pipe, **{**inputs, "seed": 1})
+    assert torch.equal(generate(pipe, **inputs), reduced)
+    assert torch.equal(generate(copy.deepcopy(pipe), **inputs), reduced)
+    apply_ailurus(pipe, **SETTINGS, full_every=1)
+    assert same([generate(pipe, **inputs)], [plain], 1e-4)
+    assert torch.equal(generate(remove_ailurus(pipe), **inputs), plain)
+
+
+@pytest.mark.parametrize(
+    "fields, want",
+    [
+        ({"full_every": 3}, [96, 24, 24, 96, 24, 24, 96]),
+        ({"full_every": 3, "refresh_every": 2, "unreduced_first_steps": 2}, [96, 96, 24, 24, 96, 24, 24]),
+        ({"full_every": 2, "unreduced_last_steps": 2}, [96, 24, 96, 24, 96, 96, 96]),
+        ({"full_every": 100}, [96, 24, 24, 24, 24, 24, 24]),
+    ],
+)
+def test_which_steps_are_full(fields, want):
+    pipe, seen = apply_ailurus(text_to_image()[0], **SETTINGS, **fields), []
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.ff.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    for last in (None, 1, None):
+        seen.clear()
+        if last is None:
+            generate(pipe, steps=7)
+            assert seen == want
+            continue
+
+        def stop(pipe, index, timestep, tensors, last=last):
+            if index == last:
+                raise RuntimeError("enough")
+            return tensors
+
+        with pytest.raises(RuntimeError, match="enough"):
+            generate(pipe, steps=7, callback_on_step_end=stop)
+
+
+def test_nothing_is_held_after_a_picture():
+    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
+    generate(pipe, steps=4)
+    clock = reducers_of(pipe)[0][1].clock
+    assert not clock._generations.get().additions
+
+
+def test_a_forward_that_broke_off_is_followed_by_a_full_one():
+    network, seen = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=4), []
+    block = network.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.ff.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    with denoising(network):
+        predict(network, "UNet", picture("UNet", 0), 9)
+        handle = network.conv_out.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict(network, "UNet", picture("UNet", 1), 8)
+        handle.remove()
+        predict(network, "UNet", picture("UNet", 2), 7)
+    assert seen == [96, 24, 96]
+
+
+@pytest.mark.parametrize("name", ["UNet", "Flux"])
+def test_copies_begin_anew_and_are_undone_on_their_own(name):
+    network = make_network(name)
+    plain = plain_run(network, name)
+    apply_ailurus(network, **SETTINGS, full_every=2)
+    want = run(network, name)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert all(torch.equal(a, b) for a, b in zip(run(twin, name), want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(plain_run(remove_ailurus(twin), name), plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(network, name), want, strict=True))
+
+
+def test_two_threads_share_a_network():
+    network = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=2)
+    want = [run(network, "UNet", seed) for seed in (0, 1)]
+    both, got = threading.Barrier(2, timeout=30), [None, None]
+    network.down_blocks[0].attentions[0].register_forward_hook(lambda *_: [both.wait(), None][1])
+
+    def work(seed):
+        got[seed] = run(network, "UNet", seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_levels_of_attention_alone_are_whole_in_full_steps_too():
+    network = make_network("UNet")
+    plain = plain_run(network, "UNet")
+    apply_ailurus(network, **SETTINGS, levels={1: {"scope": "attention", "reduce": "kv"}}, full_every=2)
+    kept = run(network, "UNet")
+    assert same(kept[::2], plain[::2]) and not same(kept[1::2], plain[1::2], 1e-4)
+
+
+@on_some_networks
+def test_status_counts_full_steps(name):
+    network = make_network(name)
+    run(apply_ailurus(network, **SETTINGS), name)
+    always = [p.flops_saved for p in ailurus_status(network).locations]
+    run(apply_ailurus(network, **SETTINGS, full_every=4), name)
+    status = ailurus_status(network)
+    assert [p.flops_saved for p in status.locations] == pytest.approx([0.75 * saved for saved in always])
+    assert all((p.forwards, p.num_tokens) == (4, 4 * p.num_clusters) for p in status.locations)
+    assert "all tokens in 1 of 4 steps" in str(status)
+
+
+def test_blocks_compiled_one_by_one():
+    network = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=2)
+    want = run(network, "UNet")
+    for block in network.modules():
+        if type(block).__name__ == "BasicTransformerBlock":
+            block.compile(backend="eager", dynamic=False)
+    assert same(run(network, "UNet"), want)
+    torch.compiler.reset()
+
+
+def test_what_cannot_be_known_is_refused():
+    network, x = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=3), sample("UNet")
+    with pytest.raises(AiluRusError, match=r"full_every=3 cannot tell which step.*denoising\(network, scheduler\)"):
+        predict(network, "UNet", x)
+    with pytest.raises(Exception, match="does not count steps"):
+        predict(torch.compile(network, backend="eager", fullgraph=True), "UNet", x)
+    torch.compiler.reset()
+
+    class Tiles(StableDiffusionPipeline):
+        def __call__(self, tiles):
+            self._guidance_scale = 1.0
+            self.scheduler.set_timesteps(2)
+            with torch.no_grad():
+                return [[self.unet(x, t, text(1)).sample for x in tiles] for t in self.scheduler.timesteps]
+
+    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
+    tiles = Tiles(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(AiluRusError, match="full_every=2 cannot tell pictures apart.*several times a step"):
+        tiles(latents((4, 8, 12)).split(1))
+
+
+@pytest.mark.parametrize("name, bypassed", [("Flux", False), ("Flux", True), ("PixArt", True), ("Wan", False)])
+def test_caches_of_diffusers_are_refused_in_words(name, bypassed):
+    network = make_network(name)
+    config = FirstBlockCacheConfig(threshold=0.1)
+    if bypassed:
+        apply_first_block_cache(network, config)
+    else:
+        network.enable_cache(config)
+    apply_ailurus(network, **SETTINGS, full_every=2)
+    with pytest.raises(AiluRusError, match=r"cache.*of diffusers"):
+        run(network, name)
+
+
+@pytest.mark.parametrize(
+    "fields, numbers",
+    [
+        ({"full_every": 0}, "full_every must be at least 1, got 0"),
+        ({"full_every": 2, "scope": "attention"}, "full_every=2.*scope='blocks', got 'attention'"),
+        ({"extrapolate": True}, "give full_every, got None"),
+    ],
+)
+def test_wrong_settings(fields, numbers):
+    with pytest.raises(AiluRusError, match=numbers):
+        AiluRusDiffusionConfig(**fields)
