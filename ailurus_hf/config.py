@@ -226,6 +226,8 @@ class AiluRusDiffusionConfig(Config):
             all tokens. None: none do for this.
         extrapolate: with full_every, what was added is drawn on in a straight line through the last two full steps, as
             TaylorSeer (arXiv:2503.06923) draws on features.
+        step_factors: in so many equal parts of a generation's steps, what keep_ratio is multiplied by (up to 1): (2, 1, 0.5)
+            keeps most tokens early. Needs a pipeline, which knows how many steps there are.
         share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
             pipeline says that its batches are such; False: never.
         unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline,
@@ -257,6 +259,7 @@ class AiluRusDiffusionConfig(Config):
     refresh_every: int = 1
     full_every: int | None = None
     extrapolate: bool = False
+    step_factors: tuple[float, ...] | None = None
     share_cfg: bool | None = None
     unreduced_first_steps: int = 0
     unreduced_last_steps: int = 0
@@ -311,6 +314,8 @@ class AiluRusDiffusionConfig(Config):
         )
         _check_clustering(self)
         self._check_full_steps()
+        if self.step_factors is not None and not (self.step_factors and min(self.step_factors) > 0):
+            raise AiluRusError(f"step_factors must be one or more numbers above 0, got {self.step_factors}")
         if self.reduce == "kv" and not self.has_scope("attention"):
             raise AiluRusError(f"reduce='kv' keeps every token's query: use scope='attention', got {self.scope!r}")
         for number, level in (self.levels or {}).items():
@@ -335,14 +340,17 @@ class AiluRusDiffusionConfig(Config):
         elif self.extrapolate:
             raise AiluRusError("extrapolate draws on from steps on all tokens: give full_every, got None")
 
-    def clusters_for(self, num_tokens: int, level: int) -> int:
-        """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced."""
+    def clusters_for(self, num_tokens: int, level: int, factor: float = 1.0) -> int:
+        """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced.
+
+        factor: of the step, see `step_factors`.
+        """
         if num_tokens < self.min_tokens:
             return num_tokens
         ratio = self._at(level).keep_ratio
         if ratio is None:
-            ratio = self.keep_ratio.get(level, 1.0) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
-        return rounded_share(ratio, num_tokens)
+            ratio = self.keep_ratio.get(level) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
+        return num_tokens if ratio is None else rounded_share(ratio * factor, num_tokens)
 
     def scope_at(self, level: int) -> Scope:
         """The scope at a grid whose sides are `level` times smaller than the latents'."""
@@ -363,7 +371,7 @@ class AiluRusDiffusionConfig(Config):
     def counts_steps(self) -> bool:
         """Whether a forward depends on those before it."""
         unreduced = self.unreduced_first_steps > 0 or self.unreduced_last_steps > 0
-        return self.refresh_every > 1 or unreduced or (self.full_every or 1) > 1
+        return self.refresh_every > 1 or unreduced or (self.full_every or 1) > 1 or self.step_factors is not None
 
 
 def rounded_share(ratio: float, num_tokens: int) -> int:

@@ -42,6 +42,7 @@ class AiluRusDiffusionFields(TypedDict, total=False):
     refresh_every: int
     full_every: int | None
     extrapolate: bool
+    step_factors: tuple[float, ...] | None
     share_cfg: bool | None
     unreduced_first_steps: int
     unreduced_last_steps: int

@@ -83,7 +83,7 @@ class LocationStatus:
     forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
     flops, reduced_flops: of the transformer layers for one image, without and with reduction, up to the encoder's next
         location; at its first one also of those that run on all tokens. None before the first forward. Of the last
-        forward; in a diffusion network with `full_every` the mean of all forwards, as some run on all tokens.
+        forward; in a diffusion network with `full_every` or `step_factors` the mean of all forwards, which differ.
     """
 
     where: str

@@ -35,11 +35,12 @@ def install(target: Any, config: AiluRusDiffusionConfig, clustering: ClusterFunc
         config: the settings.
         clustering: another way to cluster than the config's, to compare with.
     """
-    if config.unreduced_last_steps and isinstance(target, nn.Module):
-        raise AiluRusError(
-            f"unreduced_last_steps={config.unreduced_last_steps} needs a pipeline, which knows how many steps there "
-            f"are: apply it to the pipeline, got {type(target).__name__}"
-        )
+    for name in ("unreduced_last_steps", "step_factors"):
+        if (value := getattr(config, name)) and isinstance(target, nn.Module):
+            raise AiluRusError(
+                f"{name}={value} needs a pipeline, which knows how many steps there are: apply it to the pipeline, got "
+                f"{type(target).__name__}"
+            )
     _install(target, dict.fromkeys(find_networks(target), config), clustering)
 
 

@@ -52,12 +52,14 @@ class Tick:
         share_cfg: whether the batch is two halves of the same latents.
         assignments: those that the call may use and adds to.
         additions: what stacks added in the last step on all tokens, with `full_every`.
+        factor: what the keep ratio is multiplied by.
     """
 
     reduce: bool
     share_cfg: bool
     assignments: Assignments
     additions: KeptAdditions | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,14 +170,16 @@ class Clock:
         reduce, additions = self._reduces(generation), self._additions(generation, part, call.latents)
         if additions is not None and generation is not None:
             reduce = additions.begin(generation.step, reduce)
-        return Tick(reduce, share, self._assignments(generation, part, call.latents), additions)
+        assignments = self._assignments(generation, part, call.latents)
+        return Tick(reduce, share, assignments, additions, self._factor(generation))
 
     def _tick_compiled(self) -> Tick:
         """What is said of a call that the compiler traces, for all that will run its graph."""
         config = self.config
-        if config.unreduced_first_steps or config.unreduced_last_steps or config.full_every:
+        if config.unreduced_first_steps or config.unreduced_last_steps or config.full_every or config.step_factors:
             raise AiluRusError(
-                "a compiled network does not count steps: leave none of them unreduced, and full_every out"
+                "a compiled network does not count steps: leave none of them unreduced, and full_every and "
+                "step_factors out"
             )
         return Tick(True, bool(config.share_cfg), {})
 
@@ -230,15 +234,26 @@ class Clock:
     def _reduces(self, generation: Generation | None) -> bool:
         last = self.config.unreduced_last_steps
         step = 0 if generation is None else generation.step
-        if last:
-            if generation is None or generation.schedule is None:
-                raise AiluRusError(
-                    f"unreduced_last_steps={last} cannot be found: the timestep is none of those of the scheduler of a "
-                    "pipeline that makes this call. In a loop of your own: with denoising(network, scheduler)"
-                )
-            if step >= len(generation.schedule) - last:
-                return False
+        if last and step >= self._number_of_steps(generation, f"unreduced_last_steps={last}") - last:
+            return False
         return step >= self.config.unreduced_first_steps
+
+    def _factor(self, generation: Generation | None) -> float:
+        """What the keep ratio of this step is multiplied by."""
+        factors = self.config.step_factors
+        if factors is None:
+            return 1.0
+        steps = self._number_of_steps(generation, f"step_factors={factors}")
+        return factors[(0 if generation is None else generation.step) * len(factors) // steps]
+
+    def _number_of_steps(self, generation: Generation | None, needed_for: str) -> int:
+        """How many steps a generation has; AiluRusError where that is not known."""
+        if generation is None or generation.schedule is None:
+            raise AiluRusError(
+                f"{needed_for} cannot be found: the timestep is none of those of the scheduler of a "
+                "pipeline that makes this call. In a loop of your own: with denoising(network, scheduler)"
+            )
+        return len(generation.schedule)
 
     def _additions(self, generation: Generation | None, part: CallPart, latents: Tensor) -> KeptAdditions | None:
         """What was kept of earlier steps, of this picture for sure; None without `full_every`."""

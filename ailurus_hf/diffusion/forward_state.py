@@ -23,8 +23,8 @@ from .stacks import Stack
 
 Clusters = TokenClusters | JointClusters
 
-# By grid, batch, the numbers of the frames of a video, and the stack ("" where all stacks of a resolution share).
-Assignments = dict[tuple[tuple[int, ...], int, tuple[int, ...] | None, str], Clusters]
+# By grid, M, batch, the numbers of the frames of a video, and the stack ("" where all stacks of a resolution share).
+Assignments = dict[tuple[tuple[int, ...], int, int, tuple[int, ...] | None, str], Clusters]
 
 
 @dataclass(eq=False)
@@ -72,6 +72,7 @@ class ForwardState:
         recomputing: whether a gradient checkpoint runs a part of the forward again.
         traced: whether the compiler traces the whole forward.
         additions: what stacks added in the last step on all tokens, with `full_every`.
+        factor: what the keep ratio is multiplied by in this step.
     """
 
     latent_side: int
@@ -83,6 +84,7 @@ class ForwardState:
     recomputing: bool = False
     traced: bool = False
     additions: KeptAdditions | None = None
+    factor: float = 1.0
 
     def at_this_point(self) -> ForwardState:
         """A copy to run the next block again from, as often as need be."""

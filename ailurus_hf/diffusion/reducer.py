@@ -171,11 +171,9 @@ class NetworkReducer:
             refuse_caches(self.network)
         side = max(call.latents.shape[-2:])
         traced = torch.compiler.is_compiling()
-        self.forwards.begin(
-            ForwardState(
-                side, tick.reduce, tick.share_cfg, tick.assignments, traced=traced, additions=tick.additions
-            )
-        )
+        state = ForwardState(side, tick.reduce, tick.share_cfg, tick.assignments, traced=traced)
+        state.additions, state.factor = tick.additions, tick.factor
+        self.forwards.begin(state)
 
     def end(self, network: nn.Module, args: tuple, output: Any) -> None:
         """After the network's forward, also where it raised; then there is no output."""
@@ -210,15 +208,18 @@ class NetworkReducer:
 
     def num_clusters(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
         """M for a grid in this forward; N where it runs unreduced."""
-        num_tokens = math.prod(grid)
-        return self.config.clusters_for(num_tokens, self.level_of(forward, grid)) if forward.reduce else num_tokens
+        return self._num_representatives(forward, grid) if forward.reduce else math.prod(grid)
+
+    def _num_representatives(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
+        """M for a grid, whether or not the forward runs on all tokens."""
+        return self.config.clusters_for(math.prod(grid), self.level_of(forward, grid), forward.factor)
 
     def keeps_additions(self, forward: ForwardState, grid: tuple[int, ...]) -> bool:
         """Whether stacks of a grid run on all tokens in this forward, and what they add serves in later ones."""
         if forward.additions is None or forward.reduce:
             return False
-        level, num_tokens = self.level_of(forward, grid), math.prod(grid)
-        return self.config.scope_at(level) == "blocks" and self.config.clusters_for(num_tokens, level) < num_tokens
+        in_blocks = self.config.scope_at(self.level_of(forward, grid)) == "blocks"
+        return in_blocks and self._num_representatives(forward, grid) < math.prod(grid)
 
     def assign(self, forward: ForwardState, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> Clusters:
         """The forward's clusters of a grid, made from Tensor[B, N, C] if it has none."""
@@ -226,7 +227,7 @@ class NetworkReducer:
             raise AiluRusError(f"grid {grid} has {math.prod(grid)} tokens, but there are {tokens.shape[1]}")
         frames, num_clusters = frames_of(stack), self.num_clusters(forward, grid)
         own = stack.name if self.config.cluster_per == "stack" else ""
-        key = grid, tokens.shape[0], None if frames is None else frames.numbers, own
+        key = grid, num_clusters, tokens.shape[0], None if frames is None else frames.numbers, own
         clusters = forward.assignments.get(key)
         made = clusters is None
         if clusters is None:

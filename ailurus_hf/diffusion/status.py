@@ -65,13 +65,13 @@ def _flops(
 ) -> tuple[float, float] | tuple[None, None]:
     """FLOPs of a stack on one image in the last forward, without and with reduction; None before the first.
 
-    With `full_every`, where forwards differ, of all forwards in the mean.
+    Where forwards differ by their step, with `full_every` or `step_factors`, of all of them in the mean.
     """
     record = reducer.records[stack.name]
     if record.last_tokens is None or record.last_clusters_count is None:
         return None, None
     sizes = {(record.last_tokens, record.last_clusters_count): 1}
-    if reducer.config.full_every is not None:
+    if reducer.config.full_every is not None or reducer.config.step_factors is not None:
         sizes = dict(record.sizes)
     each = [(_flops_of(reducer, stack, attention_alone, level, *size), times) for size, times in sizes.items()]
     forwards = sum(sizes.values())
