@@ -18,6 +18,7 @@ from ..per_thread import PerThread
 from .calls import NetworkCall
 from .frames import JointClusters
 from .kept_additions import KeptAdditions
+from .replay import BlockCall
 from .rotary import Rotary
 from .stacks import Stack
 
@@ -25,6 +26,12 @@ Clusters = TokenClusters | JointClusters
 
 # By grid, M, batch, the numbers of the frames of a video, and the stack ("" where all stacks of a resolution share).
 Assignments = dict[tuple[tuple[int, ...], int, int, tuple[int, ...] | None, str], Clusters]
+
+
+def key_bias(clusters: Clusters | None, tokens: Tensor) -> Tensor:
+    """Log counts as blocks take a bias on self-attention: Tensor[B, 1, M]."""
+    assert clusters is not None
+    return clusters.log_counts()[:, None, :].to(tokens.dtype)
 
 
 @dataclass(eq=False)
@@ -37,6 +44,7 @@ class StackState:
         scope: "blocks" or "attention".
         reached: whether the first block to be reduced was reached.
         whole: whether it runs on all tokens, and what it adds is kept.
+        calls: its blocks' calls then.
         call: of the network, where a rotary embedding depends on its arguments.
         clusters: of the tokens, once they are merged; with scope="attention" None, as each layer asks for them.
         kept: what all N tokens keep, Tensor[B, N, C] or [B, C, H, W].
@@ -50,6 +58,7 @@ class StackState:
     scope: str
     reached: bool = False
     whole: bool = False
+    calls: list[BlockCall] = dataclasses.field(default_factory=list)
     call: NetworkCall | None = None
     clusters: Clusters | None = None
     kept: Tensor | None = None

@@ -1,8 +1,9 @@
 """Clusters over steps: every k-th step runs on all tokens and keeps what each stack of blocks added to them.
 
 In the steps between, stacks run on representatives, and a token adds what it added then, corrected by how much more or
-less its representative adds now than its cluster added then, in the mean. What sets a token's addition apart from its
-cluster's is thus of the last full step, and what clusters have in common is of this one.
+less its representative adds now than it did then. What a representative added then is not the mean of its cluster, as
+attention saw all tokens: so in a full step the stack runs on representatives, too (`replay.py`), and what sets a
+token's addition apart from its representative's is kept.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..clusters import TokenClusters
 from ..errors import AiluRusError
-from .frames import JointClusters
 
 
 @dataclass(frozen=True, eq=False)
 class _Addition:
-    """What a stack added to all tokens in a step, and by how much that grew a step since the full one before."""
+    """What set the tokens apart in a full step, and by how much that grew a step since the full one before."""
 
     step: int
-    added: Tensor
+    apart: Tensor
     growth: Tensor | None = None
 
 
@@ -31,7 +30,7 @@ class KeptAdditions:
 
     Args:
         every: steps from one that runs on all tokens to the next.
-        extrapolate: whether additions are drawn on in a straight line through the last two full steps.
+        extrapolate: whether what is kept is drawn on in a straight line through the last two full steps.
         step: the one that is running.
         full_step: the last one that ran on all tokens, None before the first.
     """
@@ -55,31 +54,20 @@ class KeptAdditions:
             return False
         return True
 
-    def keep(self, stack: str, added: Tensor) -> None:
-        """A stack, by name, has added Tensor[B, N, C] to its tokens in a full step."""
+    def keep(self, stack: str, apart: Tensor) -> None:
+        """In a full step of a stack, by name: what tokens added less what their representatives add, [B, N, C]."""
         before = self._of_stacks.get(stack)
         growth = None
         if self.extrapolate and before is not None and before.step < self.step:
-            growth = (added - before.added) / (self.step - before.step)
-        self._of_stacks[stack] = _Addition(self.step, added, growth)
+            growth = (apart - before.apart) / (self.step - before.step)
+        self._of_stacks[stack] = _Addition(self.step, apart, growth)
 
-    def expected(self, stack: str) -> Tensor | None:
-        """What a stack would add by now, Tensor[B, N, C]; None where nothing is kept, as it was skipped then."""
+    def apart(self, stack: str) -> Tensor | None:
+        """What sets tokens apart by now, Tensor[B, N, C]; None where nothing is kept, as the stack was skipped then."""
         kept = self._of_stacks.get(stack)
         if kept is None or kept.growth is None:
-            return None if kept is None else kept.added
-        return kept.added + (self.step - kept.step) * kept.growth
-
-
-def corrected(expected: Tensor, clusters: TokenClusters | JointClusters, gained: Tensor) -> Tensor:
-    """What each token adds, Tensor[B, N, C].
-
-    Args:
-        expected: what it would add by what was kept, Tensor[B, N, C].
-        clusters: of the tokens.
-        gained: what their representatives add now, Tensor[B, M, C].
-    """
-    return expected + clusters.unmerge(gained - clusters.merge(expected))
+            return None if kept is None else kept.apart
+        return kept.apart + (self.step - kept.step) * kept.growth
 
 
 def refuse_caches(network: nn.Module) -> None:

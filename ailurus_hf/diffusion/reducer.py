@@ -1,16 +1,17 @@
 """NetworkReducer: what the reduction of any network needs: its hooks, its clock, its assignments, its records.
 
-`unet.py` and `transformer.py` derive from it. A forward of the network makes a ForwardState; the hooks around a stack,
-or the processors of its self-attention, ask `assign` for the clusters of their grid; the end of the forward drops the
-state.
+`unet.py` and `transformer.py` derive from it. A forward makes a ForwardState; the hooks around a stack, or processors
+of self-attention, ask `assign` for the clusters of their grid; the end of the forward drops the state.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,14 @@ from .checkpointing import drop_state_in_checkpoints
 from .clock import Clock
 from .cluster_tokens import cluster_tokens
 from .compiled_blocks import eager_in_compiled_blocks
-from .forward_state import Clusters, Forwards, ForwardState, StackState
+from .forward_state import Clusters, Forwards, ForwardState, StackState, key_bias
 from .frames import Frames, JointClusters
-from .kept_additions import corrected, refuse_caches
+from .kept_additions import refuse_caches
 from .networks import DiffusionNetwork
 from .processor import AiluRusProcessor, Assigned
 from .rebuildable import RebuildableProcessor
-from .stacks import AttentionLayer, Processor, Stack, find_stacks, self_attentions
+from .replay import replayed
+from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, self_attentions
 
 log = logging.getLogger(__name__)
 
@@ -208,18 +210,18 @@ class NetworkReducer:
 
     def num_clusters(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
         """M for a grid in this forward; N where it runs unreduced."""
-        return self._num_representatives(forward, grid) if forward.reduce else math.prod(grid)
-
-    def _num_representatives(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
-        """M for a grid, whether or not the forward runs on all tokens."""
-        return self.config.clusters_for(math.prod(grid), self.level_of(forward, grid), forward.factor)
+        num_tokens = math.prod(grid)
+        if not forward.reduce:
+            return num_tokens
+        return self.config.clusters_for(num_tokens, self.level_of(forward, grid), forward.factor)
 
     def keeps_additions(self, forward: ForwardState, grid: tuple[int, ...]) -> bool:
         """Whether stacks of a grid run on all tokens in this forward, and what they add serves in later ones."""
         if forward.additions is None or forward.reduce:
             return False
-        in_blocks = self.config.scope_at(self.level_of(forward, grid)) == "blocks"
-        return in_blocks and self._num_representatives(forward, grid) < math.prod(grid)
+        level, num_tokens = self.level_of(forward, grid), math.prod(grid)
+        fewest = self.config.clusters_for(num_tokens, level, min(self.config.step_factors or (1.0,)))
+        return self.config.scope_at(level) == "blocks" and fewest < num_tokens
 
     def assign(self, forward: ForwardState, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> Clusters:
         """The forward's clusters of a grid, made from Tensor[B, N, C] if it has none."""
@@ -284,19 +286,39 @@ class NetworkReducer:
         return running.kept + self.gained(running, representatives - running.start)
 
     def gained(self, running: StackState, gained: Tensor) -> Tensor:
-        """What all tokens add where representatives gained Tensor[B, M, C]; with `full_every` on what they added."""
+        """What all tokens add where representatives gained Tensor[B, M, C]."""
         assert running.clusters is not None
-        additions = self.running().additions
-        expected = None if additions is None else additions.expected(running.stack.name)
-        if expected is None:
-            return running.clusters.unmerge(gained)
-        return corrected(expected, running.clusters, gained)
+        additions, of_each = self.running().additions, running.clusters.unmerge(gained)
+        apart = None if additions is None else additions.apart(running.stack.name)
+        return of_each if apart is None else apart + of_each
 
+    @torch.no_grad()
     def keep(self, running: StackState, added: Tensor) -> None:
-        """After a stack that ran on all tokens and added Tensor[B, N, C] to them."""
-        additions = self.running().additions
-        assert additions is not None
-        additions.keep(running.stack.name, added.detach())
+        """After a stack that ran on all tokens and added Tensor[B, N, C] to them: on representatives, too."""
+        forward = self.running()
+        again = StackState(running.stack, running.grid, running.scope, reached=True, call=running.call)
+        least = min(self.config.step_factors or (1.0,))
+        state = dataclasses.replace(forward, reduce=True, recomputing=True, factor=least, stack=again)
+        with self.forwards.resumed(state):
+            gained = self.replay(state, again, running)
+        assert forward.additions is not None and again.clusters is not None
+        forward.additions.keep(running.stack.name, added - again.clusters.unmerge(gained))
+
+    def replay(self, forward: ForwardState, again: StackState, running: StackState) -> Tensor:
+        """What representatives gain in a stack that ran on all tokens, Tensor[B, M, C]; `again` gets their clusters."""
+        assert running.kept is not None
+        representatives = self.start(forward, again, running.kept)
+        return replayed(running.calls, representatives, partial(self.with_bias, again)) - representatives
+
+    def start(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Tensor:
+        """The representatives for the first block, with what weighs them."""
+        representatives = self.merged(forward, running, tokens)
+        running.key_bias = key_bias(running.clusters, tokens)
+        return representatives
+
+    def with_bias(self, running: StackState, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A block's arguments with the weights of its representatives, where it takes them as a mask."""
+        raise NotImplementedError
 
     def leave(self, forward: ForwardState, stack: Stack, num_tokens: int, reason: str | None = None) -> None:
         """A stack runs unreduced. reason: why, where it is not for the size of its grid."""
@@ -362,12 +384,6 @@ class SharedClusters:
         return self.reducer.assigned(tokens)
 
 
-def key_bias(clusters: Clusters | None, tokens: Tensor) -> Tensor:
-    """Log counts as blocks take a bias on self-attention: Tensor[B, 1, M]."""
-    assert clusters is not None
-    return clusters.log_counts()[:, None, :].to(tokens.dtype)
-
-
 def takes_mask(layer: AttentionLayer) -> bool:
     """Whether a layer of self-attention is known to run the whole batch and to take a bias on its keys as a mask."""
     return type(layer.processor) in PLAIN_PROCESSORS or isinstance(layer.processor, RebuildableProcessor)
@@ -382,9 +398,3 @@ def reducers_of(target: Any) -> list[tuple[str, NetworkReducer]]:
         if ATTRIBUTE in vars(module)
     }
     return list(found.values())
-
-
-def frames_of(stack: Stack) -> Frames | None:
-    """The frames that a batch holds, where the stack's self-attention runs on a CrossFrameProcessor."""
-    layer = getattr(stack.blocks[0], "attn1", None)
-    return getattr(getattr(layer, "processor", None), "frames", None)

@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .frames import Frames
 from .networks import DiffusionNetwork, declaration_of
 
 # Called by an attention layer with itself and with what it got.
@@ -136,6 +137,12 @@ def _attention_names(block: nn.Module) -> tuple[str, ...]:
     """`attn1` beside cross-attention in `attn2`; or joint attention in `attn`, the image's own in `attn2` (SD3.5)."""
     names = ("attn1",) if hasattr(block, "attn1") else ("attn", "attn2")
     return tuple(name for name in names if getattr(block, name, None) is not None)
+
+
+def frames_of(stack: Stack) -> Frames | None:
+    """The frames that a batch holds, where the stack's self-attention runs on a CrossFrameProcessor."""
+    layer = getattr(stack.blocks[0], "attn1", None)
+    return getattr(getattr(layer, "processor", None), "frames", None)
 
 
 def convolution_norms(network: nn.Module) -> list[nn.GroupNorm]:

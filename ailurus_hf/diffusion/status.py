@@ -73,16 +73,30 @@ def _flops(
     sizes = {(record.last_tokens, record.last_clusters_count): 1}
     if reducer.config.full_every is not None or reducer.config.step_factors is not None:
         sizes = dict(record.sizes)
-    each = [(_flops_of(reducer, stack, attention_alone, level, *size), times) for size, times in sizes.items()]
+    whole = reduced = 0.0
+    for (tokens, clusters), times in sizes.items():
+        of_whole, of_reduced, _ = _flops_of(reducer, stack, attention_alone, level, tokens, clusters)
+        whole += times * of_whole
+        reduced += times * (of_reduced + _replay_flops(reducer, stack, level, tokens, clusters))
     forwards = sum(sizes.values())
-    whole, reduced = (sum(flops[index] * times for flops, times in each) / forwards for index in (0, 1))
-    return whole, reduced
+    return whole / forwards, reduced / forwards
+
+
+def _replay_flops(reducer: NetworkReducer, stack: Stack, level: int | None, tokens: int, clusters: int) -> float:
+    """FLOPs of a full step's blocks on representatives, which run beside those on all tokens; 0 in other steps."""
+    config = reducer.config
+    if (config.full_every or 1) == 1 or level is None or config.scope_at(level) == "attention":
+        return 0.0
+    fewest = config.clusters_for(tokens, level, min(config.step_factors or (1.0,)))
+    if clusters < tokens or fewest == tokens:
+        return 0.0
+    return _flops_of(reducer, stack, False, level, tokens, fewest)[2]
 
 
 def _flops_of(
     reducer: NetworkReducer, stack: Stack, attention_alone: bool, level: int | None, tokens: int, clusters: int
-) -> tuple[float, float]:
-    """FLOPs of a stack with so many tokens and clusters, without and with reduction."""
+) -> tuple[float, float, float]:
+    """FLOPs of a stack with so many tokens and clusters: without and with reduction, and of what runs on clusters."""
     record, config, flops = reducer.records[stack.name], reducer.config, reducer.declared.flops
     text = TEXT_TOKENS if reducer.text_tokens is None else reducer.text_tokens
     others = tokens if attention_alone else clusters
@@ -92,7 +106,8 @@ def _flops_of(
     first = reducer.first_reduced(stack)
     reduced = [flops(block, queries, clusters, others, record.attended, text) for block in stack.blocks[first:]]
     before, after = (projection_flops(stack, num_tokens) for num_tokens in (tokens, projected))
-    return sum(full) + before, sum(full[:first]) + sum(reduced) + after
+    merged_maps = after if projected == clusters else 0.0
+    return sum(full) + before, sum(full[:first]) + sum(reduced) + after, sum(reduced) + merged_maps
 
 
 def _status_of_processors(target: Any) -> Status:

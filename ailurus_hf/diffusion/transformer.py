@@ -22,10 +22,11 @@ from ..errors import AiluRusError, UnsupportedModelError
 from .calls import NetworkCall, with_argument
 from .checkpointing import keep_state_in_checkpoints
 from .compiled_blocks import eager_in_compiled_blocks
-from .forward_state import StackState
+from .forward_state import ForwardState, StackState
 from .joint import JointProcessor, JointReduction
 from .networks import DiffusionNetwork, OwnProcessor
-from .reducer import NetworkReducer, key_bias, takes_mask
+from .reducer import NetworkReducer, takes_mask
+from .replay import call_without_tokens
 from .stacks import self_attentions
 from .token_order import TokenOrder
 
@@ -117,9 +118,7 @@ class TransformerReducer(NetworkReducer):
         self._refuse_reduced(call, scope)
         if isinstance(self.own, OwnProcessor) and not torch.compiler.is_compiling():
             self.text_tokens = call.argument("encoder_hidden_states").shape[1]
-        forward.stack = StackState(
-            self.stack, grid, scope, whole=whole, call=call if scope == "blocks" else None
-        )
+        forward.stack = StackState(self.stack, grid, scope, whole=whole, call=call if scope == "blocks" else None)
 
     def _runs_whole(self, scope: str) -> str | None:
         if isinstance(self.own, OwnProcessor):
@@ -189,15 +188,21 @@ class TransformerReducer(NetworkReducer):
         if running.whole:
             if first:
                 running.kept = args[0] if args else kwargs["hidden_states"]
+            running.calls.append(call_without_tokens(block, args, kwargs))
             return None
         if first:
             tokens: Tensor = args[0] if args else kwargs["hidden_states"]
-            representatives = self.merged(forward, running, tokens)
-            if isinstance(self.own, OwnProcessor):
-                running.rotary = self._rotary(running)
-            else:
-                running.key_bias = key_bias(running.clusters, tokens)
-            args, kwargs = with_argument(args, kwargs, 0, "hidden_states", representatives)
+            args, kwargs = with_argument(args, kwargs, 0, "hidden_states", self.start(forward, running, tokens))
+        return self.with_bias(running, block, args, kwargs)
+
+    def start(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Tensor:
+        if not isinstance(self.own, OwnProcessor):
+            return super().start(forward, running, tokens)
+        representatives = self.merged(forward, running, tokens)
+        running.rotary = self._rotary(running)
+        return representatives
+
+    def with_bias(self, running: StackState, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if running.key_bias is None:
             return args, kwargs
         return with_argument(args, kwargs, self.mask_positions[type(block)], "attention_mask", running.key_bias)

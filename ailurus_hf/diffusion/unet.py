@@ -20,8 +20,9 @@ from ..errors import AiluRusError
 from .calls import NetworkCall, with_argument
 from .checkpointing import keep_state_in_checkpoints
 from .compiled_blocks import eager_in_compiled_blocks
-from .forward_state import ForwardState, StackState
-from .reducer import NetworkReducer, key_bias, takes_mask
+from .forward_state import ForwardState, StackState, key_bias
+from .reducer import NetworkReducer, takes_mask
+from .replay import call_without_tokens
 from .stacks import BLOCK_MASK_POSITION, Stack, self_attentions
 
 
@@ -91,6 +92,8 @@ class UNetReducer(NetworkReducer):
         forward.stack = running
         if running.whole:
             running.kept = hidden_states
+            if self._merges_maps(stack):
+                running.calls.append(call_without_tokens(module, args, kwargs))
             self.leave(forward, stack, height * width)
             return None
         return self._merge_map(forward, running, hidden_states, args, kwargs) if self._merges_maps(stack) else None
@@ -135,15 +138,16 @@ class UNetReducer(NetworkReducer):
         if running.whole:
             running.kept = tokens
             return None
-        representatives = self.merged(forward, running, tokens)
-        running.key_bias = key_bias(running.clusters, tokens)
-        return with_argument(args, kwargs, 0, "hidden_states", representatives)
+        return with_argument(args, kwargs, 0, "hidden_states", self.start(forward, running, tokens))
 
     @eager_in_compiled_blocks
     def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         running = self.running().stack
-        if running is None or running.key_bias is None:
-            return None
+        if running is not None and running.whole:
+            running.calls.append(call_without_tokens(block, args, kwargs))
+        return None if running is None or running.key_bias is None else self.with_bias(running, block, args, kwargs)
+
+    def with_bias(self, running: StackState, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return with_argument(args, kwargs, BLOCK_MASK_POSITION, "attention_mask", running.key_bias)
 
     @eager_in_compiled_blocks
@@ -168,6 +172,15 @@ class UNetReducer(NetworkReducer):
         zeros = hidden_states.new_zeros(()).expand_as(merged)
         args, kwargs = with_argument(args, kwargs, 0, "hidden_states", zeros)
         return with_argument(args, kwargs, running.stack.mask_position, "attention_mask", running.key_bias)
+
+    def replay(self, forward: ForwardState, again: StackState, running: StackState) -> Tensor:
+        if not self._merges_maps(running.stack):
+            return super().replay(forward, again, running)
+        assert running.kept is not None
+        [(module, args, kwargs)] = running.calls
+        args, kwargs = self._merge_map(forward, again, running.kept, args, kwargs)
+        gained: Tensor = module.forward(*args, **kwargs)[0]
+        return gained.squeeze(2).transpose(1, 2)
 
     @eager_in_compiled_blocks
     def give_merged_map(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

@@ -10,8 +10,9 @@
 A whole generation is of one prompt under guidance, without text encoder and autoencoder. Compiled, every method has a
 UNet of its own on the same weights, because a graph holds what was on when it was made.
 
-Random weights: speed does not depend on them. Fidelity here is the cosine to the plain UNet's output on noise, a lower
-bound (with --full-every, of whole generations); quality is measured on a trained model. Every contender is undone before the next one's turn.
+Random weights: speed does not depend on them. Fidelity here is the cosine to the plain UNet's output on noise (with
+--full-every, of whole generations), a lower bound; quality is measured on a trained model. Every contender is undone
+before the next one's turn.
 """
 
 from __future__ import annotations

@@ -143,3 +143,17 @@ def test_todo_takes_every_other_key():
     with torch.no_grad():
         coarse = ToDoProcessor(256, 4)(attn, tokens)
     assert (coarse - AttnProcessor2_0()(attn, tokens)).abs().max() > 1e-4
+
+
+def test_full_steps_beside_the_methods_that_take_them(monkeypatch):
+    fields = {**UNET, **UP, "attention_head_dim": 2, "cross_attention_dim": 768}
+    monkeypatch.setitem(diffusion_speed.MODELS, "sd15", fields)
+    unet = diffusion_speed.make_unet("sd15", torch.device("cpu"), torch.float32)
+    before = traces(unet)
+    methods = diffusion_methods.with_full_steps(["plain", "keys 0.25", "blocks 0.25"], [2, 4])
+    assert methods == ["plain", "keys 0.25", "blocks 0.25", "blocks 0.25, full every 2", "blocks 0.25, full every 4"]
+    rows = diffusion_speed.measure("sd15", 256, methods[2:], 1, unet=unet, steps=4)
+    assert traces(unet) == before
+    ideal = {row["method"]: row.get("ideal") for row in rows}
+    always, second, fourth = (1 - 1 / ideal[name] for name in methods[2:])
+    assert 0 < second < 0.5 * always < fourth < 0.75 * always

@@ -65,7 +65,7 @@ def test_full_steps_are_plain_and_those_between_nearer_to_it(name, way):
     kept = run(network, name)
     assert same(kept[::2], plain[::2]) and not same(alone[::2], plain[::2], 1e-3)
     assert all(x.isfinite().all() for x in kept) and not same(kept[1::2], plain[1::2], 1e-4)
-    assert all(distance(kept[n], plain[n]) < 0.7 * distance(alone[n], plain[n]) for n in (1, 3))
+    assert all(distance(kept[n], plain[n]) < distance(alone[n], plain[n]) for n in (1, 3))
     # Another picture leaves nothing behind.
     run(network, name, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(run(network, name), kept, strict=True))
@@ -98,39 +98,34 @@ def test_an_image_gives_the_same_alone_and_in_a_batch(name):
     assert same(alone, [each[:1] for each in together], 1e-3)
 
 
-def slowly(kept, assignment, gained):
-    """What every token adds, one by one: what was kept, and what its representative gained since."""
-    added = torch.empty_like(kept)
-    for image in range(len(kept)):
-        for token, cluster in enumerate(assignment[image].tolist()):
-            members = [n for n, other in enumerate(assignment[image].tolist()) if other == cluster]
-            of_representative = sum(kept[image, n] for n in members) / len(members)
-            added[image, token] = kept[image, token] + (gained[image, cluster] - of_representative)
-    return added
+def additions(network, name, **fields):
+    """What the first stack adds to each token in each step."""
+    path = {"UNet": "down_blocks.0.attentions.0.", "SDXL UNet": "down_blocks.1.attentions.0.", "PixArt": ""}[name]
+    blocks, seen = network.get_submodule(f"{path}transformer_blocks"), []
+    # Hooks that were there before see all tokens.
+    blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    run(apply_ailurus(network, **SETTINGS, **fields), name)
+    return [after - before for before, after in zip(seen[::2], seen[1::2], strict=True)]
 
 
 @pytest.mark.parametrize("extrapolate", [False, True])
 @pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
 def test_the_correction_token_by_token(name, extrapolate):
-    network, around, inside = make_network(name), [], []
-    path = {"UNet": "down_blocks.0.attentions.0.", "SDXL UNet": "down_blocks.1.attentions.0.", "PixArt": ""}[name]
-    blocks = network.get_submodule(f"{path}transformer_blocks")
-    # Hooks that were there before see all tokens; later ones, before ours, what the blocks get and give.
-    blocks[0].register_forward_pre_hook(lambda module, args: around.append(args[0]))
-    blocks[-1].register_forward_hook(lambda module, args, out: around.append(out))
-    apply_ailurus(network, **SETTINGS, full_every=2, extrapolate=extrapolate)
-    blocks[0].register_forward_pre_hook(lambda module, args: inside.append(args[0]))
-    blocks[-1].register_forward_hook(lambda module, args, out: inside.append(out), prepend=True)
-    run(network, name)
-    record = reducers_of(network)[0][1].records[path.removesuffix(".")]
-    added = [after - before for before, after in zip(around[::2], around[1::2], strict=True)]
-    gained = inside[-1] - inside[-2]
-    assert gained.shape[1] * 4 == added[-1].shape[1]
-    # Steps 0 and 2 were full; this is step 3.
-    kept = added[2] + (added[2] - added[0]) / 2 if extrapolate else added[2]
-    want = slowly(kept, record.last_clusters.assignment, gained)
+    # Reduced in every step, each token adds what its representative adds. Nothing before the first stack is reduced.
+    representatives = additions(make_network(name), name)
+    added = additions(make_network(name), name, full_every=2, extrapolate=extrapolate)
+    want = torch.empty_like(added[3])
+    for image in range(len(want)):
+        for token in range(want.shape[1]):
+            of = [(full[image, token], few[image, token]) for full, few in zip(added, representatives, strict=True)]
+            # Steps 0 and 2 were full; this is step 3.
+            kept, gained_since = of[2][0], of[3][1] - of[2][1]
+            if extrapolate:
+                kept = kept + ((of[2][0] - of[2][1]) - (of[0][0] - of[0][1])) / 2
+            want[image, token] = kept + gained_since
     torch.testing.assert_close(added[3], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-    assert distance(added[3], added[2]) > 1e-3
+    assert distance(added[3], added[2]) > 1e-3 and distance(added[3], representatives[3]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["UNet", "SD3.5", "Flux", "Wan"])
@@ -184,7 +179,7 @@ def test_pipelines(make):
 def test_which_steps_are_full(fields, want):
     pipe, seen = apply_ailurus(text_to_image()[0], **SETTINGS, **fields), []
     block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    block.ff.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     for last in (None, 1, None):
         seen.clear()
         if last is None:
@@ -211,7 +206,7 @@ def test_nothing_is_held_after_a_picture():
 def test_a_forward_that_broke_off_is_followed_by_a_full_one():
     network, seen = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=4), []
     block = network.down_blocks[0].attentions[0].transformer_blocks[0]
-    block.ff.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     with denoising(network):
         predict(network, "UNet", picture("UNet", 0), 9)
         handle = network.conv_out.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -266,18 +261,23 @@ def test_status_counts_full_steps(name):
     always = [p.flops_saved for p in ailurus_status(network).locations]
     run(apply_ailurus(network, **SETTINGS, full_every=4), name)
     status = ailurus_status(network)
-    assert [p.flops_saved for p in status.locations] == pytest.approx([0.75 * saved for saved in always])
+    saved = [p.flops_saved for p in status.locations]
+    if NETWORKS[name].maps:
+        # The linear maps around the blocks do not run again.
+        assert all(each - 0.25 < now < 0.75 * each for each, now in zip(always, saved, strict=True))
+    else:
+        # One of four steps on all tokens, and on representatives, too.
+        assert saved == pytest.approx([0.75 * each - 0.25 * (1 - each) for each in always])
     assert all((p.forwards, p.num_tokens) == (4, 4 * p.num_clusters) for p in status.locations)
     assert "all tokens in 1 of 4 steps" in str(status)
 
 
 def test_blocks_compiled_one_by_one():
-    network = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=2)
-    want = run(network, "UNet")
-    for block in network.modules():
-        if type(block).__name__ == "BasicTransformerBlock":
-            block.compile(backend="eager", dynamic=False)
-    assert same(run(network, "UNet"), want)
+    network = apply_ailurus(make_network("PixArt"), **SETTINGS, full_every=2)
+    want = run(network, "PixArt")
+    for block in network.transformer_blocks:
+        block.compile(backend="eager", dynamic=False)
+    assert same(run(network, "PixArt"), want)
     torch.compiler.reset()
 
 
@@ -298,7 +298,7 @@ def test_what_cannot_be_known_is_refused():
 
     pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
     tiles = Tiles(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(AiluRusError, match="full_every=2 cannot tell pictures apart.*several times a step"):
+    with pytest.raises(AiluRusError, match=r"full_every=2 cannot tell pictures apart.*several times a step"):
         tiles(latents((4, 8, 12)).split(1))
 
 
@@ -336,7 +336,7 @@ def test_the_keep_ratio_by_step(full_every):
     pipe, seen = text_to_image()[0], []
     apply_ailurus(pipe, **SETTINGS, step_factors=(2, 1, 0.5), refresh_every=3, full_every=full_every)
     block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    block.ff.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     made = generate(pipe, steps=6)
     assert seen == ([48, 48, 24, 24, 12, 12] if full_every is None else [96, 48, 24, 96, 12, 12])
     assert torch.equal(generate(pipe, steps=6), made)
