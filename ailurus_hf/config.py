@@ -219,15 +219,17 @@ class AiluRusDiffusionConfig(Config):
             what sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack
             only). Transformers on patches have no such maps.
         refresh_every: denoising steps that share an assignment.
-        full_every: k, every k-th denoising step runs on all tokens and keeps what each stack of blocks added to each of
-            them. In the steps between, which run on representatives, a token adds that, corrected by how much more or
-            less its representative adds now than then (in full steps the blocks run on representatives, too). For
-            whole blocks, in pipelines of diffusers and within `denoising`; not compiled as a whole, and not beside a
-            cache of diffusers. 1: every step runs on all tokens. None: none do for this.
+        full_every: k, every k-th denoising step is a full one: it runs on all tokens, keeps what each stack of blocks
+            added to each of them, and makes the clusters that serve until the next (refresh_every may have them serve
+            longer). In the steps between, which run on representatives, a token adds what was kept, corrected by how
+            much more or less its representative adds now than then (in full steps the blocks run on representatives,
+            too). For whole blocks, in pipelines of diffusers and within `denoising`; not compiled as a whole, and not
+            beside a cache of diffusers. 1: every step runs on all tokens. None: none do for this.
         extrapolate: with full_every, what sets tokens apart from their representatives is drawn on in a straight line
             through the last two full steps, as TaylorSeer (arXiv:2503.06923) draws on features.
         step_factors: in so many equal parts of a generation's steps, what keep_ratio is multiplied by (up to 1):
-            (2, 1, 0.5) keeps most tokens early. Needs a pipeline, which knows how many steps there are.
+            (2, 1, 0.5) keeps most tokens early. Needs a pipeline, which knows how many steps there are. With full_every
+            it changes in full steps.
         share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
             pipeline says that its batches are such; False: never.
         unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline,

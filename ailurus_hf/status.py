@@ -19,7 +19,7 @@ class Record:
     recompile them.
 
     attended: images whose keys a token takes in self-attention; more than 1 in cross-frame attention.
-    sizes: how many forwards there were of each N and M.
+    sizes: how many forwards there were of each N and M; again: how many of those on all N ran on M, too.
     """
 
     forwards: int = 0
@@ -30,6 +30,7 @@ class Record:
     last_grid: tuple[int, ...] | None = None
     attended: int = 1
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    again: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def reduced(
         self,
@@ -47,6 +48,10 @@ class Record:
         self.sizes[num_tokens, num_clusters] += 1
         self.last_tokens, self.last_clusters_count = num_tokens, num_clusters
         self.last_clusters, self.last_grid = clusters, grid
+
+    def ran_again(self, num_tokens: int, num_clusters: int) -> None:
+        """What ran on all tokens ran on clusters, too."""
+        self.again[num_tokens, num_clusters] += 1
 
     def unreduced(self, num_tokens: int) -> None:
         if torch.compiler.is_compiling():

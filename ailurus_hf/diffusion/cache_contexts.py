@@ -23,19 +23,14 @@ class CacheContexts:
         """This thread's, None outside of any."""
         return self._names.get()
 
-    def entered(
-        self, original: Callable[..., AbstractContextManager], name: str, **fields: Any
-    ) -> AbstractContextManager:
-        """In place of a network's `cache_context(name, **fields)`, which is `original`."""
-        return self._noted(original, name, fields)
-
     @contextmanager
-    def _noted(
-        self, original: Callable[..., AbstractContextManager], name: str, fields: dict[str, Any]
+    def entered(
+        self, original: Callable[..., AbstractContextManager], name: str, *args: Any, **fields: Any
     ) -> Iterator[None]:
+        """In place of a network's `cache_context(name, ...)`, which is `original`."""
         self._names.set(name)
         try:
-            with original(name, **fields):
+            with original(name, *args, **fields):
                 yield
         finally:
             self._names.pop()

@@ -8,9 +8,10 @@ and whether the first steps of a picture are over is told by the timesteps, whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeGuard
 from weakref import ReferenceType, ref
 
@@ -22,7 +23,7 @@ from ..errors import AiluRusError
 from ..per_thread import PerThread
 from .cache_contexts import CacheContexts
 from .calls import NetworkCall, calling_pipeline, guides_by_halves
-from .forward_state import Assignments
+from .frames import Assignments
 from .kept_additions import KeptAdditions
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class Tick:
         reduce: False in a step that runs on all tokens.
         share_cfg: whether the batch is two halves of the same latents.
         assignments: those that the call may use and adds to.
-        additions: what stacks added in the last step on all tokens, with `full_every`.
+        additions: with `full_every`, what stacks added in the last full step; in a full step where to keep it, and None
+            where nothing will be made of it.
         factor: what the keep ratio is multiplied by.
     """
 
@@ -111,14 +113,14 @@ class Generation:
             self.calls.clear()
             self.counted.clear()
 
-    def additions_of(self, part: CallPart, context: str | None, every: int, extrapolate: bool) -> KeptAdditions:
-        """Those of the next call of a part, in a cache context."""
+    def additions_of(self, part: CallPart, context: str | None, new: Callable[[], KeptAdditions]) -> KeptAdditions:
+        """Those of the next call of a part, in a cache context. new: makes the first."""
         number = self.counted.get((part, context), 0)
         self.counted[part, context] = number + 1
-        kept = self.additions.setdefault((part, context, number), KeptAdditions(every, extrapolate))
-        if self.schedule is not None and self.step == len(self.schedule) - 1:
-            # Nothing comes after: their memory is not held.
-            del self.additions[part, context, number]
+        kept = self.additions.pop((part, context, number), None) or new()
+        if self.schedule is None or self.step < len(self.schedule) - 1:
+            # After the last step nothing comes, and their memory is not held.
+            self.additions[part, context, number] = kept
         return kept
 
     def forget(self) -> None:
@@ -167,11 +169,19 @@ class Clock:
             share = self._are_halves(generation, part, call.latents)
         if not config.counts_steps:
             return Tick(True, share, {})
-        reduce, additions = self._reduces(generation), self._additions(generation, part, call.latents)
-        if additions is not None and generation is not None:
-            reduce = additions.begin(generation.step, reduce)
-        assignments = self._assignments(generation, part, call.latents)
-        return Tick(reduce, share, assignments, additions, self._factor(generation))
+        if config.full_every is not None:
+            return self._tick_full_steps(self._known(generation, part, call.latents), part, share)
+        reduce, factor = self._reduces(generation), self._factor(generation)
+        return Tick(reduce, share, self._assignments(generation, part, call.latents), factor=factor)
+
+    def _tick_full_steps(self, generation: Generation, part: CallPart, share: bool) -> Tick:
+        """With `full_every`: what earlier steps kept for this kind of call, and whether it builds on it."""
+        config = self.config
+        new = partial(KeptAdditions, config.full_every or 1, config.refresh_every, config.extrapolate)
+        kept = generation.additions_of(part, self.contexts.current, new)
+        reduce = kept.begin(generation.step, self._reduces(generation), self._factor(generation))
+        used = reduce or self._is_built_on(generation)
+        return Tick(reduce, share, kept.assignments, kept if used else None, kept.factor)
 
     def _tick_compiled(self) -> Tick:
         """What is said of a call that the compiler traces, for all that will run its graph."""
@@ -238,6 +248,14 @@ class Clock:
             return False
         return step >= self.config.unreduced_first_steps
 
+    def _is_built_on(self, generation: Generation) -> bool:
+        """Whether a step on representatives follows a full one; with `extrapolate`, whether any does."""
+        config, following = self.config, generation.step + 1
+        steps = None if generation.schedule is None else len(generation.schedule)
+        if steps is not None and following >= steps - config.unreduced_last_steps:
+            return False
+        return config.extrapolate or following >= config.unreduced_first_steps
+
     def _factor(self, generation: Generation | None) -> float:
         """What the keep ratio of this step is multiplied by."""
         factors = self.config.step_factors
@@ -255,11 +273,9 @@ class Clock:
             )
         return len(generation.schedule)
 
-    def _additions(self, generation: Generation | None, part: CallPart, latents: Tensor) -> KeptAdditions | None:
-        """What was kept of earlier steps, of this picture for sure; None without `full_every`."""
+    def _known(self, generation: Generation | None, part: CallPart, latents: Tensor) -> Generation:
+        """The generation of a call with `full_every`; AiluRusError where its step or its picture cannot be told."""
         every = self.config.full_every
-        if every is None:
-            return None
         if generation is None or not generation.known:
             raise AiluRusError(
                 f"full_every={every} cannot tell which step this is: no pipeline of diffusers makes this call, or its "
@@ -272,7 +288,7 @@ class Clock:
                     f"full_every={every} cannot tell pictures apart: this pipeline calls {self.name} several times a "
                     "step, for tiles or pictures that differ. Leave it out"
                 )
-        return generation.additions_of(part, self.contexts.current, every, self.config.extrapolate)
+        return generation
 
     def _assignments(self, generation: Generation | None, part: CallPart, latents: Tensor) -> Assignments:
         """Those of earlier steps where they are of this picture for sure, else none."""

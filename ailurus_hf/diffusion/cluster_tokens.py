@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..clustering import ClusterFunction
 from ..clusters import TokenClusters
+from ..errors import AiluRusError
 from ..grid_cache import grid_table
 from ..precision import without_autocast
+from .frames import Frames, JointClusters
 
 # Tokens are compared in this many random directions: distances survive that, and it costs a fifth of 320 channels.
 COMPARED_CHANNELS = 64
@@ -30,6 +32,22 @@ def cluster_tokens(
     shared = clustering((first + second) / 2, grid, num_clusters)
     centers = None if shared.centers is None else shared.centers.repeat(2, 1)
     return TokenClusters(shared.assignment.repeat(2, 1), centers, shared.counts.repeat(2, 1))
+
+
+def cluster_videos(
+    clustering: ClusterFunction,
+    frames: Frames,
+    tokens: Tensor,
+    grid: tuple[int, ...],
+    num_clusters: int,
+    share_halves: bool = False,
+) -> JointClusters:
+    """Clusters over space and time of Tensor[B, N, C]: `num_clusters` times the number of frames, for each video."""
+    count, videos = frames.count, frames.videos(tokens.shape[0])
+    if share_halves and videos % 2:
+        raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {videos} videos of {count} frames")
+    joined = tokens.reshape(videos, -1, tokens.shape[2])
+    return JointClusters(cluster_tokens(clustering, joined, (count, *grid), count * num_clusters, share_halves), count)
 
 
 @without_autocast

@@ -13,19 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..clusters import TokenClusters
 from ..per_thread import PerThread
 from .calls import NetworkCall
-from .frames import JointClusters
+from .frames import Assignments, Clusters
 from .kept_additions import KeptAdditions
 from .replay import BlockCall
 from .rotary import Rotary
 from .stacks import Stack
-
-Clusters = TokenClusters | JointClusters
-
-# By grid, M, batch, the numbers of the frames of a video, and the stack ("" where all stacks of a resolution share).
-Assignments = dict[tuple[tuple[int, ...], int, int, tuple[int, ...] | None, str], Clusters]
 
 
 def key_bias(clusters: Clusters | None, tokens: Tensor) -> Tensor:
@@ -80,7 +74,7 @@ class ForwardState:
         most_unreduced: tokens of the largest grid that ran unreduced for its size.
         recomputing: whether a gradient checkpoint runs a part of the forward again.
         traced: whether the compiler traces the whole forward.
-        additions: what stacks added in the last step on all tokens, with `full_every`.
+        additions: with `full_every`, what stacks added in the last full step; in a full step where to keep it.
         factor: what the keep ratio is multiplied by in this step.
     """
 

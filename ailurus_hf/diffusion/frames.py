@@ -89,3 +89,9 @@ class JointClusters:
 
     def _by_frame(self, values: Tensor) -> Tensor:
         return values.reshape(values.shape[0] * self.frames, -1, *values.shape[2:])
+
+
+Clusters = TokenClusters | JointClusters
+
+# By grid, M, batch, the numbers of the frames of a video, and the stack ("" where all stacks of a resolution share).
+Assignments = dict[tuple[tuple[int, ...], int, int, tuple[int, ...] | None, str], Clusters]

@@ -3,16 +3,17 @@
 In the steps between, stacks run on representatives, and a token adds what it added then, corrected by how much more or
 less its representative adds now than it did then. What a representative added then is not the mean of its cluster, as
 attention saw all tokens: so in a full step the stack runs on representatives, too (`replay.py`), and what sets a
-token's addition apart from its representative's is kept.
+token's addition apart from its representative's is kept. Clusters are made in full steps and serve until the next:
+those of another step would set tokens apart in another way.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import AiluRusError
+from .frames import Assignments
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,29 +31,40 @@ class KeptAdditions:
 
     Args:
         every: steps from one that runs on all tokens to the next.
+        refresh_every: steps that clusters serve at least; those after are up to the next full step.
         extrapolate: whether what is kept is drawn on in a straight line through the last two full steps.
+        assignments: the clusters.
+        factor: what the keep ratio is multiplied by until the next full step.
         step: the one that is running.
         full_step: the last one that ran on all tokens, None before the first.
+        refreshed_at: the step that the clusters are from.
     """
 
     every: int
+    refresh_every: int
     extrapolate: bool
+    assignments: Assignments = field(default_factory=dict)
+    factor: float = 1.0
     step: int = 0
     full_step: int | None = None
+    refreshed_at: int = 0
     _of_stacks: dict[str, _Addition] = field(default_factory=dict)
 
-    def begin(self, step: int, reduce: bool) -> bool:
+    def begin(self, step: int, reduce: bool, factor: float) -> bool:
         """A step begins. Returns whether it runs on representatives.
 
         Args:
+            step: its number.
             reduce: whether it may.
+            factor: what the keep ratio is multiplied by, where it is a full one.
         """
         self.step = step
-        is_due = self.full_step is None or not 0 <= step - self.full_step < self.every
-        if is_due or not reduce:
-            self.full_step = step
-            return False
-        return True
+        if reduce and self.full_step is not None and 0 <= step - self.full_step < self.every:
+            return True
+        self.full_step, self.factor = step, factor
+        if not self.assignments or not 0 <= step - self.refreshed_at < self.refresh_every:
+            self.assignments, self.refreshed_at = {}, step
+        return False
 
     def keep(self, stack: str, apart: Tensor) -> None:
         """In a full step of a stack, by name: what tokens added less what their representatives add, [B, N, C]."""
@@ -68,14 +80,3 @@ class KeptAdditions:
         if kept is None or kept.growth is None:
             return None if kept is None else kept.apart
         return kept.apart + (self.step - kept.step) * kept.growth
-
-
-def refuse_caches(network: nn.Module) -> None:
-    """Raises AiluRusError where a cache of diffusers is on in a network, also one that was put on its blocks alone."""
-    for module in network.modules():
-        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
-            if getattr(hook, "_is_stateful", False):
-                raise AiluRusError(
-                    f"full_every and the cache {name!r} of diffusers both skip in steps: the cache would give blocks "
-                    "that run on representatives what others gave for all tokens. Switch one of them off"
-                )

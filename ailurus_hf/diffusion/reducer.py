@@ -23,14 +23,14 @@ from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
 from ..status import Record
 from .backend import PLAIN_PROCESSORS, modules_of
+from .caches import refuse_caches
 from .calls import NetworkCall, argument_names, is_running
 from .checkpointing import drop_state_in_checkpoints
 from .clock import Clock
-from .cluster_tokens import cluster_tokens
+from .cluster_tokens import cluster_tokens, cluster_videos
 from .compiled_blocks import eager_in_compiled_blocks
-from .forward_state import Clusters, Forwards, ForwardState, StackState, key_bias
-from .frames import Frames, JointClusters
-from .kept_additions import refuse_caches
+from .forward_state import Forwards, ForwardState, StackState, key_bias
+from .frames import Clusters, JointClusters
 from .networks import DiffusionNetwork
 from .processor import AiluRusProcessor, Assigned
 from .rebuildable import RebuildableProcessor
@@ -169,13 +169,23 @@ class NetworkReducer:
             self.left_whole.clear()
         frames = frames_of(self.stacks[0])
         tick = self.clock.tick(call, self.declared.guides_by_halves, None if frames is None else frames.numbers)
-        if tick.additions is not None and not tick.reduce:
-            refuse_caches(self.network)
-        side = max(call.latents.shape[-2:])
-        traced = torch.compiler.is_compiling()
-        state = ForwardState(side, tick.reduce, tick.share_cfg, tick.assignments, traced=traced)
-        state.additions, state.factor = tick.additions, tick.factor
-        self.forwards.begin(state)
+        if tick.additions is not None:
+            refuse_caches(
+                (block for stack in self.stacks for block in stack.blocks),
+                "would give blocks that run on representatives what others gave for all tokens in the full steps of "
+                f"full_every={self.config.full_every}: switch one of them off",
+            )
+        self.forwards.begin(
+            ForwardState(
+                max(call.latents.shape[-2:]),
+                tick.reduce,
+                tick.share_cfg,
+                tick.assignments,
+                traced=torch.compiler.is_compiling(),
+                additions=tick.additions,
+                factor=tick.factor,
+            )
+        )
 
     def end(self, network: nn.Module, args: tuple, output: Any) -> None:
         """After the network's forward, also where it raised; then there is no output."""
@@ -220,8 +230,8 @@ class NetworkReducer:
         if forward.additions is None or forward.reduce:
             return False
         level, num_tokens = self.level_of(forward, grid), math.prod(grid)
-        fewest = self.config.clusters_for(num_tokens, level, min(self.config.step_factors or (1.0,)))
-        return self.config.scope_at(level) == "blocks" and fewest < num_tokens
+        num_clusters = self.config.clusters_for(num_tokens, level, forward.factor)
+        return self.config.scope_at(level) == "blocks" and num_clusters < num_tokens
 
     def assign(self, forward: ForwardState, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> Clusters:
         """The forward's clusters of a grid, made from Tensor[B, N, C] if it has none."""
@@ -234,31 +244,21 @@ class NetworkReducer:
         made = clusters is None
         if clusters is None:
             if frames is not None and frames.all_joined and self.config.frames == "joint":
-                clusters = self._cluster_videos(frames, tokens, grid, num_clusters, forward.share_cfg)
+                clusters = cluster_videos(self.clustering, frames, tokens, grid, num_clusters, forward.share_cfg)
             else:
                 clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, forward.share_cfg)
             forward.assignments[key] = clusters
-        if forward.recomputing:
-            return clusters
         record = self.records[stack.name]
+        if forward.recomputing:
+            if made:
+                record.clusterings += 1
+            return clusters
         record.attended = 1 if frames is None else len(frames.sources[0])
         if isinstance(clusters, JointClusters):
             record.reduced(tokens.shape[1], num_clusters, clusters.clusters, (clusters.frames, *grid), made)
         else:
             record.reduced(tokens.shape[1], num_clusters, clusters, grid, made)
         return clusters
-
-    def _cluster_videos(
-        self, frames: Frames, tokens: Tensor, grid: tuple[int, ...], num_clusters: int, share_halves: bool
-    ) -> JointClusters:
-        """Clusters over space and time: `num_clusters` times the number of frames, for each video."""
-        count, videos = frames.count, frames.videos(tokens.shape[0])
-        if share_halves and videos % 2:
-            raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {videos} videos of {count} frames")
-        joined = tokens.reshape(videos, -1, tokens.shape[2])
-        return JointClusters(
-            cluster_tokens(self.clustering, joined, (count, *grid), count * num_clusters, share_halves), count
-        )
 
     @eager_in_compiled_blocks
     def assigned(self, tokens: Tensor) -> Assigned | None:
@@ -297,11 +297,11 @@ class NetworkReducer:
         """After a stack that ran on all tokens and added Tensor[B, N, C] to them: on representatives, too."""
         forward = self.running()
         again = StackState(running.stack, running.grid, running.scope, reached=True, call=running.call)
-        least = min(self.config.step_factors or (1.0,))
-        state = dataclasses.replace(forward, reduce=True, recomputing=True, factor=least, stack=again)
+        state = dataclasses.replace(forward, reduce=True, recomputing=True, stack=again)
         with self.forwards.resumed(state):
             gained = self.replay(state, again, running)
         assert forward.additions is not None and again.clusters is not None
+        self.records[running.stack.name].ran_again(math.prod(running.grid), self.num_clusters(state, running.grid))
         forward.additions.keep(running.stack.name, added - again.clusters.unmerge(gained))
 
     def replay(self, forward: ForwardState, again: StackState, running: StackState) -> Tensor:

@@ -52,9 +52,8 @@ def _location(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> 
         restored = "after self-attention (copy)"
     else:
         around = config.projections == "merged" and stack.on_maps
-        restored = f"{'around the stack' if around else 'after the last block'} (residual)"
-        if config.full_every is not None:
-            restored = restored.replace("residual", f"residual, all tokens in 1 of {config.full_every} steps")
+        steps = "" if config.full_every is None else f", all tokens in 1 of {config.full_every} steps"
+        restored = f"{'around the stack' if around else 'after the last block'} (residual{steps})"
     whole, reduced = _flops(reducer, stack, scope == "attention", level)
     where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
     return record.location_status(where, number, restored, whole, reduced)
@@ -77,20 +76,13 @@ def _flops(
     for (tokens, clusters), times in sizes.items():
         of_whole, of_reduced, _ = _flops_of(reducer, stack, attention_alone, level, tokens, clusters)
         whole += times * of_whole
-        reduced += times * (of_reduced + _replay_flops(reducer, stack, level, tokens, clusters))
+        reduced += times * of_reduced
+    if reducer.config.full_every is not None:
+        # Blocks that ran on representatives beside those on all tokens.
+        for (tokens, clusters), times in record.again.items():
+            reduced += times * _flops_of(reducer, stack, attention_alone, level, tokens, clusters)[2]
     forwards = sum(sizes.values())
     return whole / forwards, reduced / forwards
-
-
-def _replay_flops(reducer: NetworkReducer, stack: Stack, level: int | None, tokens: int, clusters: int) -> float:
-    """FLOPs of a full step's blocks on representatives, which run beside those on all tokens; 0 in other steps."""
-    config = reducer.config
-    if (config.full_every or 1) == 1 or level is None or config.scope_at(level) == "attention":
-        return 0.0
-    fewest = config.clusters_for(tokens, level, min(config.step_factors or (1.0,)))
-    if clusters < tokens or fewest == tokens:
-        return 0.0
-    return _flops_of(reducer, stack, False, level, tokens, fewest)[2]
 
 
 def _flops_of(

@@ -19,6 +19,7 @@ from ..clustering import ClusterFunction
 from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError, UnsupportedModelError
+from .caches import refuse_caches
 from .calls import NetworkCall, with_argument
 from .checkpointing import keep_state_in_checkpoints
 from .compiled_blocks import eager_in_compiled_blocks
@@ -167,10 +168,11 @@ class TransformerReducer(NetworkReducer):
                     f"{name} are added to all tokens between blocks, where there are only representatives: use "
                     "scope='attention', or no ControlNet"
                 )
-        if getattr(network, "is_cache_enabled", False):
-            raise AiluRusError(
-                "a cache of diffusers keeps what blocks did to another step's representatives: disable_cache() "
-                "first, or use scope='attention'"
+        if not torch.compiler.is_compiling():
+            refuse_caches(
+                self.stack.blocks,
+                "keeps what blocks did to another step's representatives: disable_cache() first, or use "
+                "scope='attention'",
             )
 
     # Around the blocks

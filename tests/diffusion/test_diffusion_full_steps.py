@@ -6,24 +6,17 @@ import threading
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, StableDiffusionPipeline
-from diffusers.hooks import apply_first_block_cache
+from diffusers import StableDiffusionPipeline
 from diffusion_models import NETWORKS, SETTINGS, generate, latents, make_network, predict, text
 from diffusion_pipelines import PIPELINES, text_to_image
 from diffusion_ways import on_every_network, sample
 from traces import traces
+from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion import denoising
 from ailurus_hf.diffusion.apply import reducers_of
 
-WAYS = {
-    "blocks": {},
-    "merged projections": {"projections": "merged"},
-    "each stack": {"cluster_per": "stack", "refresh_every": 2},
-    "extrapolated": {"extrapolate": True, "clustering": "density_peaks"},
-}
-in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 on_some_networks = pytest.mark.parametrize("name", ["UNet", "PixArt", "SD3.5", "Flux", "Wan"])
 STEPS = (9, 8, 7, 6)
 
@@ -53,11 +46,8 @@ def distance(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-@on_every_network
-@in_every_way
-def test_full_steps_are_plain_and_those_between_nearer_to_it(name, way):
-    if "projections" in way and not NETWORKS[name].maps:
-        pytest.skip("no projections")
+def check(name, **way):
+    """Full steps are plain, those between nearer to it than without; another picture leaves nothing, undone all is."""
     network = make_network(name)
     plain, before = plain_run(network, name), traces(network)
     alone = run(apply_ailurus(network, **SETTINGS, **{n: v for n, v in way.items() if n != "extrapolate"}), name)
@@ -66,12 +56,31 @@ def test_full_steps_are_plain_and_those_between_nearer_to_it(name, way):
     assert same(kept[::2], plain[::2]) and not same(alone[::2], plain[::2], 1e-3)
     assert all(x.isfinite().all() for x in kept) and not same(kept[1::2], plain[1::2], 1e-4)
     assert all(distance(kept[n], plain[n]) < distance(alone[n], plain[n]) for n in (1, 3))
-    # Another picture leaves nothing behind.
     run(network, name, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(run(network, name), kept, strict=True))
     remove_ailurus(network)
     assert all(torch.equal(a, b) for a, b in zip(plain_run(network, name), plain, strict=True))
     assert traces(network) == before
+
+
+@on_every_network
+def test_full_steps_are_plain_and_those_between_nearer_to_it(name):
+    check(name)
+
+
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "ControlNet"])
+def test_the_same_where_projections_are_merged(name):
+    check(name, projections="merged")
+
+
+@pytest.mark.parametrize("name", ["UNet", "PixArt", "Flux", "Wan"])
+@pytest.mark.parametrize(
+    "way",
+    [{"cluster_per": "stack", "refresh_every": 2}, {"extrapolate": True, "clustering": "density_peaks"}],
+    ids=["each stack", "extrapolated"],
+)
+def test_the_same_in_other_ways(name, way):
+    check(name, **way)
 
 
 @on_every_network
@@ -112,8 +121,9 @@ def additions(network, name, **fields):
 @pytest.mark.parametrize("extrapolate", [False, True])
 @pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
 def test_the_correction_token_by_token(name, extrapolate):
-    # Reduced in every step, each token adds what its representative adds. Nothing before the first stack is reduced.
-    representatives = additions(make_network(name), name)
+    # Reduced in every step, each token adds what its representative adds. Nothing before the first stack is reduced,
+    # and clusters are those of steps 0 and 2 in either.
+    representatives = additions(make_network(name), name, refresh_every=2)
     added = additions(make_network(name), name, full_every=2, extrapolate=extrapolate)
     want = torch.empty_like(added[3])
     for image in range(len(want)):
@@ -152,19 +162,50 @@ def test_calls_with_and_without_a_prompt_each_have_their_own(name):
         assert not same(got[each], want["uncond" if each == "cond" else "cond"], 1e-3)
 
 
-@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
-def test_pipelines(make):
-    pipe, inputs = make()
-    plain = generate(pipe, **inputs)
+def check_pipeline(pipe, run):
+    """Nearer to the plain picture than without full steps, the same in every turn and in copies, and undone."""
+    plain = run(pipe)
+    alone = run(apply_ailurus(pipe, **SETTINGS))
     apply_ailurus(pipe, **SETTINGS, full_every=2)
-    reduced = generate(pipe, **inputs)
-    assert reduced.isfinite().all() and (reduced - plain).abs().max() > 1e-4
-    generate(pipe, **{**inputs, "seed": 1})
-    assert torch.equal(generate(pipe, **inputs), reduced)
-    assert torch.equal(generate(copy.deepcopy(pipe), **inputs), reduced)
+    kept = run(pipe)
+    assert kept.isfinite().all() and 1e-4 < (kept - plain).norm() < (alone - plain).norm()
+    run(pipe, seed=1)
+    assert torch.equal(run(pipe), kept)
+    assert torch.equal(run(copy.deepcopy(pipe)), kept)
     apply_ailurus(pipe, **SETTINGS, full_every=1)
-    assert same([generate(pipe, **inputs)], [plain], 1e-4)
-    assert torch.equal(generate(remove_ailurus(pipe), **inputs), plain)
+    assert same([run(pipe)], [plain])
+    assert torch.equal(run(remove_ailurus(pipe)), plain)
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_pipelines_of_unets(make):
+    pipe, inputs = make()
+    check_pipeline(pipe, lambda pipe, **kwargs: generate(pipe, **{**inputs, **kwargs}))
+
+
+@pytest.mark.parametrize("name", ["SD3.5", "Flux", "PixArt", "Wan"])
+def test_pipelines_of_transformers(name):
+    check_pipeline(make_transformer_pipeline(name), generate_with_guidance)
+
+
+@pytest.mark.parametrize("name, contexts", [("SD3", {None}), ("Flux", {"cond", "uncond"}), ("Wan", {"cond", "uncond"})])
+def test_guidance_by_two_calls_keeps_two(name, contexts):
+    pipe, seen, kinds = apply_ailurus(make_transformer_pipeline(name), **SETTINGS, full_every=3), [], set()
+    clock = reducers_of(pipe)[0][1].clock
+    blocks = getattr(pipe.transformer, "blocks" if name == "Wan" else "transformer_blocks")
+    # Behind the hook that merges.
+    blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    pipe.transformer.register_forward_hook(
+        lambda *_: kinds.update(kind[1:] for kind in clock._generations.get().additions)
+    )
+    generate_with_guidance(pipe, steps=5)
+    tokens = ailurus_status(pipe).locations[0].num_tokens
+    assert [n == tokens for n in seen[:: len(contexts)]] == [True, False, False, True, False]
+    assert kinds == {(context, 0) for context in contexts}
+    assert not clock._generations.get().additions
 
 
 @pytest.mark.parametrize(
@@ -196,11 +237,24 @@ def test_which_steps_are_full(fields, want):
             generate(pipe, steps=7, callback_on_step_end=stop)
 
 
-def test_nothing_is_held_after_a_picture():
-    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
-    generate(pipe, steps=4)
-    clock = reducers_of(pipe)[0][1].clock
-    assert not clock._generations.get().additions
+@pytest.mark.parametrize(
+    "fields, twice, clusterings",
+    [
+        # Full in steps 0, 3 and 6, the last.
+        ({"full_every": 3}, 2, 2),
+        ({"full_every": 3, "refresh_every": 4}, 2, 1),
+        ({"full_every": 3, "unreduced_first_steps": 2}, 2, 2),
+        ({"full_every": 3, "unreduced_first_steps": 2, "extrapolate": True}, 3, 3),
+        ({"full_every": 2, "unreduced_last_steps": 3}, 2, 2),
+    ],
+)
+def test_full_steps_run_on_representatives_too_where_a_step_builds_on_it(fields, twice, clusterings):
+    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, **fields)
+    generate(pipe, steps=7)
+    for _, reducer in reducers_of(pipe):
+        first = reducer.records[reducer.stacks[0].name]
+        assert (first.again, first.clusterings) == ({(96, 24): twice}, clusterings)
+        assert not reducer.clock._generations.get().additions, "held after the last step"
 
 
 def test_a_forward_that_broke_off_is_followed_by_a_full_one():
@@ -302,19 +356,6 @@ def test_what_cannot_be_known_is_refused():
         tiles(latents((4, 8, 12)).split(1))
 
 
-@pytest.mark.parametrize("name, bypassed", [("Flux", False), ("Flux", True), ("PixArt", True), ("Wan", False)])
-def test_caches_of_diffusers_are_refused_in_words(name, bypassed):
-    network = make_network(name)
-    config = FirstBlockCacheConfig(threshold=0.1)
-    if bypassed:
-        apply_first_block_cache(network, config)
-    else:
-        network.enable_cache(config)
-    apply_ailurus(network, **SETTINGS, full_every=2)
-    with pytest.raises(AiluRusError, match=r"cache.*of diffusers"):
-        run(network, name)
-
-
 @pytest.mark.parametrize(
     "fields, numbers",
     [
@@ -338,10 +379,10 @@ def test_the_keep_ratio_by_step(full_every):
     block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
     block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     made = generate(pipe, steps=6)
-    assert seen == ([48, 48, 24, 24, 12, 12] if full_every is None else [96, 48, 24, 96, 12, 12])
+    assert seen == ([48, 48, 24, 24, 12, 12] if full_every is None else [96, 48, 48, 96, 24, 24])
     assert torch.equal(generate(pipe, steps=6), made)
     location = ailurus_status(pipe).locations[0]
-    assert (location.num_tokens, location.num_clusters, location.forwards) == (96, 12, 12)
+    assert (location.num_tokens, location.num_clusters, location.forwards) == (96, seen[-1], 12)
 
 
 def test_what_the_keep_ratio_by_step_needs():

@@ -2,34 +2,14 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
-from diffusion_models import NETWORKS, SETTINGS, latents, make_network, make_vae, packed, predict, text
+from diffusion_models import NETWORKS, SETTINGS, latents, make_network, packed, predict, text
 from diffusion_ways import in_both_scopes, on_both, sample
+from transformer_pipelines import generate_with_guidance as generate
+from transformer_pipelines import make_transformer_pipeline as make_pipeline
 
 from ailurus_hf import ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion import backend, denoising
 from ailurus_hf.diffusion.apply import reducers_of
-
-# Whole generations
-
-
-def make_pipeline(name):
-    parts = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
-    kind = FluxPipeline if name == "Flux" else StableDiffusion3Pipeline
-    if name != "Flux":
-        parts |= dict.fromkeys(["text_encoder_3", "tokenizer_3"])
-    pipe = kind(scheduler=FlowMatchEulerDiscreteScheduler(), vae=make_vae(), transformer=make_network(name), **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def generate(pipe, seed=0, steps=4, **kwargs):
-    inputs = {"prompt_embeds": text(1), "pooled_prompt_embeds": text(1)[:, 0]}
-    inputs |= {"negative_prompt_embeds": text(1, 9), "negative_pooled_prompt_embeds": text(1, 9)[:, 0]}
-    inputs |= {"height": 32, "width": 48, "num_inference_steps": steps, "output_type": "latent"}
-    if isinstance(pipe, FluxPipeline):
-        inputs["true_cfg_scale"] = 2.0
-    return pipe(**{**inputs, **kwargs}, generator=torch.Generator().manual_seed(seed)).images
 
 
 @on_both

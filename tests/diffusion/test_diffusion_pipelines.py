@@ -5,11 +5,12 @@ import threading
 
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, LCMScheduler, PixArtAlphaPipeline, PNDMScheduler, StableDiffusionPipeline
+from diffusers import AnimateDiffPipeline, LCMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusion_models import LATENTS, NETWORKS, SETTINGS, generate, make_network, make_vae, scheduler, text
 from diffusion_pipelines import PICTURE, PIPELINES, clusterings, controlnet, image_to_image, ours, text_to_image
 from traces import traces
+from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
 
 from ailurus_hf import AiluRusError, UnsupportedModelError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.apply import reducers_of
@@ -162,16 +163,8 @@ def test_animation_leaves_its_motion_modules_alone():
 
 
 def test_patch_transformer_pipeline():
-    vae, transformer = make_vae(), make_network("PixArt")
-    pipe = PixArtAlphaPipeline(
-        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler()
-    )
-    pipe.set_progress_bar_config(disable=True)
-    mask = torch.ones(1, 5)
-    inputs = {"prompt": None, "prompt_embeds": text(1), "negative_prompt_embeds": text(1, 9), "negative_prompt": None}
-    inputs |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "height": 32, "width": 48}
-    inputs |= {"num_inference_steps": 3, "output_type": "latent", "use_resolution_binning": False}
-    run = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0)).images  # noqa: E731
+    pipe = make_transformer_pipeline("PixArt")
+    run = lambda: generate_with_guidance(pipe, steps=3)  # noqa: E731
     plain = run()
     apply_ailurus(pipe, **SETTINGS, refresh_every=2)
     assert (run() - plain).abs().max() > 1e-3

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusion_models import SETTINGS, latents, make_network, predict, text
 from diffusion_ways import sample
+from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.clusters import TokenClusters
@@ -66,23 +66,9 @@ def test_what_wan_cannot_follow_is_refused():
 
 @pytest.mark.parametrize("scope", ["blocks", "attention"])
 def test_wan_pipeline(scope):
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=make_network("Wan"),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    inputs = {
-        "prompt_embeds": text(2),
-        "negative_prompt_embeds": text(2, 9),
-        "height": 64,
-        "width": 96,
-        "num_frames": 9,
-    }
-    inputs |= {"num_inference_steps": 4, "output_type": "latent"}
-    run = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
+    pipe = make_transformer_pipeline("Wan")
+    two = {"prompt_embeds": text(2), "negative_prompt_embeds": text(2, 9)}
+    run = lambda: generate_with_guidance(pipe, **two)  # noqa: E731
     plain = run()
     apply_ailurus(pipe, **SETTINGS, scope=scope, refresh_every=2)
     reduced = run()
