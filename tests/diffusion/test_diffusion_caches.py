@@ -19,13 +19,11 @@ from diffusers import (
     apply_taylorseer_cache,
 )
 from diffusers.hooks import HookRegistry
-from diffusion_models import SETTINGS, generate, make_network, predict
+from diffusion_models import SETTINGS, generate
 from diffusion_pipelines import clusterings, text_to_image
-from diffusion_ways import sample
 from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
 
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
-from ailurus_hf.diffusion import denoising
 
 WAYS = [{}, {"projections": "merged"}, {"scope": "attention"}]
 STEPS = 4
@@ -188,14 +186,6 @@ def test_whole_blocks_refuse_a_cache_in_words(cache, name, fields):
         for hook in list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {})):
             module._diffusers_hook.remove_hook(hook, recurse=False)
     assert torch.equal(generate_with_guidance(pipe), plain)
-
-
-@pytest.mark.parametrize("cache", [pyramid, faster])
-def test_full_steps_of_a_unet_refuse_a_cache_in_words(cache):
-    network = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=2)
-    cache(network, True)
-    with denoising(network), pytest.raises(AiluRusError, match=r"the cache '\w+' of diffusers.*full_every=2: switch"):
-        predict(network, "UNet", sample("UNet"))
 
 
 @with_every_cache
