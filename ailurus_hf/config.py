@@ -1,34 +1,19 @@
-"""What to reduce, where and how: AiluRusConfig for vision transformers, AiluRusDiffusionConfig for diffusion."""
+"""What to reduce, where and how: AiluRusConfig for vision transformers; for diffusion see config_diffusion.py."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .checks import check_at_least, check_choice, check_ratios
-from .choices import (
-    CLUSTERINGS,
-    FRAMES,
-    RESTORES,
-    RESTORES_AT,
-    SCOPES,
-    ClusterPer,
-    FrameClusters,
-    Projections,
-    Reduce,
-    Restore,
-    RestoreAt,
-    Scope,
-    clustering_names,
-)
-from .config_base import Config, from_fields
+from .checks import check_ratios
+from .choices import CLUSTERINGS, FRAMES, RESTORES, RESTORES_AT, SCOPES, Restore, RestoreAt, clustering_names
+from .config_base import Config, check_clustering, from_fields, rounded_share
+from .config_diffusion import AiluRusDiffusionConfig
 from .errors import AiluRusError
 from .level import Level
-from .presets import DIFFUSION_PRESETS, VISION_PRESETS, DiffusionPreset, VisionPreset
+from .presets import VISION_PRESETS, VisionPreset
 
 if TYPE_CHECKING:
     from .clustering import Clustering
@@ -133,7 +118,7 @@ class AiluRusConfig(Config):
             object.__setattr__(self, "restore", "copy" if self.restore_at == "decoder" else "residual")
         if self.stages is not None and (not self.stages or min(self.stages) < 1):
             raise AiluRusError(f"stages must name one or more stages, 1 the first, got {self.stages}")
-        _check_clustering(self)
+        check_clustering(self)
         if self.restore == "residual" and self.restore_at == "decoder":
             raise AiluRusError("restore='residual' unmerges before a decoder: use restore_at='backbone', got 'decoder'")
         if self.restore_location is not None:
@@ -195,202 +180,7 @@ class AiluRusConfig(Config):
         return self.restore_at == "decoder"
 
 
-AS_THE_REST = Level()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AiluRusDiffusionConfig(Config):
-    """How the image tokens of a diffusion network are reduced; checked when made.
-
-    Args:
-        keep_ratio: M = round(keep_ratio * N) at every resolution; or a mapping from levels (how many times smaller than
-            the latents a resolution's sides are: 1, 2, 4, 8) to ratios: levels that it leaves out run unreduced.
-        min_tokens: grids of fewer tokens run unreduced.
-        scope: "blocks" (whole stacks of transformer blocks run on M tokens: self-attention with counts, cross-attention
-            and MLP; each token then adds what its representative gained) or "attention" (self-attention alone).
-        reduce: of self-attention alone, "qkv", or "kv" (every token keeps its query; keys and values are merged).
-        levels: of UNets, a mapping from levels to a `Level` each, for those that do something else than the rest.
-        cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged
-            at the output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and
-            one block more is a small share of all of them: 1 is the default. In UNets convolutions come first.
-        cluster_per: "resolution" (its first stack clusters, once a step, and the later ones take that assignment) or
-            "stack" (each clusters its own tokens: nearer to the unreduced network, for one more clustering a stack).
-        projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that
-            what sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack
-            only). Transformers on patches have no such maps.
-        refresh_every: denoising steps that share an assignment.
-        full_every: k, every k-th denoising step is a full one: it runs on all tokens, keeps what each stack of blocks
-            added to each of them, and makes the clusters that serve until the next (refresh_every may have them serve
-            longer). In the steps between, which run on representatives, a token adds what was kept, corrected by how
-            much more or less its representative adds now than then (in full steps the blocks run on representatives,
-            too). For whole blocks, in pipelines of diffusers and within `denoising`; not compiled as a whole, and not
-            beside a cache of diffusers. 1: every step runs on all tokens. None: none do for this.
-        extrapolate: with full_every, what sets tokens apart from their representatives is drawn on in a straight line
-            through the last two full steps, as TaylorSeer (arXiv:2503.06923) draws on features.
-        step_factors: in so many equal parts of a generation's steps, what keep_ratio is multiplied by (up to 1):
-            (2, 1, 0.5) keeps most tokens early. Needs a pipeline, which knows how many steps there are. With full_every
-            it changes in full steps.
-        share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
-            pipeline says that its batches are such; False: never.
-        unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline,
-            which knows how many there are.
-        frames: where the frames of a video attend to one another (ControlVideoPipeline), "each" clusters frame by
-            frame, "joint" over space and time: what stands still is kept once, and not once a frame, and does not
-            flicker, but what moves may be held back. Where a frame attends to some of the others only, each is
-            clustered alone.
-        clustering, compile_clustering, check_finite: as in `AiluRusConfig`.
-
-    Raises:
-        AiluRusError: a value is wrong, or two do not go together.
-
-    Example:
-        >>> level = Level(scope="attention", reduce="kv")
-        >>> config = AiluRusDiffusionConfig(keep_ratio={1: 0.0625, 2: 0.25}, levels={1: level})
-        >>> config.scope_at(1), config.scope_at(2)
-        ('attention', 'blocks')
-    """
-
-    keep_ratio: float | Mapping[int, float] = 0.5
-    min_tokens: int = 1024
-    scope: Scope = "blocks"
-    reduce: Reduce = "qkv"
-    levels: Mapping[int, Level] | None = None
-    cluster_location: int = 1
-    cluster_per: ClusterPer = "resolution"
-    projections: Projections = "all"
-    refresh_every: int = 1
-    full_every: int | None = None
-    extrapolate: bool = False
-    step_factors: tuple[float, ...] | None = None
-    share_cfg: bool | None = None
-    unreduced_first_steps: int = 0
-    unreduced_last_steps: int = 0
-    frames: FrameClusters = "each"
-    clustering: str | Clustering | Mapping[str, Any] = "local_kmeans"
-    compile_clustering: bool = False
-    check_finite: bool = False
-
-    @classmethod
-    def preset(cls, name: DiffusionPreset, **overrides: Any) -> AiluRusDiffusionConfig:
-        """Settings that were measured, as a start: SD 1.5 at 512² in half precision (docs/results.md, "settings in half
-        precision") for time, a small Stable Diffusion for how near its pictures are ("pictures from text").
-
-        Args:
-            name: "fast": whole blocks on a quarter of the tokens, 1.69x, 26.5 dB from the plain pictures.
-                "balanced": keys and values alone in the largest grid, blocks in the next, 1.48x, 33.1 dB.
-                "faithful": keys and values alone in the largest grid, by k-means, 1.35x, 43.1 dB.
-            overrides: fields that replace the preset's.
-        """
-        return cls._of_preset(DIFFUSION_PRESETS, name, overrides)
-
-    @classmethod
-    def _migrated(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """In format 1, scope and reduce could be mappings from levels; what they left out was "blocks" and "qkv"."""
-        levels: dict[int, dict[str, Any]] = {}
-        for name, left_out in (("scope", "blocks"), ("reduce", "qkv")):
-            if isinstance(of_levels := fields.get(name), Mapping):
-                fields[name] = left_out
-                for level, value in of_levels.items():
-                    levels.setdefault(int(level), {})[name] = value
-        for level in levels.values():
-            # Where blocks are merged, it said nothing.
-            if level.get("scope", fields.get("scope", "blocks")) == "blocks":
-                level.pop("reduce", None)
-        return super()._migrated({**fields, "levels": levels} if levels else fields)
-
-    def _check(self) -> None:
-        for name in ("keep_ratio", "levels"):
-            if isinstance(levels := getattr(self, name), Mapping):
-                wrong = sorted(level for level in levels if level < 1 or level & (level - 1))
-                if wrong or not levels:
-                    raise AiluRusError(f"{name}'s keys must be of 1, 2, 4, 8, ..., got {wrong or 'none'}")
-        check_ratios(
-            "keep_ratio", self.keep_ratio.values() if isinstance(self.keep_ratio, Mapping) else [self.keep_ratio]
-        )
-        check_at_least(1, min_tokens=self.min_tokens, refresh_every=self.refresh_every)
-        check_at_least(
-            0,
-            cluster_location=self.cluster_location,
-            unreduced_first_steps=self.unreduced_first_steps,
-            unreduced_last_steps=self.unreduced_last_steps,
-        )
-        _check_clustering(self)
-        self._check_full_steps()
-        if self.step_factors is not None and not (self.step_factors and min(self.step_factors) > 0):
-            raise AiluRusError(f"step_factors must be one or more numbers above 0, got {self.step_factors}")
-        if self.reduce == "kv" and not self.has_scope("attention"):
-            raise AiluRusError(f"reduce='kv' keeps every token's query: use scope='attention', got {self.scope!r}")
-        for number, level in (self.levels or {}).items():
-            if level.reduce == "kv" and self.scope_at(number) != "attention":
-                raise AiluRusError(
-                    f"reduce='kv' keeps every token's query: use scope='attention' at level {number}, got 'blocks'"
-                )
-            if level.keep_ratio is not None and isinstance(self.keep_ratio, Mapping) and number in self.keep_ratio:
-                raise AiluRusError(
-                    f"keep_ratio at level {number} is given twice, as {self.keep_ratio[number]} and {level.keep_ratio}"
-                )
-
-    def _check_full_steps(self) -> None:
-        """What every k-th step on all tokens needs."""
-        if self.full_every is not None:
-            check_at_least(1, full_every=self.full_every)
-            if not self.has_scope("blocks"):
-                raise AiluRusError(
-                    f"full_every={self.full_every} keeps what stacks of blocks add: use scope='blocks', got "
-                    f"{self.scope!r}"
-                )
-        elif self.extrapolate:
-            raise AiluRusError("extrapolate draws on from steps on all tokens: give full_every, got None")
-
-    def clusters_for(self, num_tokens: int, level: int, factor: float = 1.0) -> int:
-        """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced.
-
-        factor: of the step, see `step_factors`.
-        """
-        if num_tokens < self.min_tokens:
-            return num_tokens
-        ratio = self._at(level).keep_ratio
-        if ratio is None:
-            ratio = self.keep_ratio.get(level) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
-        return num_tokens if ratio is None else rounded_share(ratio * factor, num_tokens)
-
-    def scope_at(self, level: int) -> Scope:
-        """The scope at a grid whose sides are `level` times smaller than the latents'."""
-        return self._at(level).scope or self.scope
-
-    def merges_queries(self, level: int) -> bool:
-        """Whether self-attention at such a grid, where it alone is reduced, has M queries and not all N."""
-        return (self._at(level).reduce or self.reduce) == "qkv"
-
-    def has_scope(self, scope: str) -> bool:
-        """Whether some resolution may be of this scope."""
-        return scope == self.scope or any(level.scope == scope for level in (self.levels or {}).values())
-
-    def _at(self, level: int) -> Level:
-        return (self.levels or {}).get(level) or AS_THE_REST
-
-    @property
-    def counts_steps(self) -> bool:
-        """Whether a forward depends on those before it."""
-        unreduced = self.unreduced_first_steps > 0 or self.unreduced_last_steps > 0
-        return self.refresh_every > 1 or unreduced or (self.full_every or 1) > 1 or self.step_factors is not None
-
-
-def rounded_share(ratio: float, num_tokens: int) -> int:
-    """round(ratio * N), halves up, within [1, N]."""
-    return min(max(math.floor(ratio * num_tokens + 0.5), 1), num_tokens)
-
-
 def _each(value: Any) -> tuple:
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
-
-
-def _check_clustering(config: Any) -> None:
-    """A name stays a name, so that a config needs no torch; a mapping becomes the `Clustering` that it describes."""
-    if isinstance(config.clustering, str):
-        check_choice("clustering", config.clustering, clustering_names())
-    else:
-        get_clustering = import_module(".clustering", __package__).get_clustering
-        object.__setattr__(config, "clustering", get_clustering(config.clustering))

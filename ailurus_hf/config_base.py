@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .checks import check_fields, exact
+from .checks import check_choice, check_fields, exact
+from .choices import clustering_names
 from .errors import AiluRusError
 
 # 1: as saved by 0.1, without a version; density peaks' settings were fields of the configs.
@@ -153,6 +156,20 @@ def from_fields(kind: type[Any], fields: Mapping[str, Any]) -> Any:
         return kind(**fields)
     except TypeError as error:
         raise AiluRusError(f"{error}; the fields are {', '.join(field_names(kind))}") from None
+
+
+def rounded_share(ratio: float, num_tokens: int) -> int:
+    """round(ratio * N), halves up, within [1, N]."""
+    return min(max(math.floor(ratio * num_tokens + 0.5), 1), num_tokens)
+
+
+def check_clustering(config: Any) -> None:
+    """A name stays a name, so that a config needs no torch; a mapping becomes the `Clustering` that it describes."""
+    if isinstance(config.clustering, str):
+        check_choice("clustering", config.clustering, clustering_names())
+    else:
+        get_clustering = import_module(".clustering", __package__).get_clustering
+        object.__setattr__(config, "clustering", get_clustering(config.clustering))
 
 
 def without_replaced(fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ LAYERS = [
     ("versions",),
     ("checks", "choices", "extras", "grid_cache", "hooks", "per_thread", "precision", "profiling"),
     ("clusters", "config_base", "images", "level", "presets"),
+    ("config_diffusion",),
     ("config", "status"),
     ("fields",),
     ("clustering", "segmenter", "video", "visualization"),
