@@ -53,6 +53,10 @@ class AiluRusDiffusionConfig(Config):
         step_factors: in so many equal parts of a generation's steps, what keep_ratio is multiplied by (up to 1):
             (2, 1, 0.5) keeps most tokens early. Needs a pipeline, which knows how many steps there are. With full_every
             it changes in full steps.
+        block_factors: in so many equal parts of a network's stacks of blocks, in the order in which they run, what
+            keep_ratio is multiplied by (up to 1): (0.5, 1, 0.5) keeps most tokens in the middle of a UNet. Transformers
+            on patches merge once for all blocks: there with scope="attention" alone, by the blocks past
+            cluster_location.
         share_cfg: True: a batch is two halves, without and with the prompt, that share one assignment; None: where the
             pipeline says that its batches are such; False: never.
         unreduced_first_steps, unreduced_last_steps: denoising steps that run on all tokens; the last need a pipeline,
@@ -85,6 +89,7 @@ class AiluRusDiffusionConfig(Config):
     full_every: int | None = None
     extrapolate: bool = False
     step_factors: tuple[float, ...] | None = None
+    block_factors: tuple[float, ...] | None = None
     share_cfg: bool | None = None
     unreduced_first_steps: int = 0
     unreduced_last_steps: int = 0
@@ -139,8 +144,9 @@ class AiluRusDiffusionConfig(Config):
         )
         check_clustering(self)
         self._check_full_steps()
-        if self.step_factors is not None and not (self.step_factors and min(self.step_factors) > 0):
-            raise AiluRusError(f"step_factors must be one or more numbers above 0, got {self.step_factors}")
+        for name, factors in {"step_factors": self.step_factors, "block_factors": self.block_factors}.items():
+            if factors is not None and not (factors and min(factors) > 0):
+                raise AiluRusError(f"{name} must be one or more numbers above 0, got {factors}")
         if self.reduce == "kv" and not self.has_scope("attention"):
             raise AiluRusError(f"reduce='kv' keeps every token's query: use scope='attention', got {self.scope!r}")
         for number, level in (self.levels or {}).items():
@@ -168,7 +174,7 @@ class AiluRusDiffusionConfig(Config):
     def clusters_for(self, num_tokens: int, level: int, factor: float = 1.0) -> int:
         """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced.
 
-        factor: of the step, see `step_factors`.
+        factor: of the step and of the block, see `step_factors` and `block_factors`.
         """
         if num_tokens < self.min_tokens:
             return num_tokens
@@ -176,6 +182,11 @@ class AiluRusDiffusionConfig(Config):
         if ratio is None:
             ratio = self.keep_ratio.get(level) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
         return num_tokens if ratio is None else rounded_share(ratio * factor, num_tokens)
+
+    def block_factor(self, number: int, count: int) -> float:
+        """What keep_ratio is multiplied by in the stack or block of this number, 0 the first, of so many."""
+        factors = self.block_factors or (1.0,)
+        return factors[number * len(factors) // count]
 
     def scope_at(self, level: int) -> Scope:
         """The scope at a grid whose sides are `level` times smaller than the latents'."""

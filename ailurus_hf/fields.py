@@ -43,6 +43,7 @@ class AiluRusDiffusionFields(TypedDict, total=False):
     full_every: int | None
     extrapolate: bool
     step_factors: tuple[float, ...] | None
+    block_factors: tuple[float, ...] | None
     share_cfg: bool | None
     unreduced_first_steps: int
     unreduced_last_steps: int

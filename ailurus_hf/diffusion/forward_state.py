@@ -36,6 +36,7 @@ class StackState:
         stack: the blocks.
         grid: of its tokens.
         scope: "blocks" or "attention".
+        number: in the order in which they run, of the stack or, in transformers on patches, of the reduced block.
         reached: whether the first block to be reduced was reached.
         whole: whether it runs on all tokens, and what it adds is kept.
         calls: its blocks' calls then.
@@ -50,6 +51,7 @@ class StackState:
     stack: Stack
     grid: tuple[int, ...]
     scope: str
+    number: int = 0
     reached: bool = False
     whole: bool = False
     calls: list[BlockCall] = dataclasses.field(default_factory=list)

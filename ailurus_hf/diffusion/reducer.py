@@ -22,7 +22,7 @@ from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
 from ..status import Record
-from .backend import PLAIN_PROCESSORS, modules_of
+from .backend import modules_of
 from .caches import refuse_caches
 from .calls import NetworkCall, argument_names, is_running
 from .checkpointing import drop_state_in_checkpoints
@@ -33,9 +33,8 @@ from .forward_state import Forwards, ForwardState, StackState, key_bias
 from .frames import Clusters, JointClusters
 from .networks import DiffusionNetwork
 from .processor import AiluRusProcessor, Assigned
-from .rebuildable import RebuildableProcessor
 from .replay import replayed
-from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, self_attentions
+from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, self_attentions, takes_mask
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +169,9 @@ class NetworkReducer:
         frames = frames_of(self.stacks[0])
         tick = self.clock.tick(call, self.declared.guides_by_halves, None if frames is None else frames.numbers)
         if tick.additions is not None:
-            refuse_caches(
-                (block for stack in self.stacks for block in stack.blocks),
-                "would give blocks that run on representatives what others gave for all tokens in the full steps of "
-                f"full_every={self.config.full_every}: switch one of them off",
-            )
+            blocks = (block for stack in self.stacks for block in stack.blocks)
+            reason = "would give representatives what is of all tokens in full steps, or the other way round, with"
+            refuse_caches(blocks, f"{reason} full_every={self.config.full_every}: switch one of them off")
         self.forwards.begin(
             ForwardState(
                 max(call.latents.shape[-2:]),
@@ -218,26 +215,31 @@ class NetworkReducer:
         # Sides are halved and rounded up, so a level is known by its nearest power of two.
         return int(2 ** round(math.log2(forward.latent_side / max(grid))))
 
-    def num_clusters(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
-        """M for a grid in this forward; N where it runs unreduced."""
-        num_tokens = math.prod(grid)
-        if not forward.reduce:
-            return num_tokens
-        return self.config.clusters_for(num_tokens, self.level_of(forward, grid), forward.factor)
+    @property
+    def parts(self) -> int:
+        """How many parts there are whose keep ratios may differ: stacks here, blocks in a transformer on patches."""
+        return len(self.stacks)
 
-    def keeps_additions(self, forward: ForwardState, grid: tuple[int, ...]) -> bool:
-        """Whether stacks of a grid run on all tokens in this forward, and what they add serves in later ones."""
-        if forward.additions is None or forward.reduce:
+    def num_clusters(self, forward: ForwardState, running: StackState) -> int:
+        """M for a stack in this forward; N where it runs unreduced."""
+        return self._reduced_to(forward, running) if forward.reduce else math.prod(running.grid)
+
+    def _reduced_to(self, forward: ForwardState, running: StackState) -> int:
+        factor = forward.factor * self.config.block_factor(running.number, self.parts)
+        return self.config.clusters_for(math.prod(running.grid), self.level_of(forward, running.grid), factor)
+
+    def keeps_additions(self, forward: ForwardState, running: StackState) -> bool:
+        """Whether a stack runs on all tokens in this forward, and what it adds serves in later ones."""
+        if forward.additions is None or forward.reduce or running.scope != "blocks":
             return False
-        level, num_tokens = self.level_of(forward, grid), math.prod(grid)
-        num_clusters = self.config.clusters_for(num_tokens, level, forward.factor)
-        return self.config.scope_at(level) == "blocks" and num_clusters < num_tokens
+        return self._reduced_to(forward, running) < math.prod(running.grid)
 
-    def assign(self, forward: ForwardState, stack: Stack, grid: tuple[int, ...], tokens: Tensor) -> Clusters:
-        """The forward's clusters of a grid, made from Tensor[B, N, C] if it has none."""
+    def assign(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Clusters:
+        """The forward's clusters of a stack's grid, made from Tensor[B, N, C] if it has none."""
+        stack, grid, num_clusters = running.stack, running.grid, self.num_clusters(forward, running)
         if tokens.shape[1] != math.prod(grid):
             raise AiluRusError(f"grid {grid} has {math.prod(grid)} tokens, but there are {tokens.shape[1]}")
-        frames, num_clusters = frames_of(stack), self.num_clusters(forward, grid)
+        frames = frames_of(stack)
         own = stack.name if self.config.cluster_per == "stack" else ""
         key = grid, num_clusters, tokens.shape[0], None if frames is None else frames.numbers, own
         clusters = forward.assignments.get(key)
@@ -267,15 +269,15 @@ class NetworkReducer:
         running = forward.stack
         if running is None or not running.reached or running.scope != "attention":
             return None
-        if self.num_clusters(forward, running.grid) == math.prod(running.grid):
+        if self.num_clusters(forward, running) == math.prod(running.grid):
             self.leave(forward, running.stack, tokens.shape[1])
             return None
-        clusters = self.assign(forward, running.stack, running.grid, tokens)
+        clusters = self.assign(forward, running, tokens)
         return Assigned(clusters, self.config.merges_queries(self.level_of(forward, running.grid)))
 
     def merged(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Tensor:
         """The representatives of the tokens that a stack is about to run on."""
-        clusters = self.assign(forward, running.stack, running.grid, tokens)
+        clusters = self.assign(forward, running, tokens)
         representatives = clusters.merge(tokens)
         running.clusters, running.kept, running.start = clusters, tokens, representatives
         return representatives
@@ -296,12 +298,12 @@ class NetworkReducer:
     def keep(self, running: StackState, added: Tensor) -> None:
         """After a stack that ran on all tokens and added Tensor[B, N, C] to them: on representatives, too."""
         forward = self.running()
-        again = StackState(running.stack, running.grid, running.scope, reached=True, call=running.call)
+        again = StackState(running.stack, running.grid, running.scope, running.number, reached=True, call=running.call)
         state = dataclasses.replace(forward, reduce=True, recomputing=True, stack=again)
         with self.forwards.resumed(state):
             gained = self.replay(state, again, running)
         assert forward.additions is not None and again.clusters is not None
-        self.records[running.stack.name].ran_again(math.prod(running.grid), self.num_clusters(state, running.grid))
+        self.records[running.stack.name].ran_again(math.prod(running.grid), self.num_clusters(state, again))
         forward.additions.keep(running.stack.name, added - again.clusters.unmerge(gained))
 
     def replay(self, forward: ForwardState, again: StackState, running: StackState) -> Tensor:
@@ -382,11 +384,6 @@ class SharedClusters:
 
     def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
         return self.reducer.assigned(tokens)
-
-
-def takes_mask(layer: AttentionLayer) -> bool:
-    """Whether a layer of self-attention is known to run the whole batch and to take a bias on its keys as a mask."""
-    return type(layer.processor) in PLAIN_PROCESSORS or isinstance(layer.processor, RebuildableProcessor)
 
 
 def reducers_of(target: Any) -> list[tuple[str, NetworkReducer]]:

@@ -13,8 +13,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .backend import PLAIN_PROCESSORS
 from .frames import Frames
 from .networks import DiffusionNetwork, declaration_of
+from .rebuildable import RebuildableProcessor
 
 # Called by an attention layer with itself and with what it got.
 Processor = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -137,6 +139,11 @@ def _attention_names(block: nn.Module) -> tuple[str, ...]:
     """`attn1` beside cross-attention in `attn2`; or joint attention in `attn`, the image's own in `attn2` (SD3.5)."""
     names = ("attn1",) if hasattr(block, "attn1") else ("attn", "attn2")
     return tuple(name for name in names if getattr(block, name, None) is not None)
+
+
+def takes_mask(layer: AttentionLayer) -> bool:
+    """Whether a layer of self-attention is known to run the whole batch and to take a bias on its keys as a mask."""
+    return type(layer.processor) in PLAIN_PROCESSORS or isinstance(layer.processor, RebuildableProcessor)
 
 
 def frames_of(stack: Stack) -> Frames | None:

@@ -64,20 +64,20 @@ def _flops(
 ) -> tuple[float, float] | tuple[None, None]:
     """FLOPs of a stack on one image in the last forward, without and with reduction; None before the first.
 
-    Where forwards differ by their step, with `full_every` or `step_factors`, of all of them in the mean.
+    Where forwards differ by their step, or layers of one stack by their block, of all of them in the mean.
     """
     record = reducer.records[stack.name]
     if record.last_tokens is None or record.last_clusters_count is None:
         return None, None
-    sizes = {(record.last_tokens, record.last_clusters_count): 1}
-    if reducer.config.full_every is not None or reducer.config.step_factors is not None:
+    sizes, config = {(record.last_tokens, record.last_clusters_count): 1}, reducer.config
+    if config.full_every is not None or config.step_factors is not None or config.block_factors is not None:
         sizes = dict(record.sizes)
     whole = reduced = 0.0
     for (tokens, clusters), times in sizes.items():
         of_whole, of_reduced, _ = _flops_of(reducer, stack, attention_alone, level, tokens, clusters)
         whole += times * of_whole
         reduced += times * of_reduced
-    if reducer.config.full_every is not None:
+    if config.full_every is not None:
         # Blocks that ran on representatives beside those on all tokens.
         for (tokens, clusters), times in record.again.items():
             reduced += times * _flops_of(reducer, stack, attention_alone, level, tokens, clusters)[2]

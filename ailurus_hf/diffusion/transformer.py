@@ -7,6 +7,7 @@ stay as they are. Self-attention gets the counts as a mask, or runs on a JointPr
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState
 from .joint import JointProcessor, JointReduction
 from .networks import DiffusionNetwork, OwnProcessor
-from .reducer import NetworkReducer, takes_mask
+from .reducer import NetworkReducer
 from .replay import call_without_tokens
-from .stacks import self_attentions
+from .stacks import self_attentions, takes_mask
 from .token_order import TokenOrder
 
 CONTROLS = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
@@ -49,6 +50,13 @@ class TransformerReducer(NetworkReducer):
         self.read_grid = declared.grid()
         self.mask_positions: dict[type, int] = {}
         self.tokens_name = ""
+        reduced = self.stack.blocks[self.first_reduced(self.stack) :]
+        self.numbers = {block: number for number, block in enumerate(reduced)}
+        if config.block_factors is not None and config.has_scope("blocks"):
+            raise AiluRusError(
+                f"block_factors={config.block_factors} cannot be: {type(network).__name__} merges once for all of its "
+                "blocks with scope='blocks': use scope='attention', or leave them out"
+            )
         if isinstance(self.own, OwnProcessor):
             self._check_processors(self.own)
         else:
@@ -111,15 +119,26 @@ class TransformerReducer(NetworkReducer):
             # Some layers would not weigh the representatives, so none runs on them.
             self.leave(forward, self.stack, math.prod(grid), reason)
             return
-        whole = self.keeps_additions(forward, grid)
-        if self.num_clusters(forward, grid) == math.prod(grid):
+        running = StackState(self.stack, grid, scope, call=call if scope == "blocks" else None)
+        running.whole = self.keeps_additions(forward, running)
+        if self._reduces_nothing(forward, running):
             self.leave(forward, self.stack, math.prod(grid))
-            if not whole:
+            if not running.whole:
                 return
         self._refuse_reduced(call, scope)
         if isinstance(self.own, OwnProcessor) and not torch.compiler.is_compiling():
             self.text_tokens = call.argument("encoder_hidden_states").shape[1]
-        forward.stack = StackState(self.stack, grid, scope, whole=whole, call=call if scope == "blocks" else None)
+        forward.stack = running
+
+    @property
+    def parts(self) -> int:
+        return len(self.numbers)
+
+    def _reduces_nothing(self, forward: ForwardState, running: StackState) -> bool:
+        """Whether no block of the stack has fewer tokens."""
+        numbers = range(self.parts) if running.scope == "attention" else (0,)
+        each = (dataclasses.replace(running, number=number) for number in numbers)
+        return min(self.num_clusters(forward, part) for part in each) == math.prod(running.grid)
 
     def _runs_whole(self, scope: str) -> str | None:
         if isinstance(self.own, OwnProcessor):
@@ -186,6 +205,7 @@ class TransformerReducer(NetworkReducer):
             return None
         first, running.reached = not running.reached, True
         if running.scope == "attention":
+            running.number = self.numbers[block]
             return None
         if running.whole:
             if first:

@@ -21,9 +21,9 @@ from .calls import NetworkCall, with_argument
 from .checkpointing import keep_state_in_checkpoints
 from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState, key_bias
-from .reducer import NetworkReducer, takes_mask
+from .reducer import NetworkReducer
 from .replay import call_without_tokens
-from .stacks import BLOCK_MASK_POSITION, Stack, self_attentions
+from .stacks import BLOCK_MASK_POSITION, Stack, self_attentions, takes_mask
 
 
 class UNetReducer(NetworkReducer):
@@ -31,6 +31,8 @@ class UNetReducer(NetworkReducer):
 
     def install(self) -> None:
         super().install()
+        in_order = sorted((stack.name for stack in self.stacks), key=_part_of_unet)
+        self.numbers = {name: number for number, name in enumerate(in_order)}
         for stack in self.stacks:
             self.hooks.pre_forward(stack.module, partial(self.arrive, stack))
             if self.config.has_scope("blocks"):
@@ -73,7 +75,7 @@ class UNetReducer(NetworkReducer):
         scope = self.config.scope_at(level)
         if not torch.compiler.is_compiling():
             self.last_levels[stack.name] = level
-        running = StackState(stack, grid, scope, reached=True)
+        running = StackState(stack, grid, scope, self.numbers[stack.name], reached=True)
         checkpoints = torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
         if scope == "attention":
             # Its processor asks for the clusters of the stack that is running.
@@ -81,8 +83,8 @@ class UNetReducer(NetworkReducer):
             if checkpoints:
                 keep_state_in_checkpoints(module, self.forwards)
             return None
-        running.whole = self.keeps_additions(forward, grid)
-        if self.num_clusters(forward, grid) == height * width and not running.whole:
+        running.whole = self.keeps_additions(forward, running)
+        if self.num_clusters(forward, running) == height * width and not running.whole:
             self.leave(forward, stack, height * width)
             return None
         if (other := self._other_processor(stack)) is not None:
@@ -202,3 +204,10 @@ class UNetReducer(NetworkReducer):
         gained = self.gained(running, output[0].squeeze(2).transpose(1, 2))
         restored = running.kept + gained.transpose(1, 2).reshape(running.kept.shape)
         return (restored,) if isinstance(output, tuple) else type(output)(sample=restored)
+
+
+def _part_of_unet(path: str) -> int:
+    """Where a stack is in the order in which they run: modules are listed as they were made, the middle last."""
+    parts = ("down_blocks", "mid_block", "up_blocks")
+    part = path.partition(".")[0]
+    return parts.index(part) if part in parts else 0
