@@ -367,30 +367,3 @@ def test_what_cannot_be_known_is_refused():
 def test_wrong_settings(fields, numbers):
     with pytest.raises(AiluRusError, match=numbers):
         AiluRusDiffusionConfig(**fields)
-
-
-# The keep ratio by step
-
-
-@pytest.mark.parametrize("full_every", [None, 3])
-def test_the_keep_ratio_by_step(full_every):
-    pipe, seen = text_to_image()[0], []
-    apply_ailurus(pipe, **SETTINGS, step_factors=(2, 1, 0.5), refresh_every=3, full_every=full_every)
-    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
-    made = generate(pipe, steps=6)
-    assert seen == ([48, 48, 24, 24, 12, 12] if full_every is None else [96, 48, 48, 96, 24, 24])
-    assert torch.equal(generate(pipe, steps=6), made)
-    location = ailurus_status(pipe).locations[0]
-    assert (location.num_tokens, location.num_clusters, location.forwards) == (96, seen[-1], 12)
-
-
-def test_what_the_keep_ratio_by_step_needs():
-    for factors in ((), (1.0, 0)):
-        with pytest.raises(AiluRusError, match="step_factors must be one or more numbers above 0"):
-            AiluRusDiffusionConfig(step_factors=factors)
-    with pytest.raises(AiluRusError, match=r"step_factors=\(2, 1\) needs a pipeline"):
-        apply_ailurus(make_network("UNet"), **SETTINGS, step_factors=(2, 1))
-    # Levels that are left out stay whole.
-    config = AiluRusDiffusionConfig(keep_ratio={2: 0.5}, step_factors=(0.5,), min_tokens=1)
-    assert [config.clusters_for(64, level, 0.5) for level in (1, 2)] == [64, 16]

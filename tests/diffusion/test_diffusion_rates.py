@@ -1,0 +1,121 @@
+"""Other keep ratios in other parts of a generation, and of a network."""
+
+import pytest
+import torch
+from diffusion_models import NETWORKS, SETTINGS, generate, make_network, predict
+from diffusion_pipelines import text_to_image
+from diffusion_ways import sample
+
+from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf.diffusion import denoising
+from ailurus_hf.diffusion.apply import reducers_of
+
+# By step
+
+
+@pytest.mark.parametrize("full_every", [None, 3])
+def test_the_keep_ratio_by_step(full_every):
+    pipe, seen = text_to_image()[0], []
+    apply_ailurus(pipe, **SETTINGS, step_factors=(2, 1, 0.5), refresh_every=3, full_every=full_every)
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    made = generate(pipe, steps=6)
+    assert seen == ([48, 48, 24, 24, 12, 12] if full_every is None else [96, 48, 48, 96, 24, 24])
+    assert torch.equal(generate(pipe, steps=6), made)
+    location = ailurus_status(pipe).locations[0]
+    assert (location.num_tokens, location.num_clusters, location.forwards) == (96, seen[-1], 12)
+
+
+def test_what_the_keep_ratio_by_step_needs():
+    for name in ("step_factors", "block_factors"):
+        for factors in ((), (1.0, 0)):
+            with pytest.raises(AiluRusError, match=f"{name} must be one or more numbers above 0"):
+                AiluRusDiffusionConfig(**{name: factors})
+    with pytest.raises(AiluRusError, match=r"step_factors=\(2, 1\) needs a pipeline"):
+        apply_ailurus(make_network("UNet"), **SETTINGS, step_factors=(2, 1))
+    # Levels that are left out stay whole.
+    config = AiluRusDiffusionConfig(keep_ratio={2: 0.5}, step_factors=(0.5,), min_tokens=1)
+    assert [config.clusters_for(64, level, 0.5) for level in (1, 2)] == [64, 16]
+
+
+# By stack, or block
+
+on_some_networks = pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "ControlNet", "PixArt", "SD3", "Flux", "Wan"])
+
+
+def fields_of(name, factors):
+    """Transformers on patches have a ratio by block in self-attention alone."""
+    return {**SETTINGS, "block_factors": factors, "scope": "blocks" if NETWORKS[name].maps else "attention"}
+
+
+@pytest.mark.parametrize("fields", [{}, {"projections": "merged"}, {"scope": "attention"}], ids=str)
+def test_stacks_of_a_unet_in_the_order_in_which_they_run(fields):
+    network, seen = apply_ailurus(make_network("UNet"), **SETTINGS, **fields, block_factors=(2, 1, 0.5)), []
+    reducer = reducers_of(network)[0][1]
+    for stack in reducer.stacks:
+        stack.module.register_forward_hook(
+            lambda *_, name=stack.name: seen.append(reducer.records[name].last_clusters_count)
+        )
+        # Before ours, which merges the map.
+        stack.module.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].shape[-2:].numel()), prepend=True
+        )
+    predict(network, "UNet", sample("UNet"))
+    tokens, clusters = seen[::2], seen[1::2]
+    assert len(tokens) == len(reducer.stacks) == 7 and tokens != sorted(tokens)
+    assert clusters == [n * (2, 1, 0.5)[number * 3 // 7] // 4 for number, n in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("name, sizes", [("PixArt", (48, 24, 12)), ("SD3", (48, 12)), ("Flux", (48, 48, 24, 12))])
+def test_blocks_of_a_transformer(name, sizes):
+    factors = (2, 0.5) if name == "SD3" else (2, 1, 0.5)
+    network = apply_ailurus(make_network(name), **fields_of(name, factors))
+    predict(network, name, sample(name))
+    want = {(96, size): sizes.count(size) for size in sizes}
+    assert reducers_of(network)[0][1].records[""].sizes == want
+    # The mean of what all blocks save.
+    alone = []
+    for size in sizes:
+        fields = {**SETTINGS, "scope": "attention", "keep_ratio": size / 96}
+        predict(apply_ailurus(network, **fields), name, sample(name))
+        alone.append(ailurus_status(network).locations[0].flops_saved)
+    predict(apply_ailurus(network, **fields_of(name, factors)), name, sample(name))
+    assert ailurus_status(network).locations[0].flops_saved == pytest.approx(sum(alone) / len(alone))
+
+
+@on_some_networks
+def test_equal_factors_are_none_and_large_ones_leave_all_tokens(name):
+    network, x = make_network(name), sample(name)
+    plain = predict(network, name, x)
+    without = predict(apply_ailurus(network, **fields_of(name, None)), name, x)
+    assert torch.equal(predict(apply_ailurus(network, **fields_of(name, (1, 1))), name, x), without)
+    other = predict(apply_ailurus(network, **fields_of(name, (0.5, 2))), name, x)
+    assert other.isfinite().all() and not torch.equal(other, without)
+    all_tokens = predict(apply_ailurus(network, **fields_of(name, (4, 9))), name, x)
+    torch.testing.assert_close(all_tokens, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+    # One part runs on all tokens, the other does not.
+    half = predict(apply_ailurus(network, **fields_of(name, (4, 1))), name, x)
+    assert not torch.equal(half, plain) and not torch.equal(half, without)
+    assert torch.equal(predict(remove_ailurus(network), name, x), plain)
+
+
+def test_factors_of_stacks_with_full_steps():
+    def steps(network):
+        with denoising(network):
+            return [predict(network, "UNet", sample("UNet") + 0.05 * n, 9 - n) for n in range(4)]
+
+    network = make_network("UNet")
+    plain = [predict(network, "UNet", sample("UNet") + 0.05 * n, 9 - n) for n in range(4)]
+    apply_ailurus(network, **SETTINGS, block_factors=(0.5, 1, 2))
+    steps_alone = steps(network)
+    apply_ailurus(network, **SETTINGS, block_factors=(0.5, 1, 2), full_every=2)
+    kept = steps(network)
+    for n in range(4):
+        off, alone = (kept[n] - plain[n]).norm(), (steps_alone[n] - plain[n]).norm()
+        assert off < (1e-5 * plain[n].norm() if n % 2 == 0 else alone)
+
+
+@pytest.mark.parametrize("name", ["PixArt", "Flux"])
+def test_transformers_that_merge_once_refuse_factors_of_blocks(name):
+    with pytest.raises(AiluRusError, match=r"block_factors=\(2, 1\).*merges once.*scope='attention'"):
+        apply_ailurus(make_network(name), **SETTINGS, block_factors=(2, 1))
