@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,8 +19,14 @@ from ..precision import without_autocast
 # does not return the pages to the system on every call.
 CHUNK_BYTES = {"cpu": 2**22}
 DEFAULT_CHUNK_BYTES = 2**28
-# Not in all versions of torch; those without specialize an exported program on its batch.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces this call.
+
+    `torch.compiler.is_exporting` is taken for true in every graph that torch 2.11 compiles.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def chunk_length(bytes_each: int, device: torch.device) -> int:
