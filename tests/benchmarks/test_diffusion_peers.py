@@ -142,8 +142,8 @@ def test_clusca_clusters_by_l1():
     tokens = torch.tensor([[[0.0, 0], [1, 1], [8, 8], [9, 9]]])
     labels, means = clusca.k_means(tokens, torch.tensor([[[0.0, 0], [8, 8]]]))
     assert labels.tolist() == [[0, 0, 1, 1]] and means.tolist() == [[[0.5, 0.5], [8.5, 8.5]]]
-    # 3 + 3 is nearer to 5 + 0 by L1 (5) than to 0 (6); by L2 it would be as well, but not (0, 4) to (5, 0).
-    assert clusca.k_means(torch.tensor([[[3.0, 3]]]), torch.tensor([[[0.0, 0], [5, 0]]]), 1)[0].tolist() == [[1]]
+    # (3, 3) is nearer to 0 than (5, 0) by L2, and farther by L1.
+    assert clusca.k_means(torch.zeros(1, 1, 2), torch.tensor([[[3.0, 3], [5, 0]]]), 1)[0].tolist() == [[1]]
     # An empty cluster stays.
     assert clusca.k_means(tokens, torch.tensor([[[0.0, 0], [99, 99]]]))[1][0, 1].tolist() == [99, 99]
 
