@@ -11,8 +11,8 @@ A whole generation is of one prompt under guidance, without text encoder and aut
 UNet of its own on the same weights, because a graph holds what was on when it was made.
 
 Random weights: speed does not depend on them. Fidelity here is the cosine to the plain UNet's output on noise (with
---full-every, of whole generations), a lower bound; quality is measured on a trained model. Every contender is undone
-before the next one's turn.
+--full-every or DeepCache, of whole generations), a lower bound; quality is measured on a trained model. Every contender
+is undone before the next one's turn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
 from ailurus_hf.evaluation.timing import wait_for
 
 from ..harness import environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
-from ..methods.diffusion import FULL_EVERY, METHODS, OURS, switch_on, with_full_steps
+from ..methods.diffusion import METHODS, OURS, counts_steps, switch_on, with_full_steps
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -225,7 +225,7 @@ def measure(
     # use.
     more = {} if steps else {"refresh_every": 1}
     # A step alone is none of a generation, of which every k-th runs on all tokens.
-    counted = steps if any(FULL_EVERY in name for name in methods) else None
+    counted = steps if any(map(counts_steps, methods)) else None
     rows = methods_in_turn(
         unet,
         {name: partial(switch_on, name, target, (size // 8) ** 2, **more) for name in plain_first(methods)},
@@ -327,9 +327,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="by torch.compile; no memory, no fidelity")
     parser.add_argument("--name", help="of the result file (default: diffusion_speed_MODEL and what was asked for)")
     args = parser.parse_args()
-    if args.full_every and (args.compile or not args.steps):
-        parser.error("--full-every is for whole generations that are not compiled: give --steps, without --compile")
     methods = with_full_steps(args.methods, args.full_every)
+    if (over_steps := list(filter(counts_steps, methods))) and (args.compile or not args.steps):
+        parser.error(f"{over_steps[0]!r} is for whole generations that are not compiled: --steps, without --compile")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)

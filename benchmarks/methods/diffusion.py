@@ -156,6 +156,11 @@ def switch_on(name: str, target: Any, latent_tokens: int, **more: Any) -> Callab
     return lambda: remove_ailurus(target)
 
 
+def counts_steps(name: str) -> bool:
+    """Whether a method does in a step what depends on which step of a generation it is, and gains over steps alone."""
+    return FULL_EVERY in name or (name in PEERS and PEERS[name].remembers)
+
+
 def with_full_steps(methods: Sequence[str], every: Sequence[int]) -> list[str]:
     """The methods, and after each of ours that reduces whole blocks the same with every k-th step on all tokens."""
     named, ours = [], OURS | OURS_OF_TRANSFORMERS

@@ -82,6 +82,20 @@ def test_whole_generations(model, monkeypatch):
     assert plain["steps"] == ours["steps"] == 3 and ours["ideal"] > 1
 
 
+def test_caches_over_steps_are_for_whole_generations(monkeypatch, capsys):
+    fields = {**UNET, **UP, "attention_head_dim": 2, "cross_attention_dim": 768}
+    monkeypatch.setitem(diffusion_speed.MODELS, "sd15", fields)
+    unet = diffusion_speed.make_unet("sd15", torch.device("cpu"), torch.float32)
+    _, cached = diffusion_speed.measure("sd15", 256, ["DeepCache 3"], 1, unet=unet, steps=3)
+    # Of generations: the first step of each is that of the plain UNet.
+    assert cached["cosine"] < 0.9999999
+    for more in (["--methods", "DeepCache 3"], ["--methods", "blocks 0.25", "--full-every", "2"]):
+        monkeypatch.setattr(sys, "argv", ["diffusion_speed", *more])
+        with pytest.raises(SystemExit):
+            diffusion_speed.main()
+        assert "whole generations" in capsys.readouterr().err
+
+
 def test_compiled_unets_of_their_own_share_weights(monkeypatch):
     monkeypatch.setitem(diffusion_speed.MODELS, "sd15", {**UNET, **UP, "attention_head_dim": 2})
     unet = diffusion_speed.make_unet("sd15", torch.device("cpu"), torch.float32)
