@@ -32,6 +32,8 @@ class AiluRusDiffusionConfig(Config):
         scope: "blocks" (whole stacks of transformer blocks run on M tokens: self-attention with counts, cross-attention
             and MLP; each token then adds what its representative gained) or "attention" (self-attention alone).
         reduce: of self-attention alone, "qkv", or "kv" (every token keeps its query; keys and values are merged).
+        query_ratio: of self-attention alone, the keep ratio of queries where keys and values, on keep_ratio, are
+            reduced; None: the same for all three, in one clustering. Not for joint attention (SD3, Flux), nor for Wan.
         levels: of UNets, a mapping from levels to a `Level` each, for those that do something else than the rest.
         cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged
             at the output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and
@@ -81,6 +83,7 @@ class AiluRusDiffusionConfig(Config):
     min_tokens: int = 1024
     scope: Scope = "blocks"
     reduce: Reduce = "qkv"
+    query_ratio: float | None = None
     levels: Mapping[int, Level] | None = None
     cluster_location: int = 1
     cluster_per: ClusterPer = "resolution"
@@ -135,6 +138,7 @@ class AiluRusDiffusionConfig(Config):
         check_ratios(
             "keep_ratio", self.keep_ratio.values() if isinstance(self.keep_ratio, Mapping) else [self.keep_ratio]
         )
+        check_ratios("query_ratio", [] if self.query_ratio is None else [self.query_ratio])
         check_at_least(1, min_tokens=self.min_tokens, refresh_every=self.refresh_every)
         check_at_least(
             0,
@@ -149,6 +153,11 @@ class AiluRusDiffusionConfig(Config):
                 raise AiluRusError(f"{name} must be one or more numbers above 0, got {factors}")
         if self.reduce == "kv" and not self.has_scope("attention"):
             raise AiluRusError(f"reduce='kv' keeps every token's query: use scope='attention', got {self.scope!r}")
+        if self.query_ratio is not None and (self.reduce == "kv" or not self.has_scope("attention")):
+            raise AiluRusError(
+                f"query_ratio={self.query_ratio} merges the queries of self-attention alone: use scope='attention' and "
+                f"reduce='qkv', got {self.scope!r} and {self.reduce!r}"
+            )
         for number, level in (self.levels or {}).items():
             if level.reduce == "kv" and self.scope_at(number) != "attention":
                 raise AiluRusError(
@@ -193,8 +202,16 @@ class AiluRusDiffusionConfig(Config):
         return self._at(level).scope or self.scope
 
     def merges_queries(self, level: int) -> bool:
-        """Whether self-attention at such a grid, where it alone is reduced, has M queries and not all N."""
+        """Whether self-attention at such a grid, where it alone is reduced, has fewer queries than tokens."""
         return (self._at(level).reduce or self.reduce) == "qkv"
+
+    def queries_for(self, num_tokens: int, level: int, num_clusters: int) -> int:
+        """How many queries self-attention alone has at such a grid with M keys: M, all N, or what query_ratio says."""
+        if not self.merges_queries(level):
+            return num_tokens
+        if self.query_ratio is None or num_clusters == num_tokens:
+            return num_clusters
+        return rounded_share(self.query_ratio, num_tokens)
 
     def has_scope(self, scope: str) -> bool:
         """Whether some resolution may be of this scope."""

@@ -35,6 +35,7 @@ class AiluRusDiffusionFields(TypedDict, total=False):
     min_tokens: int
     scope: Scope
     reduce: Reduce
+    query_ratio: float | None
     levels: Mapping[int, Level] | None
     cluster_location: int
     cluster_per: ClusterPer

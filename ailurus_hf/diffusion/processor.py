@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ..clustering.compiled import clustering_of
-from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..config_base import refuse_moved_fields
 from ..errors import AiluRusError, UnsupportedModelError
@@ -27,17 +27,17 @@ from ..status import Record
 from .backend import attend, has_attention_of_its_own, is_attention
 from .calls import calling_block, running_network
 from .cluster_tokens import cluster_tokens
-from .frames import JointClusters
+from .frames import Clusters
 from .rebuildable import RebuildableProcessor
 
 log = logging.getLogger(__name__)
 
 
 class Assigned(NamedTuple):
-    """What a layer of self-attention runs on: clusters, and whether queries are merged with keys and values."""
+    """What a layer of self-attention runs on: clusters of keys and values, and of queries, None where all ask."""
 
-    clusters: TokenClusters | JointClusters
-    merges_queries: bool
+    clusters: Clusters
+    queries: Clusters | None
 
 
 class ClusterSource(Protocol):
@@ -82,7 +82,10 @@ class OwnClusters:
         if not torch.compiler.is_compiling():
             self._reduced = True
             self.records.setdefault(layer, Record()).reduced(num_tokens, num_clusters, clusters, grid)
-        return Assigned(clusters, self.config.merges_queries(1))
+        num_queries = self.config.queries_for(num_tokens, 1, num_clusters)
+        if num_queries in (num_clusters, num_tokens):
+            return Assigned(clusters, clusters if num_queries == num_clusters else None)
+        return Assigned(clusters, cluster_tokens(self.clustering, tokens, grid, num_queries))
 
     def _note_unreduced(self, layer: nn.Module, num_tokens: int) -> None:
         self.records.setdefault(layer, Record()).unreduced(num_tokens)
@@ -110,6 +113,30 @@ class OwnClusters:
         if math.prod(grid) != num_tokens:
             raise AiluRusError(f"no level of latents of {self.grid} has {num_tokens} tokens: give their grid=(H, W)")
         return grid
+
+
+class Shares(Protocol):
+    """The reducer of a network, as a processor knows it."""
+
+    @property
+    def config(self) -> AiluRusDiffusionConfig: ...
+
+    def assigned(self, tokens: Tensor) -> Assigned | None:
+        """For a layer of the stack that is running."""
+
+
+@dataclass(eq=False)
+class SharedClusters:
+    """Where an AiluRusProcessor of `apply_ailurus` gets its clusters: those of the stack that is running."""
+
+    reducer: Shares
+
+    @property
+    def config(self) -> AiluRusDiffusionConfig:
+        return self.reducer.config
+
+    def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
+        return self.reducer.assigned(tokens)
 
 
 def _checked(grid: Any) -> tuple[int, int]:
@@ -166,7 +193,7 @@ class AiluRusProcessor(RebuildableProcessor):
             that fits none of them is an error. None: grids are square, and a number of tokens that is no square is an
             error.
         source: gives the clusters, instead of the settings here.
-        config_fields: min_tokens, reduce, clustering, compile_clustering, check_finite, as in
+        config_fields: min_tokens, reduce, query_ratio, clustering, compile_clustering, check_finite, as in
             `AiluRusDiffusionConfig`.
 
     Raises:
@@ -176,7 +203,7 @@ class AiluRusProcessor(RebuildableProcessor):
         pipe.unet.set_attn_processor(AiluRusProcessor(keep_ratio=0.5))
     """
 
-    FIELDS = ("keep_ratio", "min_tokens", "reduce", "clustering", "compile_clustering", "check_finite")
+    FIELDS = ("keep_ratio", "min_tokens", "reduce", "query_ratio", "clustering", "compile_clustering", "check_finite")
     # Where diffusers' set_attention_backend and context parallelism write to.
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -235,20 +262,20 @@ class AiluRusProcessor(RebuildableProcessor):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        clusters, asking, answering = None, hidden_states, encoder_hidden_states
-        unmerges = False
+        clusters, queries, asking, answering = None, None, hidden_states, encoder_hidden_states
         if answering is None:
             assigned = self.source.assigned(attn, hidden_states) if attention_mask is None else None
             answering = hidden_states
             if assigned is not None:
-                clusters, unmerges = assigned
+                clusters, queries = assigned
                 answering = clusters.merge(hidden_states)
-            asking = answering if unmerges else asking
+            if queries is not None:
+                asking = answering if queries is clusters else queries.merge(hidden_states)
         elif attn.norm_cross:
             answering = attn.norm_encoder_hidden_states(answering)
         hidden_states = self._attention(attn, asking, answering, attention_mask, clusters)
-        if clusters is not None and unmerges:
-            hidden_states = clusters.unmerge(hidden_states)
+        if queries is not None:
+            hidden_states = queries.unmerge(hidden_states)
 
         if residual.ndim == 4:
             hidden_states = hidden_states.transpose(1, 2).reshape(residual.shape)
@@ -263,7 +290,7 @@ class AiluRusProcessor(RebuildableProcessor):
         asking: Tensor,
         answering: Tensor,
         mask: Tensor | None,
-        clusters: TokenClusters | JointClusters | None,
+        clusters: Clusters | None,
     ) -> Tensor:
         batch, keys = answering.shape[:2]
         query, key, value = self._projected(attn, asking, answering)

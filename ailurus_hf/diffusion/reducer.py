@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import Forwards, ForwardState, StackState, key_bias
 from .frames import Clusters, JointClusters
 from .networks import DiffusionNetwork
-from .processor import AiluRusProcessor, Assigned
+from .processor import AiluRusProcessor, Assigned, SharedClusters
 from .replay import replayed
 from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, self_attentions, takes_mask
 
@@ -236,21 +235,9 @@ class NetworkReducer:
 
     def assign(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Clusters:
         """The forward's clusters of a stack's grid, made from Tensor[B, N, C] if it has none."""
-        stack, grid, num_clusters = running.stack, running.grid, self.num_clusters(forward, running)
-        if tokens.shape[1] != math.prod(grid):
-            raise AiluRusError(f"grid {grid} has {math.prod(grid)} tokens, but there are {tokens.shape[1]}")
-        frames = frames_of(stack)
-        own = stack.name if self.config.cluster_per == "stack" else ""
-        key = grid, num_clusters, tokens.shape[0], None if frames is None else frames.numbers, own
-        clusters = forward.assignments.get(key)
-        made = clusters is None
-        if clusters is None:
-            if frames is not None and frames.all_joined and self.config.frames == "joint":
-                clusters = cluster_videos(self.clustering, frames, tokens, grid, num_clusters, forward.share_cfg)
-            else:
-                clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, forward.share_cfg)
-            forward.assignments[key] = clusters
-        record = self.records[stack.name]
+        grid, num_clusters = running.grid, self.num_clusters(forward, running)
+        clusters, made = self._clusters(forward, running, tokens, num_clusters)
+        record, frames = self.records[running.stack.name], frames_of(running.stack)
         if forward.recomputing:
             if made:
                 record.clusterings += 1
@@ -262,6 +249,25 @@ class NetworkReducer:
             record.reduced(tokens.shape[1], num_clusters, clusters, grid, made)
         return clusters
 
+    def _clusters(
+        self, forward: ForwardState, running: StackState, tokens: Tensor, num_clusters: int
+    ) -> tuple[Clusters, bool]:
+        """The forward's clusters of a stack's grid, of that number, and whether they were made now."""
+        grid, frames = running.grid, frames_of(running.stack)
+        if tokens.shape[1] != math.prod(grid):
+            raise AiluRusError(f"grid {grid} has {math.prod(grid)} tokens, but there are {tokens.shape[1]}")
+        own = running.stack.name if self.config.cluster_per == "stack" else ""
+        key = grid, num_clusters, tokens.shape[0], None if frames is None else frames.numbers, own
+        if key in forward.assignments:
+            return forward.assignments[key], False
+        clusters: Clusters
+        if frames is not None and frames.all_joined and self.config.frames == "joint":
+            clusters = cluster_videos(self.clustering, frames, tokens, grid, num_clusters, forward.share_cfg)
+        else:
+            clusters = cluster_tokens(self.clustering, tokens, grid, num_clusters, forward.share_cfg)
+        forward.assignments[key] = clusters
+        return clusters, True
+
     @eager_in_compiled_blocks
     def assigned(self, tokens: Tensor) -> Assigned | None:
         """For a layer of self-attention that gets Tensor[B, N, C]; None where it runs unreduced."""
@@ -272,8 +278,12 @@ class NetworkReducer:
         if self.num_clusters(forward, running) == math.prod(running.grid):
             self.leave(forward, running.stack, tokens.shape[1])
             return None
-        clusters = self.assign(forward, running, tokens)
-        return Assigned(clusters, self.config.merges_queries(self.level_of(forward, running.grid)))
+        clusters, num_tokens = self.assign(forward, running, tokens), tokens.shape[1]
+        num_clusters = self.num_clusters(forward, running)
+        num_queries = self.config.queries_for(num_tokens, self.level_of(forward, running.grid), num_clusters)
+        if num_queries in (num_clusters, num_tokens):
+            return Assigned(clusters, clusters if num_queries == num_clusters else None)
+        return Assigned(clusters, self._clusters(forward, running, tokens, num_queries)[0])
 
     def merged(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Tensor:
         """The representatives of the tokens that a stack is about to run on."""
@@ -370,20 +380,6 @@ class NetworkReducer:
                 ", ".join(sorted({type(layers[name].processor).__name__ for name in lost})),
             )
         self._lost_processors = lost
-
-
-@dataclass(eq=False)
-class SharedClusters:
-    """Where an AiluRusProcessor of `apply_ailurus` gets its clusters: those of the stack that is running."""
-
-    reducer: NetworkReducer
-
-    @property
-    def config(self) -> AiluRusDiffusionConfig:
-        return self.reducer.config
-
-    def assigned(self, layer: nn.Module, tokens: Tensor) -> Assigned | None:
-        return self.reducer.assigned(tokens)
 
 
 def reducers_of(target: Any) -> list[tuple[str, NetworkReducer]]:

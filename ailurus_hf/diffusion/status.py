@@ -92,7 +92,7 @@ def _flops_of(
     record, config, flops = reducer.records[stack.name], reducer.config, reducer.declared.flops
     text = TEXT_TOKENS if reducer.text_tokens is None else reducer.text_tokens
     others = tokens if attention_alone else clusters
-    queries = tokens if attention_alone and level and not config.merges_queries(level) else clusters
+    queries = config.queries_for(tokens, level, clusters) if attention_alone and level else clusters
     projected = clusters if not attention_alone and config.projections == "merged" else tokens
     full = [flops(block, tokens, tokens, tokens, record.attended, text) for block in stack.blocks]
     first = reducer.first_reduced(stack)

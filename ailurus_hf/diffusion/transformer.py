@@ -59,6 +59,11 @@ class TransformerReducer(NetworkReducer):
             )
         if isinstance(self.own, OwnProcessor):
             self._check_processors(self.own)
+            if config.query_ratio is not None:
+                raise AiluRusError(
+                    f"query_ratio={config.query_ratio} cannot be: {type(network).__name__} merges queries as keys and "
+                    "values are, or not at all with reduce='kv'"
+                )
         else:
             self._find_masks()
 
@@ -271,7 +276,7 @@ class TransformerReducer(NetworkReducer):
         if assigned is None:
             return None
         assert isinstance(assigned.clusters, TokenClusters)
-        return JointReduction(assigned.clusters, merges=True, merges_queries=assigned.merges_queries)
+        return JointReduction(assigned.clusters, merges=True, merges_queries=assigned.queries is not None)
 
 
 @dataclass(eq=False)

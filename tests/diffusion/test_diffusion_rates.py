@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusion_models import NETWORKS, SETTINGS, generate, make_network, predict
 from diffusion_pipelines import text_to_image
 from diffusion_ways import sample
 
-from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import (
+    AiluRusDiffusionConfig,
+    AiluRusError,
+    AiluRusProcessor,
+    ailurus_status,
+    apply_ailurus,
+    remove_ailurus,
+)
 from ailurus_hf.diffusion import denoising
 from ailurus_hf.diffusion.apply import reducers_of
 
@@ -119,3 +127,66 @@ def test_factors_of_stacks_with_full_steps():
 def test_transformers_that_merge_once_refuse_factors_of_blocks(name):
     with pytest.raises(AiluRusError, match=r"block_factors=\(2, 1\).*merges once.*scope='attention'"):
         apply_ailurus(make_network(name), **SETTINGS, block_factors=(2, 1))
+
+
+# Queries and keys
+
+
+@torch.no_grad()
+def test_fewer_queries_attend_to_fewer_keys():
+    torch.manual_seed(0)
+    layer, x = Attention(16, heads=2, dim_head=8), torch.randn(2, 64, 16)
+    processor = AiluRusProcessor(keep_ratio=0.25, query_ratio=0.5, min_tokens=1)
+    keys, queries = processor.source.assigned(layer, x)
+    assert (keys.num_clusters, queries.num_clusters) == (16, 32)
+    heads = [
+        part.unflatten(2, (2, 8)).transpose(1, 2)
+        for part in (layer.to_q(queries.merge(x)), layer.to_k(keys.merge(x)), layer.to_v(keys.merge(x)))
+    ]
+    weights = (heads[0] @ heads[1].mT * 8**-0.5 + keys.log_counts()[:, None, None]).softmax(-1)
+    want = queries.unmerge(layer.to_out[0]((weights @ heads[2]).transpose(1, 2).flatten(2)))
+    layer.set_processor(processor)
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["UNet", "ControlNet", "PixArt", "DiT"])
+def test_queries_have_a_ratio_of_their_own(name):
+    network, x = make_network(name), sample(name)
+    plain = predict(network, name, x)
+
+    def run(**fields):
+        out = predict(apply_ailurus(network, **SETTINGS, scope="attention", **fields), name, x)
+        return out, ailurus_status(network).locations[0].flops_saved
+
+    fewest, saved = run()
+    most, saved_by_keys = run(reduce="kv")
+    assert torch.equal(run(query_ratio=0.25)[0], fewest) and torch.equal(run(query_ratio=1.0)[0], most)
+    some, saved_by_some = run(query_ratio=0.5)
+    assert not torch.equal(some, fewest) and not torch.equal(some, most)
+    assert saved_by_keys < saved_by_some < saved
+    assert torch.equal(run(query_ratio=0.5)[0], some)
+    # In steps on all tokens all ask, too.
+    with denoising(apply_ailurus(network, **SETTINGS, scope="attention", query_ratio=0.5, unreduced_first_steps=1)):
+        first = predict(network, name, x)
+        assert torch.equal(predict(network, name, x, timestep=4), predict(network, name, x, timestep=4))
+    torch.testing.assert_close(first, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+    assert torch.equal(predict(remove_ailurus(network), name, x), plain)
+
+
+@pytest.mark.parametrize(
+    "fields, numbers",
+    [
+        ({"query_ratio": 0.5}, "query_ratio=0.5.*got 'blocks' and 'qkv'"),
+        ({"query_ratio": 0.5, "scope": "attention", "reduce": "kv"}, "got 'attention' and 'kv'"),
+        ({"query_ratio": 1.5, "scope": "attention"}, "query_ratio must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_wrong_ratios_of_queries(fields, numbers):
+    with pytest.raises(AiluRusError, match=numbers):
+        AiluRusDiffusionConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["SD3", "Flux", "Wan"])
+def test_processors_of_their_own_refuse_a_ratio_of_queries(name):
+    with pytest.raises(AiluRusError, match=r"query_ratio=0.5 cannot be: \w+ merges queries as keys"):
+        apply_ailurus(make_network(name), **SETTINGS, scope="attention", query_ratio=0.5)
