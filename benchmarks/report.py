@@ -17,6 +17,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+from ailurus_hf.diffusion.model_table import supported_networks
 from ailurus_hf.vision.model_table import supported_models
 
 from . import tables, tables_gpu
@@ -271,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": parts_table,
     "measured": measured_tables,
     "families": supported_models,
+    "networks": supported_networks,
     "peers": rows_as_measured("cpu/tab1_camvid-fp32", segmenter_quality.COLUMNS),
     "speed": rows_as_measured("cpu/vit_speed-fp32", vit_speed.COLUMNS),
     "compiled": rows_as_measured("cpu/compiled_speed-fp32", compiled_speed.COLUMNS),

@@ -43,7 +43,8 @@ KNOW_INTERNALS = {
     },
     "diffusers": {
         "diffusion/backend.py",
-        "diffusion/networks.py",
+        "diffusion/declaration.py",
+        "diffusion/declarations.py",
         "diffusion/stacks.py",
         # A pipeline of diffusers' own kind.
         "pipelines/controlvideo/pipeline.py",

@@ -10,10 +10,10 @@ check_versions("torch", "diffusers", "transformers", "accelerate")
 
 _HOME = {
     "AiluRusProcessor": "processor",
-    "DiffusionNetwork": "networks",
+    "DiffusionNetwork": "declaration",
     "IMAGE_FIRST": "token_order",
     "IMAGE_ONLY": "token_order",
-    "OwnProcessor": "networks",
+    "OwnProcessor": "declaration",
     "TEXT_FIRST": "token_order",
     "TokenOrder": "token_order",
     "denoising": "apply",
@@ -24,8 +24,8 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .apply import denoising as denoising
-    from .networks import DiffusionNetwork as DiffusionNetwork
-    from .networks import OwnProcessor as OwnProcessor
+    from .declaration import DiffusionNetwork as DiffusionNetwork
+    from .declaration import OwnProcessor as OwnProcessor
     from .networks import register_network as register_network
     from .processor import AiluRusProcessor as AiluRusProcessor
     from .token_order import IMAGE_FIRST as IMAGE_FIRST

@@ -15,7 +15,7 @@ from ..clustering.compiled import clustering_of
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from .backend import modules_of
-from .networks import declaration_of, find_networks, parts_left_whole
+from .networks import declaration_of, find_networks, parts_left_whole, reason_against
 from .reducer import ATTRIBUTE, NetworkReducer, reducers_of
 from .saved import clear_settings, kept_settings, saved_settings, write_settings
 from .status import status
@@ -64,7 +64,13 @@ def _install(
         setattr(reducer.network, ATTRIBUTE, reducer)
         write_settings(reducer.network, reducer.config)
     for name, part in parts_left_whole(target):
-        log.warning("%s is left whole: a %s is no network that AiluRus can reduce", name, type(part).__name__)
+        reason = reason_against(part)
+        log.warning(
+            "%s is left whole: a %s is no network that AiluRus can reduce%s",
+            name,
+            type(part).__name__,
+            "" if reason is None else f", as {reason}",
+        )
 
 
 def _reducer(network: nn.Module, config: AiluRusDiffusionConfig, clustering: ClusterFunction | None) -> NetworkReducer:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+from ..errors import AiluRusError
 
 # Code between a pipeline and the network that it calls.
 PLUMBING = ("torch", "accelerate", "peft", "diffusers.hooks", "diffusers.models", "ailurus_hf.diffusion")
@@ -18,12 +21,19 @@ COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<genexpr>")
 
 @dataclass(eq=False)
 class NetworkCall:
-    """The arguments of one call of a network's forward, given in whatever way."""
+    """The arguments of one call of a network's forward, given in whatever way.
+
+    Args:
+        network: the network, and `names` those of its arguments.
+        args, kwargs: what it is called with.
+        embedding: the rotary embedding that its blocks get, once it is known.
+    """
 
     network: nn.Module
     names: list[str]
     args: tuple
     kwargs: dict[str, Any]
+    embedding: Any = None
 
     def argument(self, name: str) -> Any:
         """An argument by name, None where it was not given or does not exist."""
@@ -35,8 +45,18 @@ class NetworkCall:
     @property
     def latents(self) -> Tensor:
         """What the network is called with, Tensor[B, C, H, W], [B, C, F, H, W] or packed [B, N, C]."""
-        value: Tensor = self.argument(self.names[0])
-        return value
+        value: Tensor | list[Tensor] = self.argument(self.names[0])
+        if isinstance(value, Tensor):
+            return value
+        shapes = [tuple(each.shape) if isinstance(each, Tensor) else None for each in value]
+        if None in shapes or len(set(shapes)) > 1:
+            raise AiluRusError(f"images must be of one size, and one tensor each, got {shapes}")
+        return torch.stack(value)
+
+    @property
+    def timestep(self) -> Any:
+        """The timestep, None where it is not given."""
+        return self.argument("timestep") if "timestep" in self.names else self.argument("t")
 
 
 def argument_names(network: nn.Module) -> list[str]:

@@ -213,7 +213,7 @@ class Clock:
 
     def _generation(self, call: NetworkCall, pipeline: object) -> Generation | None:
         """This thread's generation, moved to the step of this call, or a new one; None where nothing is known."""
-        timestep, state = call.argument("timestep"), self._generations.get()
+        timestep, state = call.timestep, self._generations.get()
         if state is not None and state.given:
             self._move_given(state, timestep)
             return state

@@ -39,16 +39,19 @@ def block_flops(block: Any, queries: int, keys: int, others: int, attended: int 
 
 def joint_block_flops(block: Any, queries: int, keys: int, others: int, attended: int, text: int) -> float:
     """FLOPs of a block of joint attention; `queries`, `keys` and `others` are image tokens."""
-    single = not hasattr(block.attn, "add_q_proj")
-    flops = 4.0 * (queries + text) * (keys + text) * block.attn.inner_dim
+    attention = next(getattr(block, name) for name in ("attn", "attn1", "attention") if hasattr(block, name))
+    # Without maps of its own for text, all tokens go through the same.
+    single = getattr(attention, "add_q_proj", None) is None
+    flops = 4.0 * (queries + text) * (keys + text) * attention.inner_dim
     if getattr(block, "attn2", None) is not None:
-        flops += 4.0 * queries * keys * block.attn.inner_dim
+        flops += 4.0 * queries * keys * attention.inner_dim
     for name, part in block.named_children():
         of_image: list[nn.Module] = []
         of_text: list[nn.Module] = []
-        if not name.startswith("norm"):
+        # Once an image, from its timestep.
+        if not name.startswith(("norm", "img_mod", "txt_mod", "adaLN")):
             for path, module in part.named_modules():
-                is_text = name == "ff_context" or path.startswith(("add_", "to_add_out"))
+                is_text = name in ("ff_context", "txt_mlp") or path.startswith(("add_", "to_add_out"))
                 (of_text if is_text else of_image).append(module)
         flops += _own_flops(of_image) * (others + text * single) + _own_flops(of_text) * text
     return flops
@@ -57,9 +60,18 @@ def joint_block_flops(block: Any, queries: int, keys: int, others: int, attended
 def wan_block_flops(block: Any, queries: int, keys: int, others: int, attended: int, text: int) -> float:
     """FLOPs of a block of Wan on one video; its text is projected in cross-attention alone."""
     own, cross = block.attn1, block.attn2
+    feed_forward = block.ffn if hasattr(block, "ffn") else block.ff
     flops: float = 4.0 * own.inner_dim * (queries * keys + others * text)
-    flops += others * _linear_flops([own, cross.to_q, cross.to_out, block.ffn])
+    flops += others * _linear_flops([own, cross.to_q, cross.to_out, feed_forward])
     return flops + text * _linear_flops([cross.to_k, cross.to_v])
+
+
+def kandinsky_block_flops(block: Any, queries: int, keys: int, others: int, attended: int, text: int) -> float:
+    """The same of a block of Kandinsky 5."""
+    own, cross = block.self_attention, block.cross_attention
+    flops: float = 4.0 * own.to_query.out_features * (queries * keys + others * text)
+    flops += others * _linear_flops([own, cross.to_query, cross.out_layer, block.feed_forward])
+    return flops + text * _linear_flops([cross.to_key, cross.to_value])
 
 
 def projection_flops(stack: Stack, num_tokens: int) -> float:

@@ -20,6 +20,7 @@ from .kept_additions import KeptAdditions
 from .replay import BlockCall
 from .rotary import Rotary
 from .stacks import Stack
+from .token_order import TokenOrder
 
 
 def key_bias(clusters: Clusters | None, tokens: Tensor) -> Tensor:
@@ -46,6 +47,8 @@ class StackState:
         start: the representatives that the gain is counted from, in the form that the blocks get them in.
         key_bias: log counts, Tensor[B, 1, M], for blocks that take an attention mask.
         rotary: the rotary embedding of text and representatives.
+        order: where image and text tokens stand in attention, in transformers.
+        others: the tokens beside the image's in the sequence that the first block gets, None where it has none.
     """
 
     stack: Stack
@@ -61,6 +64,14 @@ class StackState:
     start: Tensor | None = None
     key_bias: Tensor | None = None
     rotary: Rotary | None = None
+    order: TokenOrder | None = None
+    others: Tensor | None = None
+
+    @property
+    def token_order(self) -> TokenOrder:
+        """The order in a transformer."""
+        assert self.order is not None
+        return self.order
 
 
 @dataclass(eq=False)

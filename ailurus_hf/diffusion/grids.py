@@ -23,15 +23,21 @@ class LatentGrid:
     Args:
         axes: 2 for pictures, 3 for videos.
         kwargs: the argument of the network that holds "grid", where a caller says which it expects.
+        sides: which of the latents' dimensions they are; None: the last ones.
     """
 
-    def __init__(self, axes: int = 2, kwargs: str | None = None) -> None:
-        self.axes, self.kwargs = axes, kwargs
+    def __init__(self, axes: int = 2, kwargs: str | None = None, sides: tuple[int, ...] | None = None) -> None:
+        self.axes, self.kwargs, self.sides = axes, kwargs, sides or tuple(range(-axes, 0))
 
     def __call__(self, call: NetworkCall) -> tuple[int, ...]:
-        patch: Any = cast(Any, call.network).config.patch_size
-        patches = tuple(patch) if isinstance(patch, Sequence) else (patch,) * self.axes
-        sides = call.latents.shape[-self.axes :]
+        config: Any = cast(Any, call.network).config
+        patch = config.patch_size
+        if isinstance(patch, Sequence):
+            patches = tuple(patch)
+        else:
+            frames = getattr(config, "patch_size_t", None) or 1
+            patches = (frames, patch, patch)[-self.axes :]
+        sides = (call.latents.shape[side] for side in self.sides)
         # Plain numbers also where torch.compile would keep sizes symbolic.
         grid = tuple(int(side) // int(size) for side, size in zip(sides, patches, strict=True))
         given = given_grid(call, self.kwargs)
@@ -42,7 +48,8 @@ class LatentGrid:
 
 
 class IdGrid:
-    """The rows and columns in `img_ids`, Tensor[N, 3], as Flux takes them; or "grid" in the network's attention kwargs.
+    """The rows and columns in `img_ids`, Tensor[N, 3 or 4], as Flux and Flux.2 take them; or "grid" in the network's
+    attention kwargs.
 
     Args:
         kwargs: the argument of the network that may hold "grid".
@@ -95,7 +102,7 @@ def unbatched_ids(call: NetworkCall, name: str) -> Tensor:
 
 
 def grid_from_ids(ids: Tensor) -> tuple[int, int]:
-    """(H, W) of the row and column of each image token, Tensor[N, 3]; AiluRusError unless they are one grid."""
+    """(H, W) of the row and column of each image token, Tensor[N, 3 or 4]; AiluRusError unless they are one grid."""
     positions = ids.detach().cpu()
     width = int((positions[:, 1] == positions[0, 1]).sum())
     height = len(positions) // width

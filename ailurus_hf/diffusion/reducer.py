@@ -113,7 +113,7 @@ class NetworkReducer:
 
     def first_reduced(self, stack: Stack) -> int:
         """Which of its blocks is the first on representatives."""
-        return 0 if stack.on_maps else self.config.cluster_location
+        return 0 if self.declared.layout == "maps" else self.config.cluster_location
 
     def set_processor(self, processor: Processor, layers: Mapping[str, AttentionLayer]) -> None:
         """Runs layers of self-attention on one processor; `remove` puts back what was there."""

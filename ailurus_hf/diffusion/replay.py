@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calls import with_argument
+from .token_order import TokenOrder
 
 # A block and the arguments that it was called with, without its tokens.
 BlockCall = tuple[nn.Module, tuple, dict[str, Any]]
@@ -32,13 +33,42 @@ def replayed(
         representatives: what the first one gets.
         with_bias: adds the weights of the representatives to a block's arguments.
     """
+    for block, args, kwargs in calls:
+        args, kwargs = with_bias(block, *with_argument(args, kwargs, 0, "hidden_states", representatives))
+        representatives = block.forward(*args, **kwargs)
+    return representatives
+
+
+def replayed_jointly(
+    calls: list[BlockCall], tokens: Tensor, order: TokenOrder, gives_image_first: bool = False
+) -> Tensor:
+    """The same of blocks of joint attention, which give text tokens, too, that have seen representatives.
+
+    Args:
+        tokens: what the first block gets: representatives, or text and representatives.
+        order: of text and image in one sequence.
+        gives_image_first: whether blocks return image and text, and not text and image.
+
+    Returns:
+        What the last block gives, without its text where that is apart.
+    """
     text: Tensor | None = None
     for block, args, kwargs in calls:
-        args, kwargs = with_argument(args, kwargs, 0, "hidden_states", representatives)
+        if text is not None and _text_of(args, kwargs) is None:
+            # From here on in one sequence.
+            tokens, text = order.join(text, tokens), None
+        args, kwargs = with_argument(args, kwargs, 0, "hidden_states", tokens)
         if text is not None:
-            # Blocks of joint attention give text tokens, too, which have seen representatives now.
             args, kwargs = with_argument(args, kwargs, 1, "encoder_hidden_states", text)
-        args, kwargs = with_bias(block, args, kwargs)
         output = block.forward(*args, **kwargs)
-        text, representatives = output if isinstance(output, tuple) else (None, output)
-    return representatives
+        if not isinstance(output, tuple):
+            tokens = output
+        elif gives_image_first:
+            tokens, text = output
+        else:
+            text, tokens = output
+    return tokens
+
+
+def _text_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    return args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")

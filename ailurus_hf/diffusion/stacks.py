@@ -10,10 +10,12 @@ from typing import Any, Protocol, cast
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .backend import PLAIN_PROCESSORS
+from .calls import argument_names
 from .frames import Frames
 from .networks import DiffusionNetwork, declaration_of
 from .rebuildable import RebuildableProcessor
@@ -36,10 +38,10 @@ class Stack:
 
     Args:
         name: its path in the network.
-        module: what holds it: a Transformer2DModel, or the network itself.
+        module: what holds it: a Transformer2DModel, a TransformerSpatioTemporalModel, or the network itself.
         blocks: its transformer blocks, and `block_names` their paths.
         patch: how many rows and columns of the latents, or of the map that `module` gets, are one token.
-        mask_position: where `module.forward` takes its attention mask.
+        mask_position: where `module.forward` takes its attention mask, None where it takes none.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Stack:
     blocks: list[nn.Module]
     block_names: list[str]
     patch: int
-    mask_position: int = 0
+    mask_position: int | None = None
 
     @property
     def on_maps(self) -> bool:
@@ -87,14 +89,17 @@ def find_stacks(network: nn.Module) -> list[Stack]:
 def _stacks_on_maps(network: nn.Module) -> list[Stack]:
     stacks = []
     for name, module in network.named_modules():
-        if not isinstance(module, Transformer2DModel) or getattr(module, "is_input_vectorized", False):
+        if isinstance(module, Transformer2DModel) and not getattr(module, "is_input_vectorized", False):
+            position = argument_names(module).index("attention_mask")
+            patch = 1 if module.is_input_continuous else int(cast(Any, module).config.patch_size)
+        elif isinstance(module, TransformerSpatioTemporalModel) and len(module.transformer_blocks) == 1:
+            # Where it holds more, there are temporal blocks between them.
+            position, patch = None, 1
+        else:
             continue
-        holder: Any = module
-        blocks = list(holder.transformer_blocks)
+        blocks = list(cast(nn.ModuleList, module.transformer_blocks))
         if all(map(_is_plain, blocks)):
             names = [f"transformer_blocks.{number}" for number in range(len(blocks))]
-            position = list(inspect.signature(type(module).forward).parameters).index("attention_mask") - 1
-            patch = 1 if holder.is_input_continuous else int(holder.config.patch_size)
             stacks.append(Stack(name, module, blocks, names, patch, position))
     return stacks
 
@@ -137,7 +142,8 @@ def self_attentions(stacks: Iterable[Stack]) -> dict[str, AttentionLayer]:
 
 def _attention_names(block: nn.Module) -> tuple[str, ...]:
     """`attn1` beside cross-attention in `attn2`; or joint attention in `attn`, the image's own in `attn2` (SD3.5)."""
-    names = ("attn1",) if hasattr(block, "attn1") else ("attn", "attn2")
+    alone = next((name for name in ("attn1", "self_attention", "attention") if hasattr(block, name)), None)
+    names = ("attn", "attn2") if alone is None else (alone,)
     return tuple(name for name in names if getattr(block, name, None) is not None)
 
 

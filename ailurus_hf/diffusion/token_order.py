@@ -1,4 +1,4 @@
-"""Where the image's tokens stand in the sequence that attention sees: alone, before the text's, or after them."""
+"""Where the image's tokens stand in the sequence that attention sees: alone, before the text's, after or among them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,47 @@ class TokenOrder:
         if self.text_first:
             return clusters.log_counts(prefix=num_text_tokens)
         return clusters.log_counts(suffix=num_text_tokens)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageAmongText(TokenOrder):
+    """An image whose first token is at another place in each sequence of a batch: after its text and before padding.
+
+    Args:
+        starts: those places, Tensor[B].
+
+    Example:
+        >>> order = ImageAmongText(starts=torch.tensor([1, 2]))
+        >>> order.join(torch.zeros(2, 3, 1), torch.ones(2, 2, 1)).squeeze(-1)
+        tensor([[0., 1., 1., 0., 0.],
+                [0., 0., 1., 1., 0.]])
+    """
+
+    starts: Tensor
+
+    def split(self, tokens: Tensor, num_image_tokens: int) -> tuple[Tensor, Tensor]:
+        starts = self.starts[:, None].to(tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        others = places[: tokens.shape[1] - num_image_tokens].expand(len(starts), -1)
+        others = others + num_image_tokens * (others >= starts)
+        return _taken(tokens, others), _taken(tokens, starts + places[:num_image_tokens])
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        starts, size = self.starts[:, None].to(text.device), image.shape[1]
+        places = torch.arange(text.shape[1] + size, device=text.device).expand(len(starts), -1)
+        # In the image's tokens, then the text's.
+        source = torch.where(places < starts, places + size, places)
+        source = torch.where((places >= starts) & (places < starts + size), places - starts, source)
+        return _taken(torch.cat([image, text], 1), source)
+
+    def key_bias(self, clusters: TokenClusters, num_text_tokens: int) -> Tensor:
+        counts = clusters.log_counts()
+        return self.join(counts.new_zeros(counts.shape[0], num_text_tokens), counts)
+
+
+def _taken(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens of Tensor[B, L, ...] by Tensor[B, K]."""
+    return tokens.take_along_dim(index.reshape(*index.shape, *(1,) * (tokens.ndim - 2)), 1)
 
 
 IMAGE_ONLY = IMAGE_FIRST = TokenOrder()

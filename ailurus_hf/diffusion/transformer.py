@@ -1,14 +1,14 @@
-"""TransformerReducer: networks that are one stack of transformer blocks on image tokens: PixArt, DiT, SD3, Flux, Wan.
+"""TransformerReducer: networks that are one stack of transformer blocks on image tokens, as PixArt, SD3, Flux and Wan.
 
 scope="blocks": image tokens are merged after block `cluster_location` and unmerged after the last; each adds what its
 representative gained. scope="attention": in these blocks queries, keys and values of the image are merged. Text tokens
-stay as they are. Self-attention gets the counts as a mask, or runs on a JointProcessor: the declaration says which.
+stay as they are, also where they are in one sequence with the image's. Self-attention gets the counts as a mask, or
+runs on a JointProcessor: the declaration says which.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,17 +21,20 @@ from ..clusters import TokenClusters
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError, UnsupportedModelError
 from .caches import refuse_caches
-from .calls import NetworkCall, with_argument
+from .calls import NetworkCall, argument_names, with_argument
 from .checkpointing import keep_state_in_checkpoints
 from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState
 from .joint import JointProcessor, JointReduction
 from .networks import DiffusionNetwork, OwnProcessor
 from .reducer import NetworkReducer
-from .replay import call_without_tokens
+from .replay import call_without_tokens, replayed_jointly
+from .rotary import Rotary, at_centroids
 from .stacks import self_attentions, takes_mask
-from .token_order import TokenOrder
+from .token_order import IMAGE_FIRST, TokenOrder
 
+# The arguments of blocks that hold a rotary embedding of their tokens.
+EMBEDDINGS = ("image_rotary_emb", "rotary_emb", "freqs_cis", "rope")
 CONTROLS = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
 
 
@@ -49,7 +52,8 @@ class TransformerReducer(NetworkReducer):
         self.stack, self.own = self.stacks[0], declared.attention
         self.read_grid = declared.grid()
         self.mask_positions: dict[type, int] = {}
-        self.tokens_name = ""
+        self.tokens_names: dict[type, str] = {}
+        self.block_arguments = {type(block): argument_names(block) for block in self.stack.blocks}
         reduced = self.stack.blocks[self.first_reduced(self.stack) :]
         self.numbers = {block: number for number, block in enumerate(reduced)}
         if config.block_factors is not None and config.has_scope("blocks"):
@@ -82,8 +86,7 @@ class TransformerReducer(NetworkReducer):
 
     def _find_masks(self) -> None:
         """Where each class of block takes its attention mask."""
-        for kind in {type(block) for block in self.stack.blocks}:
-            names = list(inspect.signature(kind.forward).parameters)[1:]
+        for kind, names in self.block_arguments.items():
             if "attention_mask" not in names:
                 raise UnsupportedModelError(
                     f"{kind.__name__} takes no attention_mask: declare {type(self.network).__name__} with "
@@ -103,13 +106,21 @@ class TransformerReducer(NetworkReducer):
             self.hooks.pre_forward(block, self.enter_block)
         if not self.config.has_scope("blocks"):
             return
-        if self.declared.unmerge_before is None:
+        following = self._following()
+        if not following:
             # Prepended, so that hooks that were there before see all N tokens.
             self.hooks.post_forward(self.stack.blocks[-1], self.unmerge_after, prepend=True)
-        else:
-            after = self.network.get_submodule(self.declared.unmerge_before)
-            self.tokens_name = list(inspect.signature(type(after).forward).parameters)[1]
+        for after in following:
+            self.tokens_names[type(after)] = argument_names(after)[0]
             self.hooks.pre_forward(after, self.unmerge_before)
+
+    def _following(self) -> list[nn.Module]:
+        """The modules that need all tokens again."""
+        declared = self.declared
+        following = [] if declared.unmerge_before is None else [self.network.get_submodule(declared.unmerge_before)]
+        for path in declared.unmerge_before_each:
+            following += list(cast(nn.ModuleList, self.network.get_submodule(path)))
+        return following
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         call = NetworkCall(self.network, self._names, args, kwargs)
@@ -130,10 +141,17 @@ class TransformerReducer(NetworkReducer):
             self.leave(forward, self.stack, math.prod(grid))
             if not running.whole:
                 return
-        self._refuse_reduced(call, scope)
+        self._refuse_reduced(call, scope, running.whole)
+        text = call.argument("encoder_hidden_states")
         if isinstance(self.own, OwnProcessor) and not torch.compiler.is_compiling():
-            self.text_tokens = call.argument("encoder_hidden_states").shape[1]
+            self.text_tokens = text.shape[1] if isinstance(text, Tensor) else 0
+        running.order = self.token_order_of(call)
         forward.stack = running
+
+    def token_order_of(self, call: NetworkCall) -> TokenOrder:
+        """Where image and text tokens stand in attention in a call."""
+        order = self.declared.token_order
+        return order if isinstance(order, TokenOrder) else order(call)
 
     @property
     def parts(self) -> int:
@@ -161,7 +179,7 @@ class TransformerReducer(NetworkReducer):
         )
         return f"left whole: {other}"
 
-    def _refuse_reduced(self, call: NetworkCall, scope: str) -> None:
+    def _refuse_reduced(self, call: NetworkCall, scope: str, whole: bool) -> None:
         """Raises AiluRusError on a call that cannot follow merged tokens."""
         if self.declared.refuses is not None:
             self.declared.refuses(call)
@@ -185,6 +203,11 @@ class TransformerReducer(NetworkReducer):
         if checkpoints:
             raise AiluRusError(
                 "gradient checkpointing runs blocks again on their own: train without it, or use scope='attention'"
+            )
+        if whole and self.declared.unmerge_before_each:
+            raise AiluRusError(
+                f"full_every={self.config.full_every} keeps what the last block gave, and {type(network).__name__} "
+                "needs what each gave: leave it out, or use scope='attention'"
             )
         for name in CONTROLS:
             if call.argument(name) is not None:
@@ -212,34 +235,77 @@ class TransformerReducer(NetworkReducer):
         if running.scope == "attention":
             running.number = self.numbers[block]
             return None
+        if first:
+            tokens = self._image_tokens(running, args[0] if args else kwargs["hidden_states"])
+            self._note_embedding(running, block, args, kwargs)
         if running.whole:
             if first:
-                running.kept = args[0] if args else kwargs["hidden_states"]
+                running.kept = tokens
             running.calls.append(call_without_tokens(block, args, kwargs))
             return None
         if first:
-            tokens: Tensor = args[0] if args else kwargs["hidden_states"]
             args, kwargs = with_argument(args, kwargs, 0, "hidden_states", self.start(forward, running, tokens))
         return self.with_bias(running, block, args, kwargs)
+
+    def _image_tokens(self, running: StackState, tokens: Tensor) -> Tensor:
+        """The image's of the tokens that the first block gets; the others in their sequence are kept beside them."""
+        num_tokens = math.prod(running.grid)
+        if tokens.shape[1] <= num_tokens or not isinstance(self.own, OwnProcessor):
+            return tokens
+        running.others, image = running.token_order.split(tokens, num_tokens)
+        if not torch.compiler.is_compiling():
+            self.text_tokens = running.others.shape[1]
+        return image
+
+    def _note_embedding(self, running: StackState, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keeps the rotary embedding that blocks get, for that of representatives."""
+        if running.call is None or not isinstance(self.own, OwnProcessor) or self.own.rotary is not None:
+            return
+        given = {**dict(zip(self.block_arguments[type(block)], args)), **kwargs}
+        running.call.embedding = next((given[name] for name in EMBEDDINGS if given.get(name) is not None), None)
 
     def start(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Tensor:
         if not isinstance(self.own, OwnProcessor):
             return super().start(forward, running, tokens)
         representatives = self.merged(forward, running, tokens)
         running.rotary = self._rotary(running)
-        return representatives
+        return representatives if running.others is None else running.token_order.join(running.others, representatives)
 
     def with_bias(self, running: StackState, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if running.key_bias is None:
             return args, kwargs
         return with_argument(args, kwargs, self.mask_positions[type(block)], "attention_mask", running.key_bias)
 
-    def _rotary(self, running: StackState) -> Any:
+    def _rotary(self, running: StackState) -> Rotary | None:
+        """The embedding of text and representatives."""
+        call, clusters = running.call, running.clusters
+        assert call is not None and isinstance(clusters, TokenClusters)
         rotary = cast(OwnProcessor, self.own).rotary
-        if rotary is None:
+        if rotary is not None:
+            return rotary(call, clusters, running.grid)
+        if call.embedding is None:
             return None
-        assert running.call is not None and isinstance(running.clusters, TokenClusters)
-        return rotary(running.call, running.clusters, running.grid)
+        layer = next(iter(self_attentions(self.stacks).values()))
+        cos, sin = cast(JointProcessor, self.processor).by_token(layer, call.embedding)
+        # With a batch, as text and representatives have one; the image's own may be alone.
+        batch = clusters.counts.shape[0]
+        parts = [
+            part.expand(batch, -1, -1) if part.ndim == 3 else part.expand(batch, *part.shape) for part in (cos, sin)
+        ]
+        texts, images = zip(*(running.token_order.split(part, clusters.num_tokens) for part in parts))
+        joined = zip(texts, at_centroids(images, clusters, running.grid))
+        cos, sin = (running.token_order.join(text, image.to(text.dtype)) for text, image in joined)
+        return cos, sin
+
+    def replay(self, forward: ForwardState, again: StackState, running: StackState) -> Tensor:
+        if not isinstance(self.own, OwnProcessor):
+            return super().replay(forward, again, running)
+        assert running.kept is not None
+        again.order, again.others = running.order, running.others
+        tokens = self.start(forward, again, running.kept)
+        tokens = replayed_jointly(running.calls, tokens, running.token_order, self.declared.gives_image_first)
+        assert again.start is not None
+        return again.token_order.split(tokens, again.start.shape[1])[1] - again.start
 
     @eager_in_compiled_blocks
     def unmerge_after(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -247,18 +313,29 @@ class TransformerReducer(NetworkReducer):
 
     @eager_in_compiled_blocks
     def unmerge_before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        restored = self._all_tokens(args[0] if args else kwargs[self.tokens_name])
-        return None if restored is None else with_argument(args, kwargs, 0, self.tokens_name, restored)
+        name = self.tokens_names[type(module)]
+        restored = self._all_tokens(args[0] if args else kwargs[name])
+        return None if restored is None else with_argument(args, kwargs, 0, name, restored)
 
     def _all_tokens(self, tokens: Tensor) -> Tensor | None:
-        """After the last block on what it gave: all tokens again; None where it gave all of them."""
+        """After the last block, or another one, on what it gave: all tokens again; None where it gave all of them."""
         forward = self.running()
-        running, forward.stack = forward.stack, None
-        if running is None:
+        running = forward.stack
+        if not self.declared.unmerge_before_each:
+            # What comes after is no concern of the stack.
+            forward.stack = None
+        if running is None or not running.reached:
             return None
         if running.whole and running.kept is not None:
-            self.keep(running, tokens - running.kept)
-        return None if running.clusters is None else self.unmerged(running, tokens)
+            self.keep(running, running.token_order.split(tokens, running.kept.shape[1])[1] - running.kept)
+        if running.clusters is None or running.start is None:
+            return None
+        if self.declared.unmerge_before_each and tokens.shape[1] == math.prod(running.grid):
+            # What a block gave before tokens were merged.
+            return None
+        others, representatives = running.token_order.split(tokens, running.start.shape[1])
+        restored = self.unmerged(running, representatives)
+        return restored if others.shape[1] == 0 else running.token_order.join(others, restored)
 
     # For the processor
 
@@ -270,13 +347,14 @@ class TransformerReducer(NetworkReducer):
             return None
         if running.scope == "blocks":
             assert isinstance(running.clusters, TokenClusters)
-            return JointReduction(running.clusters, running.rotary)
-        image = self.declared.token_order.split(tokens, math.prod(running.grid))[1]
+            return JointReduction(running.clusters, running.token_order, running.rotary)
+        image = running.token_order.split(tokens, math.prod(running.grid))[1]
         assigned = self.assigned(image)
         if assigned is None:
             return None
         assert isinstance(assigned.clusters, TokenClusters)
-        return JointReduction(assigned.clusters, merges=True, merges_queries=assigned.queries is not None)
+        queries_too = assigned.queries is not None
+        return JointReduction(assigned.clusters, running.token_order, merges=True, merges_queries=queries_too)
 
 
 @dataclass(eq=False)
@@ -287,7 +365,9 @@ class JointClustersOfReducer:
 
     @property
     def token_order(self) -> TokenOrder:
-        return self.reducer.declared.token_order
+        """Where text is given apart."""
+        order = self.reducer.declared.token_order
+        return order if isinstance(order, TokenOrder) else IMAGE_FIRST
 
     def reduction(self, layer: nn.Module, tokens: Tensor) -> JointReduction | None:
         return self.reducer.joint_reduction(tokens)

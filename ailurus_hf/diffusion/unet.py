@@ -104,7 +104,8 @@ class UNetReducer(NetworkReducer):
         """Raises AiluRusError where the blocks of a stack cannot run on merged tokens."""
         if checkpoints and not self._merges_maps(stack):
             raise AiluRusError("gradient checkpointing runs blocks again on their own: use projections='merged'")
-        given = args[stack.mask_position] if len(args) > stack.mask_position else kwargs.get("attention_mask")
+        position = stack.mask_position
+        given = args[position] if position is not None and len(args) > position else kwargs.get("attention_mask")
         if given is not None:
             raise AiluRusError("an attention mask cannot follow merged tokens: call the network without one")
 
@@ -173,7 +174,9 @@ class UNetReducer(NetworkReducer):
         # The module adds its input to its output: from zeros, the output is the gain.
         zeros = hidden_states.new_zeros(()).expand_as(merged)
         args, kwargs = with_argument(args, kwargs, 0, "hidden_states", zeros)
-        return with_argument(args, kwargs, running.stack.mask_position, "attention_mask", running.key_bias)
+        position = running.stack.mask_position
+        assert position is not None
+        return with_argument(args, kwargs, position, "attention_mask", running.key_bias)
 
     def replay(self, forward: ForwardState, again: StackState, running: StackState) -> Tensor:
         if not self._merges_maps(running.stack):

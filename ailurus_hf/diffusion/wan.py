@@ -1,4 +1,5 @@
-"""Wan's video transformer: tokens lie in frames, rows and columns, attend to all, and are rotated by all three."""
+"""Wan's video transformer, and SkyReels-V2's, which is made from it: tokens lie in frames, rows and columns, attend to
+all, and are rotated by all three."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..clusters import TokenClusters
-from ..errors import AiluRusError
 from .calls import NetworkCall
 from .joint import JointProcessor
 from .rotary import Rotary
@@ -31,22 +31,13 @@ def rotary_of_centroids(call: NetworkCall, clusters: TokenClusters, grid: tuple[
     return angles.cos(), angles.sin()
 
 
-def refuse_timesteps_of_tokens(call: NetworkCall) -> None:
-    """Raises AiluRusError where each token has a timestep of its own."""
-    timestep = call.argument("timestep")
-    if isinstance(timestep, Tensor) and timestep.ndim > 1:
-        raise AiluRusError(
-            f"a timestep for each token, {tuple(timestep.shape)}, cannot follow merged tokens: give one a video, "
-            f"({timestep.shape[0]},), as Wan 2.1 and the 14B models of Wan 2.2 take it"
-        )
-
-
 class WanProcessor(JointProcessor):
     """Wan's self-attention whose keys are weighted by how many tokens they stand for; else as WanAttnProcessor."""
 
-    def _by_token(self, rotary: Rotary) -> Rotary:
+    def by_token(self, attn: Any, embedding: Any) -> Rotary:
         """Wan gives Tensor[1, N, 1, D] twice."""
-        return rotary[0].squeeze(2), rotary[1].squeeze(2)
+        cos, sin = embedding
+        return cos.squeeze(2), sin.squeeze(2)
 
     def _projected(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
         parts = (attn.norm_q(attn.to_q(image)), attn.norm_k(attn.to_k(image)), attn.to_v(image))

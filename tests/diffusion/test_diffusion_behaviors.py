@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from diffusion_models import LATENTS, NETWORKS, SETTINGS, latents, make_network, predict
-from diffusion_ways import duplicated, in_every_way, on_every_network, sample, text_of
+from diffusion_ways import duplicated, in_every_way, on_every_network, on_every_network_in_every_way, sample, text_of
 from traces import traces
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, Level, ailurus_status, apply_ailurus, remove_ailurus
@@ -15,8 +15,12 @@ from ailurus_hf.diffusion.apply import denoising, install, reducers_of
 from ailurus_hf.diffusion.forward_state import ForwardState
 
 
-@on_every_network
-@in_every_way
+def rounding(name, tolerance):
+    """Kandinsky rounds queries and keys to bf16, whatever it runs in."""
+    return 1e-2 if name == "Kandinsky 5" else tolerance
+
+
+@on_every_network_in_every_way
 def test_changes_the_output_and_is_undone_bit_for_bit(name, way):
     network, x = make_network(name), sample(name)
     plain, before = predict(network, name, x), traces(network)
@@ -31,8 +35,7 @@ def test_changes_the_output_and_is_undone_bit_for_bit(name, way):
     assert not ailurus_status(network).active
 
 
-@on_every_network
-@in_every_way
+@on_every_network_in_every_way
 def test_identity_where_no_token_has_to_go(name, way):
     network, x = make_network(name), sample(name)
     plain = predict(network, name, x)
@@ -43,39 +46,35 @@ def test_identity_where_no_token_has_to_go(name, way):
     assert all(p.num_tokens == p.num_clusters and p.clusterings == 0 for p in ailurus_status(network).locations)
 
 
-@on_every_network
-@in_every_way
+@on_every_network_in_every_way
 def test_equals_the_plain_network_on_duplicated_tokens(name, way):
     network = make_network(name)
-    if name == "Wan":
+    if len(NETWORKS[name].grids[0]) == 3:
         # The cells of k-means in three dimensions do not lie on the duplicates.
         way = {**way, "clustering": "density_peaks"}
     apply_ailurus(network, **SETTINGS, **way)
     reducer = reducers_of(network)[0][1]
     assert reducer.stacks
     if not NETWORKS[name].maps:
-        if name == "Flux":
-            network.pos_embed.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
-        elif name == "Wan":
-            network.rope.freqs_cos.fill_(1)
-            network.rope.freqs_sin.zero_()
-        else:
-            # At the size it was made for, positions are in a buffer.
-            network.pos_embed.pos_embed.zero_()
-        doubled = duplicated(latents((4, 3, 2, 2) if name == "Wan" else (4, 4, 4)), 4)
+        NETWORKS[name].no_positions(network)
+        shape, times = NETWORKS[name].small
+        doubled = duplicated(latents(shape), times)
         reduced = predict(network, name, doubled)
-        assert [p.num_clusters for p in ailurus_status(network).locations] == [doubled[0, 0].numel() // 16]
+        assert [4 * p.num_clusters for p in ailurus_status(network).locations] == [
+            p.num_tokens for p in ailurus_status(network).locations
+        ]
         plain = predict(remove_ailurus(network), name, doubled)
-        torch.testing.assert_close(reduced, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+        torch.testing.assert_close(reduced, plain, rtol=1e-4, atol=rounding(name, 1e-5) * plain.abs().max().item())
         return
     # Convolutions lie between the stacks of a UNet, so each stack gets duplicated pixels of its own.
     reduced = {}
 
     def run(stack):
-        small = latents((stack.module.config.in_channels, LATENTS[0] // 2, LATENTS[1] // 2))
+        small = latents((stack.norm.num_channels, LATENTS[0] // 2, LATENTS[1] // 2))
         doubled = duplicated(small, 2)
+        given = {"image_only_indicator": torch.zeros(1, 2)} if name == "Stable Video Diffusion" else {}
         with torch.no_grad():
-            return stack.module(doubled, encoder_hidden_states=text_of(network), return_dict=False)[0]
+            return stack.module(doubled, encoder_hidden_states=text_of(network), return_dict=False, **given)[0]
 
     for stack in reducer.stacks:
         reducer.forwards.begin(ForwardState(max(LATENTS), True, False, {}))
@@ -136,8 +135,7 @@ def test_status_says_what_happened(name):
     assert name != "UNetMotionModel" or not any("motion" in p.where for p in status.locations)
 
 
-@on_every_network
-@in_every_way
+@on_every_network_in_every_way
 def test_on_twice_replaces(name, way):
     network, x = make_network(name), sample(name)
     once = predict(apply_ailurus(network, **SETTINGS, **way), name, x)
@@ -148,14 +146,13 @@ def test_on_twice_replaces(name, way):
     assert traces(network) == hooks
 
 
-@on_every_network
-@in_every_way
+@on_every_network_in_every_way
 def test_an_image_gives_the_same_alone_and_in_a_batch(name, way):
     network, x = make_network(name), sample(name, batch=3)
     apply_ailurus(network, **SETTINGS, **way)
     together = predict(network, name, x)
-    first = predict(network, name, x[:1])
-    if name == "UNetMotionModel":
+    first = predict(network, name, x[:1])[:1]
+    if name == "UNetMotionModel" or name == "Kandinsky 5":
         torch.testing.assert_close(first, together[:1], rtol=1e-3, atol=1e-3 * together.abs().max().item())
     elif NETWORKS[name].conditions(1).get("class_labels") is None:
         torch.testing.assert_close(first, together[:1], rtol=1e-3, atol=1e-4 * together.abs().max().item())
@@ -280,8 +277,7 @@ def test_each_stack_clusters_its_own_tokens():
     assert {location.clusterings for location in ailurus_status(network).locations} == {2}
 
 
-@on_every_network
-@in_every_way
+@on_every_network_in_every_way
 def test_a_deep_copy_is_reduced_and_on_its_own(name, way):
     network, x = make_network(name), sample(name)
     plain = predict(network, name, x)

@@ -5,13 +5,12 @@ import threading
 import pytest
 import torch
 from diffusion_models import LATENTS, NETWORKS, SETTINGS, latents, make_network, predict
-from diffusion_ways import WAYS, in_every_way, on_every_network, sample, text_of
+from diffusion_ways import WAYS, on_every_network_in_every_way, sample, text_of
 
 from ailurus_hf import AiluRusError, apply_ailurus
 
 
-@on_every_network
-@in_every_way
+@on_every_network_in_every_way
 def test_half_precision(name, way):
     network, x = make_network(name).to(torch.bfloat16), sample(name).to(torch.bfloat16)
     reduced = predict(apply_ailurus(network, **SETTINGS, **way), name, x)

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusion_models import NETWORKS, SETTINGS, generate, latents, make_network, predict, text
 from diffusion_pipelines import PIPELINES, text_to_image
-from diffusion_ways import on_every_network, sample
+from diffusion_ways import on_networks_with_full_steps, sample
 from traces import traces
 from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
 
@@ -63,7 +63,7 @@ def check(name, **way):
     assert traces(network) == before
 
 
-@on_every_network
+@on_networks_with_full_steps
 def test_full_steps_are_plain_and_those_between_nearer_to_it(name):
     check(name)
 
@@ -83,7 +83,7 @@ def test_the_same_in_other_ways(name, way):
     check(name, **way)
 
 
-@on_every_network
+@on_networks_with_full_steps
 def test_identity_where_every_step_is_full_or_no_token_has_to_go(name):
     network = make_network(name)
     plain = plain_run(network, name)
@@ -95,7 +95,7 @@ def test_identity_where_every_step_is_full_or_no_token_has_to_go(name):
     assert same([predict(network, name, picture(name, 0), STEPS[0])], plain[:1])
 
 
-@on_every_network
+@on_networks_with_full_steps
 def test_an_image_gives_the_same_alone_and_in_a_batch(name):
     if NETWORKS[name].conditions(1).get("class_labels") is not None:
         pytest.skip("its condition depends on the place in the batch")
@@ -104,7 +104,7 @@ def test_an_image_gives_the_same_alone_and_in_a_batch(name):
     x = [picture(name, n)[:1] for n in range(len(STEPS))]
     with denoising(network):
         alone = [predict(network, name, x[n], t) for n, t in enumerate(STEPS)]
-    assert same(alone, [each[:1] for each in together], 1e-3)
+    assert same([each[:1] for each in alone], [each[:1] for each in together], 1e-3)
 
 
 def additions(network, name, **fields):

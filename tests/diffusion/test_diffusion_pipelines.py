@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AnimateDiffPipeline, LCMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from diffusion_models import LATENTS, NETWORKS, SETTINGS, generate, make_network, make_vae, scheduler, text
 from diffusion_pipelines import PICTURE, PIPELINES, clusterings, controlnet, image_to_image, ours, text_to_image
 from traces import traces
@@ -216,5 +217,5 @@ def test_what_cannot_be_reduced_is_refused_with_the_reason():
 def test_every_stack_of_the_networks_is_found():
     for name, network in NETWORKS.items():
         model = apply_ailurus(make_network(name), **SETTINGS)
-        stacks = [m for m in model.modules() if isinstance(m, Transformer2DModel)]
+        stacks = [m for m in model.modules() if isinstance(m, (Transformer2DModel, TransformerSpatioTemporalModel))]
         assert len(ailurus_status(model).locations) == (len(stacks) if network.maps else 1)

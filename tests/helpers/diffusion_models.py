@@ -1,7 +1,6 @@
 """Tiny diffusion networks and pipelines made from configs, and inputs for them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from diffusers import (
@@ -17,32 +16,14 @@ from diffusers import (
     UNetMotionModel,
     WanTransformer3DModel,
 )
+from newer_networks import NEWER, at_zero, unrotated
+from other_unets import OTHER_CONTROLS, SDXL, UNET, UP, VIDEO_UNETS, control_conditions, sdxl_conditions
+from tiny_network import LATENTS, TEXT, Network, packed, text
 from torch import nn
 
-LATENTS, TEXT = (8, 12), 16
 # Every grid of the tiny networks is larger than this but the one of the last level of odd latents.
 SETTINGS = {"keep_ratio": 0.25, "min_tokens": 12, "cluster_location": 0}
 
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "cross_attention_dim": TEXT,
-    "norm_num_groups": 4,
-}
-UP = {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}
-# As SDXL: linear projections, several blocks a stack, no attention at full size, size and crop as conditions.
-SDXL = {
-    **UNET,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "transformer_layers_per_block": (1, 3),
-    "use_linear_projection": True,
-    "attention_head_dim": (2, 4),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 8 * 6 + TEXT,
-}
 PATCHES = {
     "sample_size": 16,
     "num_layers": 3,
@@ -75,34 +56,6 @@ def motion_unet():
     return UNetMotionModel.from_unet2d(unet, adapter)
 
 
-@dataclass(frozen=True)
-class Network:
-    """make: a new network. conditions: the keyword arguments of its forward, for a batch. shape: of one input.
-
-    maps: whether it is a UNet, whose stacks go from a map to a map.
-    """
-
-    make: Callable[[], nn.Module]
-    conditions: Callable[[int], dict] = lambda batch: {"encoder_hidden_states": text(batch)}
-    shape: tuple[int, ...] = (4, *LATENTS)
-    maps: bool = True
-    grids: list[tuple[int, int]] = field(default_factory=lambda: [LATENTS, (4, 6)])
-
-
-def text(batch, seed=1):
-    return torch.randn(batch, 5, TEXT, generator=torch.Generator().manual_seed(seed))
-
-
-def sdxl_conditions(batch):
-    added = {"text_embeds": text(batch)[:, 0], "time_ids": torch.arange(6.0).expand(batch, -1)}
-    return {"encoder_hidden_states": text(batch), "added_cond_kwargs": added}
-
-
-def control_conditions(batch):
-    picture = torch.rand(batch, 3, 2 * LATENTS[0], 2 * LATENTS[1], generator=torch.Generator().manual_seed(2))
-    return {"encoder_hidden_states": text(batch), "controlnet_cond": picture}
-
-
 def make_controlnet(**fields):
     fields = {**{name: value for name, value in UNET.items() if name != "sample_size"}, **fields}
     return ControlNetModel(**{"attention_head_dim": 2, "conditioning_embedding_out_channels": (4, 8), **fields})
@@ -121,14 +74,6 @@ def make_sd3(**fields):
 
 def joint_conditions(batch):
     return {"encoder_hidden_states": text(batch), "pooled_projections": text(batch)[:, 0]}
-
-
-def packed(latents):
-    """Latents as Flux takes them: Tensor[B, C, H, W] to [B, HW/4, 4C] and the position of each token."""
-    height, width = (side // 2 for side in latents.shape[-2:])
-    tokens = latents.unflatten(2, (height, 2)).unflatten(4, (width, 2)).permute(0, 2, 4, 1, 3, 5)
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
-    return tokens.flatten(3).flatten(1, 2), ids
 
 
 NETWORKS = {
@@ -168,6 +113,7 @@ NETWORKS = {
         (4, 16, 24),
         maps=False,
         grids=[(8, 12)],
+        no_positions=at_zero,
     ),
     "Wan": Network(
         lambda: WanTransformer3DModel(
@@ -184,7 +130,12 @@ NETWORKS = {
         shape=(4, 3, 8, 12),
         maps=False,
         grids=[(3, 4, 6)],
+        no_positions=partial(unrotated, "rope"),
+        small=((4, 3, 2, 2), 4),
     ),
+    **VIDEO_UNETS,
+    **OTHER_CONTROLS,
+    **NEWER,
 }
 
 
@@ -205,6 +156,8 @@ def sharpen(network):
                 parameter.mul_(3)
             if name.endswith(("norm1.linear.weight", ".norm.linear.weight")) and "transformer_blocks" in name:
                 parameter.mul_(3)
+            if "stream_modulation" in name:
+                parameter.mul_(3)
     return network.eval()
 
 
@@ -220,7 +173,7 @@ def latents(shape, batch=2, seed=0):
 def predict(network, name, sample, timestep=5, **kwargs):
     """The network's output as one tensor."""
     batch = sample.shape[0]
-    timesteps = torch.full((batch,), timestep)
+    timesteps = timestep if torch.is_tensor(timestep) else torch.full((batch,), timestep)
     conditions = {**NETWORKS[name].conditions(batch), **kwargs}
     conditions = {
         k: v.to(sample.dtype) if hasattr(v, "is_floating_point") and v.is_floating_point() else v
@@ -232,10 +185,21 @@ def predict(network, name, sample, timestep=5, **kwargs):
         )
     if name == "Flux":
         sample, conditions["img_ids"] = packed(sample)
+    args, conditions = NETWORKS[name].call(sample, {"timestep": timesteps, **conditions})
     with torch.no_grad():
-        out = network(sample, timestep=timesteps, **conditions, return_dict=False)
-    parts = [*out[0], out[1]] if isinstance(out[0], (list, tuple)) else [out[0]]
-    return torch.cat([part.flatten(1) for part in parts], 1)
+        out = network(*args, **conditions, return_dict=False)
+    return torch.cat(list(flattened(out)), 1)
+
+
+def flattened(out):
+    """Every tensor of an output, as Tensor[B, ...]; of a list of images, one."""
+    if torch.is_tensor(out):
+        yield out.flatten(1)
+    elif isinstance(out, list) and out[0].ndim == 4 and out[0].shape[1] == 1:
+        yield torch.stack(out).flatten(1)
+    else:
+        for each in out:
+            yield from flattened(each)
 
 
 def make_vae():

@@ -13,9 +13,22 @@ WAYS = {
     "each stack": {"cluster_per": "stack"},
 }
 on_every_network = pytest.mark.parametrize("name", NETWORKS)
+# Those that full_every can keep what the last block gave of.
+on_networks_with_full_steps = pytest.mark.parametrize("name", [name for name in NETWORKS if not NETWORKS[name].each])
 # The joint transformers.
 on_both = pytest.mark.parametrize("name", ["SD3.5", "Flux"])
 in_both_scopes = pytest.mark.parametrize("scope", ["blocks", "attention"])
+# A transformer has no projections around its one stack.
+OF_UNETS = ("merged projections", "each stack")
+on_every_network_in_every_way = pytest.mark.parametrize(
+    "name, way",
+    [
+        pytest.param(name, fields, id=f"{name}-{way}")
+        for name in NETWORKS
+        for way, fields in WAYS.items()
+        if NETWORKS[name].maps or way not in OF_UNETS
+    ],
+)
 in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 

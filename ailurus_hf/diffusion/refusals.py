@@ -1,0 +1,75 @@
+"""Calls that merged tokens cannot follow: each function raises AiluRusError on them, for `DiffusionNetwork.refuses`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import AiluRusError
+from .calls import NetworkCall
+
+
+def refuse_timesteps_of_tokens(call: NetworkCall) -> None:
+    """Where each token has a timestep of its own."""
+    timestep, batch = call.argument("timestep"), call.latents.shape[0]
+    if isinstance(timestep, Tensor) and timestep.ndim > 1 and timestep.shape[1] > 1:
+        raise AiluRusError(
+            f"a timestep for each token, {tuple(timestep.shape)}, cannot follow merged tokens: give one a video, "
+            f"({batch},), as Wan 2.1, the 14B models of Wan 2.2 and text-to-video with LTX take it"
+        )
+
+
+def refuse_diffusion_forcing(call: NetworkCall) -> None:
+    """Where SkyReels-V2's frames have timesteps of their own, or attend to those before them only."""
+    network: Any = call.network
+    frames = network.config.num_frame_per_block
+    if call.argument("enable_diffusion_forcing") or frames > 1:
+        what = "enable_diffusion_forcing" if frames == 1 else f"causal attention by {frames} frames"
+        raise AiluRusError(f"{what} sets frames apart, and merged tokens may be of several: call the network without")
+    refuse_timesteps_of_tokens(call)
+
+
+def refuse_replaced_tokens(call: NetworkCall) -> None:
+    """Where HunyuanVideo's tokens of the first frame have a timestep of their own."""
+    network: Any = call.network
+    if network.config.image_condition_type == "token_replace":
+        raise AiluRusError(
+            "image_condition_type='token_replace' gives the first frame's tokens another timestep, which cannot follow "
+            "merged tokens"
+        )
+
+
+def refuse_sparse_attention(call: NetworkCall) -> None:
+    """Where Kandinsky's attention is sparse, in windows of the grid."""
+    if call.argument("sparse_params") is not None:
+        raise AiluRusError(
+            "sparse_params choose keys by windows of all tokens' grid, which merged tokens have left: call the network "
+            "without them"
+        )
+
+
+def refuse_kept_references(call: NetworkCall) -> None:
+    """Where Flux.2 keeps keys and values of reference images from step to step."""
+    if (mode := call.argument("kv_cache_mode")) is not None:
+        raise AiluRusError(
+            f"kv_cache_mode={mode!r} keeps keys and values of reference images' tokens, which cannot follow merged "
+            "tokens: call the network without it"
+        )
+
+
+def refuse_two_timesteps(call: NetworkCall) -> None:
+    """Where Qwen-Image's tokens of reference images have another timestep."""
+    if getattr(call.network, "zero_cond_t", False):
+        raise AiluRusError(
+            "a network with zero_cond_t has another timestep for reference images' tokens, which cannot follow merged "
+            "tokens"
+        )
+
+
+def refuse_several_images(call: NetworkCall) -> None:
+    """Where Z-Image is called with reference images."""
+    if call.argument("siglip_feats") is not None or call.argument("image_noise_mask") is not None:
+        raise AiluRusError(
+            "siglip_feats and image_noise_mask are of several images in one sequence, whose tokens cannot be merged"
+        )
