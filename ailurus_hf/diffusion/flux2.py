@@ -16,11 +16,11 @@ class Flux2Processor(JointProcessor):
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, grid: Any = None, **kwargs: Any) -> Any:
         # Single blocks have no place for text among their arguments.
         text = (None,) if hasattr(attn, "to_qkv_mlp_proj") else ()
-        return super().__call__(attn, hidden_states, *text, *args, **kwargs)
+        return JointProcessor.__call__(self, attn, hidden_states, *text, *args, **kwargs)
 
     def _projected(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
         if not hasattr(attn, "to_qkv_mlp_proj"):
-            return super()._projected(attn, image, text)
+            return JointProcessor._projected(self, attn, image, text)
         sizes = (*(attn.inner_dim,) * 3, attn.mlp_hidden_dim * attn.mlp_mult_factor)
         *parts, mlp = attn.to_qkv_mlp_proj(image).split(sizes, -1)
         query, key, value = (part.unflatten(2, (attn.heads, -1)) for part in parts)
@@ -28,5 +28,5 @@ class Flux2Processor(JointProcessor):
 
     def _output(self, attn: Any, out: Tensor, text: Tensor | None, *others: Tensor) -> Any:
         if not others:
-            return super()._output(attn, out, text)
+            return JointProcessor._output(self, attn, out, text)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(others[0])], -1))

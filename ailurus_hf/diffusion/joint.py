@@ -55,6 +55,8 @@ class JointProcessor(RebuildableProcessor):
     """Joint attention of SD3 and Flux on image tokens of which each stands for several.
 
     Subclasses say in what the attention of their networks differs, and take the arguments that its layers give.
+    They name this class where they call its methods: torch.compile takes super() for the same class again, as the class
+    that a processor gets of its own equals the one that is written.
     """
 
     # Where diffusers' set_attention_backend and context parallelism write to.

@@ -24,7 +24,7 @@ class KandinskyProcessor(JointProcessor):
         rotary_emb: Tensor | None = None,
         sparse_params: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return super().__call__(attn, hidden_states, None, None, rotary_emb)
+        return JointProcessor.__call__(self, attn, hidden_states, None, None, rotary_emb)
 
     def by_token(self, attn: Any, embedding: Any) -> Rotary:
         """Kandinsky gives Tensor[B, N, 1, D / 2, 2, 2], a matrix for each pair of channels."""
@@ -33,7 +33,7 @@ class KandinskyProcessor(JointProcessor):
 
     def _rotated(self, tokens: Tensor, rotary: Rotary, order: TokenOrder) -> Tensor:
         # As the network does, whatever its precision.
-        return super()._rotated(tokens.float(), rotary, order).to(torch.bfloat16).to(tokens.dtype)
+        return JointProcessor._rotated(self, tokens.float(), rotary, order).to(torch.bfloat16).to(tokens.dtype)
 
     def _projected(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
         parts = (attn.to_query(image), attn.to_key(image), attn.to_value(image))

@@ -44,7 +44,7 @@ class LuminaProcessor(JointProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         mask = None if attention_mask is None else attention_mask.bool()
         # The layer's keys are of the same tokens as its queries.
-        return super().__call__(attn, hidden_states, None, mask, image_rotary_emb)
+        return JointProcessor.__call__(self, attn, hidden_states, None, mask, image_rotary_emb)
 
     def by_token(self, attn: Any, embedding: Any) -> Rotary:
         """Complex factors, Tensor[B, L, D / 2]."""
@@ -71,4 +71,4 @@ class ZImageProcessor(LuminaProcessor):
         attention_mask: Tensor | None = None,
         freqs_cis: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return super().__call__(attn, hidden_states, None, attention_mask, freqs_cis)
+        return LuminaProcessor.__call__(self, attn, hidden_states, None, attention_mask, freqs_cis)

@@ -45,7 +45,9 @@ class QwenProcessor(JointProcessor):
         if encoder_hidden_states_mask is not None:
             image = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2])
             attention_mask = torch.cat([encoder_hidden_states_mask, image], 1)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return JointProcessor.__call__(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
 
     def by_token(self, attn: Any, embedding: Any) -> Rotary:
         """Qwen gives the image's complex factors and the text's, Tensor[L, D / 2] each."""

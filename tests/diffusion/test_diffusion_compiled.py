@@ -34,6 +34,7 @@ CASES = [
     ("PixArt", "blocks", compile_blocks),
     ("Flux", "blocks", compile_whole),
     ("Flux", "attention", compile_blocks),
+    ("Qwen-Image", "blocks", compile_whole),
 ]
 if os.environ.get("AILURUS_TEST_EVERY"):
     CASES = list(itertools.product(NETWORKS, SCOPES, (compile_whole, compile_blocks)))
@@ -43,7 +44,7 @@ if os.environ.get("AILURUS_TEST_EVERY"):
 def test_on_off_and_on_again(name, scope, compile_it):
     x, fields = latents(NETWORKS[name].shape), {**SETTINGS, **SCOPES[scope]}
     # Only a network that is not traced can read its grid from ids.
-    given = {"joint_attention_kwargs": {"grid": (8, 12)}} if name.startswith("Flux") else {}
+    given = {"joint_attention_kwargs": {"grid": (8, 12)}} if name.startswith(("Flux", "Chroma")) else {}
     plain = predict(make_network(name), name, x)
     reduced = predict(apply_ailurus(make_network(name), **fields), name, x)
     assert (reduced - plain).abs().max() > 1e-3 * plain.abs().max()
