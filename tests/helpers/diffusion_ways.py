@@ -1,4 +1,9 @@
-"""Every supported network in every way of reducing it, as parameters of tests, and inputs for them."""
+"""Every supported network in the ways of reducing it, as parameters of tests, and inputs for them.
+
+A few networks, one of each kind, in every way, and the others in both scopes; AILURUS_TEST_EVERY=1: all in every way.
+"""
+
+import os
 
 import pytest
 import torch
@@ -20,13 +25,23 @@ on_both = pytest.mark.parametrize("name", ["SD3.5", "Flux"])
 in_both_scopes = pytest.mark.parametrize("scope", ["blocks", "attention"])
 # A transformer has no projections around its one stack.
 OF_UNETS = ("merged projections", "each stack")
+OF_EACH_KIND = ("UNet", "SDXL UNet", "ControlNet", "PixArt", "SD3.5", "Flux", "Wan", "Z-Image", "CogVideoX")
+EVERY = bool(os.environ.get("AILURUS_TEST_EVERY"))
+
+
+def _is_tried(name, way):
+    if way in OF_UNETS and not NETWORKS[name].maps:
+        return False
+    return EVERY or name in OF_EACH_KIND or way in ("blocks", "attention")
+
+
 on_every_network_in_every_way = pytest.mark.parametrize(
     "name, way",
     [
         pytest.param(name, fields, id=f"{name}-{way}")
         for name in NETWORKS
         for way, fields in WAYS.items()
-        if NETWORKS[name].maps or way not in OF_UNETS
+        if _is_tried(name, way)
     ],
 )
 in_every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
