@@ -228,7 +228,7 @@ def test_joint_clusters_are_the_joint_softmax_over_representatives():
         merged = clusters.clusters.merge(tokens.view(2, -1, 16))
         want = clusters.clusters.unmerge(by_hand(attn, merged, "own", 1, clusters.clusters.counts)).view_as(tokens)
         reducing = CrossFrameProcessor(Frames.attending("full", range(COUNT)))
-        reducing.source.assigned = lambda layer, tokens: Assigned(clusters, True)
+        reducing.source.assigned = lambda layer, tokens: Assigned(clusters, clusters)
         torch.testing.assert_close(reducing(attn, tokens), want, rtol=1e-4, atol=1e-5)
 
 
