@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import AiluRusError
+from .exporting import is_exporting
 from .grid_cache import constant, multiples
 from .profiling import recorded
 
@@ -82,8 +83,13 @@ class TokenClusters:
         order, offsets = self._tokens_by_cluster()
         # Rows that lie apart in memory, as convolutions leave them, take several times longer to sum than to copy.
         rows = tokens.reshape(-1, channels).contiguous()
-        means = F.embedding_bag(order, rows, offsets, mode="mean")
-        return means.view(batch, self.num_clusters, channels)
+        if not is_exporting():
+            means = F.embedding_bag(order, rows, offsets, mode="mean")
+            return means.view(batch, self.num_clusters, channels)
+        # Where the last clusters are empty, they begin past the last token, which OpenVINO refuses: one more follows.
+        end = offsets[-1:] + self.counts.flatten()[-1:].long()
+        means = F.embedding_bag(F.pad(order, (0, 1)), rows, torch.cat([offsets, end]), mode="mean")
+        return means[:-1].view(batch, self.num_clusters, channels)
 
     def unmerge(self, representatives: Tensor) -> Tensor:
         """Each token's representative; differentiable.

@@ -15,7 +15,7 @@ OURS = [
 LAYERS = [
     ("errors",),
     ("versions",),
-    ("checks", "choices", "extras", "grid_cache", "hooks", "per_thread", "precision", "profiling"),
+    ("checks", "choices", "exporting", "extras", "grid_cache", "hooks", "per_thread", "precision", "profiling"),
     ("clusters", "config_base", "images", "level", "presets"),
     ("config_diffusion",),
     ("config", "status"),

@@ -40,7 +40,8 @@ def united(cost: Tensor, partner: Tensor, unions: int) -> Tensor:
     # A chain has at most as many steps as there are unions; each round doubles the steps walked.
     for _ in range((unions - 1).bit_length()):
         root = root.gather(1, root)
-    return (stays.cumsum(1) - 1).gather(1, root)
+    # OpenVINO would count booleans in a byte.
+    return (stays.cumsum(1, dtype=torch.long) - 1).gather(1, root)
 
 
 def merged(means: Tensor, sizes: Tensor, into: Tensor, count: int) -> tuple[Tensor, Tensor]:

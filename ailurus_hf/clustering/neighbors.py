@@ -19,9 +19,10 @@ from torch import Tensor
 from ..checks import check_features, check_num_clusters
 from ..clusters import stable_argsort
 from ..errors import AiluRusError
+from ..exporting import is_exporting
 from ..grid_cache import grid_table
 from ..precision import without_autocast
-from .rows import chunk_length, is_exporting, is_one_pass, row_norms, row_products
+from .rows import chunk_length, is_one_pass, row_norms, row_products
 
 Grid = tuple[int, ...]
 

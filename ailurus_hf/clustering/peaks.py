@@ -59,7 +59,8 @@ def density_peaks(
     for _ in range((itself.shape[1] - 1).bit_length()):
         step = step.gather(1, step)
     owner = torch.where(settled.gather(1, step), owner.gather(1, step), nearest_center(no_center))
-    rank_of_center = is_center.cumsum(1) - 1
+    # OpenVINO would count booleans in a byte.
+    rank_of_center = is_center.cumsum(1, dtype=torch.long) - 1
     return TokenClusters.from_assignment(rank_of_center.gather(1, owner), num_clusters, centers)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..exporting import is_exporting
 from ..grid_cache import grid_table, multiples
 from ..precision import without_autocast
 
@@ -19,14 +20,6 @@ from ..precision import without_autocast
 # does not return the pages to the system on every call.
 CHUNK_BYTES = {"cpu": 2**22}
 DEFAULT_CHUNK_BYTES = 2**28
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces this call.
-
-    `torch.compiler.is_exporting` is taken for true in every graph that torch 2.11 compiles.
-    """
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def chunk_length(bytes_each: int, device: torch.device) -> int:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clusters import TokenClusters
+from ..exporting import is_exporting
 from .neighbors import Grid, grid_neighbors, neighbor_distances
-from .rows import is_exporting
 
 # The two rings around a token.
 NUM_NEIGHBORS = 24

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters
+from ..exporting import is_exporting
 from ..grid_cache import constant, grid_table
 from ..profiling import recorded
 from .all_pairs import prefers_all_pairs
 from .base import Clustering, register_clustering
 from .moving import moved, moved_all_pairs
 from .neighbors import Grid, check_input
-from .rows import is_exporting
 from .ward_all_pairs import joined_all_pairs
 from .ward_edges import adjacent_clusters, edges_of_empty, joined_along_edges, touching, touching_tokens
 

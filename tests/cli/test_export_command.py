@@ -8,6 +8,7 @@ from cli_models import run_json
 
 from ailurus_hf.cli import export, main
 from ailurus_hf.clustering import get_clustering
+from ailurus_hf.clusters import TokenClusters
 
 REDUCED = ["--keep-ratio", "0.5", "--cluster-location", "1"]
 
@@ -31,21 +32,40 @@ def test_a_file_that_gives_the_models_outputs(suffix: str, models: Path, capsys:
 
 
 class Assignments(torch.nn.Module):
-    """From images to the clusters of their pixels, by what sorts and scatters."""
+    """From images to the clusters of their pixels, by what sorts, scatters and counts past 255."""
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens = pixels.flatten(2).transpose(1, 2)
-        made = [get_clustering(name)(tokens, (4, 6), 12) for name in ("ward", "density_peaks", "pairs")]
+        made = [get_clustering(name)(tokens, (20, 18), 300) for name in ("ward", "density_peaks", "pairs")]
         return tuple(clusters.assignment for clusters in made)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of the exporters' own code
-def test_openvino_sorts_and_scatters_as_torch_does() -> None:
+def test_openvino_sorts_scatters_and_counts_as_torch_does() -> None:
     pytest.importorskip("openvino")
-    pixels, path = torch.randn(3, 8, 4, 6, generator=torch.Generator().manual_seed(0)), Path("clusters.xml")
+    pixels, path = torch.randn(3, 8, 20, 18, generator=torch.Generator().manual_seed(0)), Path("clusters.xml")
     export.WRITERS["openvino"](Assignments(), pixels[:1], path, ["ward", "density_peaks", "pairs"], True)
     for want, got in zip(Assignments()(pixels), export.READERS["openvino"](path)(pixels), strict=True):
         assert torch.equal(want, got)
+
+
+class Means(torch.nn.Module):
+    """From images to the means of three clusters of their pixels, of which the last is empty."""
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor]:
+        tokens = pixels.flatten(2).transpose(1, 2)
+        return (TokenClusters.from_assignment((tokens[..., 0] > 0).long(), 3).merge(tokens),)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of the exporters' own code
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch-export"])
+def test_the_last_clusters_may_be_empty(kind: str) -> None:
+    pytest.importorskip({"onnx": "onnxruntime"}.get(kind, "torch"))
+    pytest.importorskip({"openvino": "openvino"}.get(kind, "torch"))
+    suffix = {kind: suffix for suffix, kind in export.FORMATS.items()}[kind]
+    pixels, path = torch.randn(3, 8, 4, 6, generator=torch.Generator().manual_seed(0)), Path(f"means{suffix}")
+    export.WRITERS[kind](Means(), pixels[:1], path, ["means"], True)
+    torch.testing.assert_close(export.READERS[kind](path)(pixels)[0], Means()(pixels)[0])
 
 
 def test_openvino_unmerges_smoothly_in_any_batch(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
