@@ -156,6 +156,12 @@ class TokenClusters:
             )
 
 
+def ranks(mask: Tensor) -> Tensor:
+    """Each True's number among those of its row, from 0: BoolTensor[B, N] to LongTensor[B, N]."""
+    # OpenVINO would count booleans in a byte.
+    return mask.cumsum(1, dtype=torch.long) - 1
+
+
 def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
     """Order of Tensor[B, N] along N, equal values by index: LongTensor[B, N]."""
     if torch.onnx.is_in_onnx_export():

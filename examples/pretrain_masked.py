@@ -184,15 +184,13 @@ class MaskedPretraining(nn.Module):
     def encoded(self, hidden: Tensor, cells: tuple[int, int]) -> Tensor:
         """The class token and the visible tokens through all layers; cells: the visible tokens' grid."""
         layers = list(self.encoder.layers)
-        if self.reduction is None:
-            for layer in layers:
-                hidden = layer(hidden)
-            return hidden
-        location, num_clusters, clustering = self.reduction
+        location = None if self.reduction is None else self.reduction.location
         for layer in layers[:location]:
             hidden = layer(hidden)
+        if self.reduction is None:
+            return hidden
         first, tokens = hidden[:, :1], hidden[:, 1:]
-        clusters = get_clustering(clustering)(tokens.detach(), cells, num_clusters)
+        clusters = get_clustering(self.reduction.clustering)(tokens.detach(), cells, self.reduction.num_clusters)
         merged = clusters.merge(tokens)
         # A representative weighs in attention as the tokens that it stands for did.
         weight = F.pad(clusters.counts.log(), (1, 0))[:, None, None].to(hidden.dtype)

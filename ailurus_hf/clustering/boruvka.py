@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..clusters import TokenClusters, stable_argsort
+from ..clusters import TokenClusters, ranks, stable_argsort
 from ..grid_cache import constant
 
 # An edge between two clusters that are not each other's cheapest counts this many times more: such edges make chains.
@@ -40,8 +40,7 @@ def united(cost: Tensor, partner: Tensor, unions: int) -> Tensor:
     # A chain has at most as many steps as there are unions; each round doubles the steps walked.
     for _ in range((unions - 1).bit_length()):
         root = root.gather(1, root)
-    # OpenVINO would count booleans in a byte.
-    return (stays.cumsum(1, dtype=torch.long) - 1).gather(1, root)
+    return ranks(stays).gather(1, root)
 
 
 def merged(means: Tensor, sizes: Tensor, into: Tensor, count: int) -> tuple[Tensor, Tensor]:

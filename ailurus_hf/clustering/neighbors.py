@@ -19,10 +19,10 @@ from torch import Tensor
 from ..checks import check_features, check_num_clusters
 from ..clusters import stable_argsort
 from ..errors import AiluRusError
-from ..exporting import is_exporting
+from ..exporting import is_exporting, takes_operators
 from ..grid_cache import grid_table
 from ..precision import without_autocast
-from .rows import chunk_length, is_one_pass, row_norms, row_products
+from .rows import chunk_length, row_norms, row_products
 
 Grid = tuple[int, ...]
 
@@ -120,14 +120,10 @@ def neighbor_distances(features: Tensor, neighbors: Neighbors) -> Tensor:
     if tokens * tokens * channels <= DIRECT_DISTANCE_LIMIT and not torch.onnx.is_in_onnx_export():
         every = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
         return every.gather(2, neighbors.index.expand(batch, -1, -1))
-    if is_one_pass(features):
-        relative = features - middle_token(features)
-        products = row_products(relative, relative, neighbors.index.expand(batch, -1, -1))
-        norms = row_norms(relative)
-    else:
-        products, norms = _tile_products(features, features, neighbors.plan, middle_token(features))
+    relative = features - middle_token(features)
+    norms = row_norms(relative)
     scale = norms[..., None] + norms[:, neighbors.index]
-    squared = scale - 2 * products
+    squared = scale - 2 * _products(relative, relative, neighbors.index, neighbors.plan)
     return torch.where(squared <= EQUALITY_TOLERANCE * scale, 0.0, squared).sqrt()
 
 
@@ -145,11 +141,7 @@ def middle_token(features: Tensor) -> Tensor:
 def candidate_scores(tokens: Tensor, centers: Tensor, candidates: Tensor, plan: TilePlan) -> Tensor:
     """|center|^2 / 2 - token . center of each token's candidates: [B, N, C], [B, M, C] to [B, N, k]; least is
     nearest."""
-    if is_one_pass(tokens):
-        products = row_products(tokens, centers, candidates.expand(tokens.shape[0], -1, -1))
-    else:
-        products, _ = _tile_products(tokens, centers, plan)
-    return centers.square().sum(-1)[:, candidates] / 2 - products
+    return centers.square().sum(-1)[:, candidates] / 2 - _products(tokens, centers, candidates, plan)
 
 
 def nearest_unmasked(masked: Tensor, grid: Grid) -> Tensor:
@@ -201,32 +193,22 @@ def _tile_starts(side: int) -> list[int]:
 
 
 @without_autocast
-def _tile_products(
-    tokens: Tensor, others: Tensor, plan: TilePlan, origin: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Products of each token with its candidates, and the tokens' squared norms, both relative to an origin.
-
-    tokens: Tensor[B, N, C]; others: Tensor[B, L, C]; origin: Tensor[B, 1, C]. Returns [B, N, k] and [B, N].
-    """
+def _products(tokens: Tensor, others: Tensor, candidates: Tensor, plan: TilePlan) -> Tensor:
+    """Products of each token with its candidates: [B, N, C], [B, L, C] and LongTensor[N, k] to [B, N, k]."""
     batch, _, channels = tokens.shape
+    if takes_operators(tokens):
+        return row_products(tokens, others, candidates.expand(batch, -1, -1))
     tiles, tile_size = plan.queries.shape
     bytes_per_tile = 4 * channels * (tile_size + plan.keys.shape[1])
     at_once = chunk_length(bytes_per_tile, tokens.device)
-    products, norms = [], []
+    products = []
     pairs = torch.arange(batch * tiles, device=tokens.device)
     # An exported program takes any batch: how many chunks there are must not depend on it.
     for chunk in (pairs,) if is_exporting() else pairs.split(at_once):
         image, tile = chunk // tiles, chunk % tiles
         queries, keys = _rows(tokens, plan.queries, image, tile), _rows(others, plan.keys, image, tile)
-        if origin is not None:
-            queries, keys = queries.sub_(origin[image]), keys.sub_(origin[image])
         products.append((queries @ keys.transpose(1, 2)).gather(2, plan.local[tile]))
-        norms.append(queries.square().sum(-1))
-    in_tiles = batch, tiles * tile_size
-    return (
-        torch.cat(products).view(*in_tiles, -1).index_select(1, plan.slot),
-        torch.cat(norms).view(in_tiles).index_select(1, plan.slot),
-    )
+    return torch.cat(products).view(batch, tiles * tile_size, -1).index_select(1, plan.slot)
 
 
 def _rows(table: Tensor, index: Tensor, image: Tensor, tile: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..clusters import TokenClusters, stable_argsort
+from ..clusters import TokenClusters, ranks, stable_argsort
 from ..grid_cache import constant
 
 
@@ -59,9 +59,7 @@ def density_peaks(
     for _ in range((itself.shape[1] - 1).bit_length()):
         step = step.gather(1, step)
     owner = torch.where(settled.gather(1, step), owner.gather(1, step), nearest_center(no_center))
-    # OpenVINO would count booleans in a byte.
-    rank_of_center = is_center.cumsum(1, dtype=torch.long) - 1
-    return TokenClusters.from_assignment(rank_of_center.gather(1, owner), num_clusters, centers)
+    return TokenClusters.from_assignment(ranks(is_center).gather(1, owner), num_clusters, centers)
 
 
 def _top(score: Tensor, among_infinite: Tensor, count: int) -> Tensor:

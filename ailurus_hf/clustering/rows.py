@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..exporting import is_exporting
-from ..grid_cache import grid_table, multiples
+from ..exporting import takes_operators
+from ..grid_cache import multiples
 from ..precision import without_autocast
 
 # The most that is gathered at once. On a CPU it then stays in the cache (2 to 4 MB were fastest), and the C allocator
@@ -39,14 +39,8 @@ def in_parts(one: Tensor, other: Tensor, bytes_each: int) -> Iterable[tuple[Tens
 def image_rows(table: Tensor, index: Tensor) -> Tensor:
     """Rows of each image's table: Tensor[B, n, C] at LongTensor[B, P] to [B, P, C]."""
     batch, count, channels = table.shape
-    flat = index + torch.arange(batch, device=index.device)[:, None] * count
+    flat = index + multiples(batch, count, index.device)
     return table.reshape(-1, channels).index_select(0, flat.flatten()).view(batch, -1, channels)
-
-
-def is_one_pass(table: Tensor) -> bool:
-    """Whether `row_products` is: on a CPU, but in graphs that have to do without this package."""
-    leaves = is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-    return table.device.type == "cpu" and not leaves
 
 
 @without_autocast
@@ -61,7 +55,7 @@ def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     Returns:
         Tensor[B, N, k].
     """
-    if is_one_pass(rows):
+    if takes_operators(rows):
         return _in_one_pass(rows, table, index)
     (batch, _, channels), width = rows.shape, index.shape[2]
     products = []
@@ -73,7 +67,7 @@ def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
 
 def row_norms(rows: Tensor) -> Tensor:
     """Squared norms, Tensor[B, N, C] to [B, N]; rounded as in `row_products`, so that equal rows are 0 apart."""
-    if not is_one_pass(rows):
+    if not takes_operators(rows):
         return rows.square().sum(-1)
     itself = torch.arange(rows.shape[1], device=rows.device)[:, None]
     return row_products(rows, rows, itself.expand(rows.shape[0], -1, -1)).squeeze(2)
@@ -89,7 +83,7 @@ def _in_one_pass(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     columns = (index + multiples(batch, length, rows.device)[..., None]).flatten()
     _say_beta_once()
     wanted = torch.sparse_csr_tensor(
-        _row_starts(batch * count, width),
+        multiples(batch * count + 1, width, rows.device).flatten(),
         columns,
         rows.new_zeros(len(columns)),
         (batch * count, batch * length),
@@ -102,11 +96,6 @@ def _in_one_pass(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
 @_in_one_pass.register_fake
 def _(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     return rows.new_empty(*rows.shape[:2], index.shape[2])
-
-
-@grid_table
-def _row_starts(count: int, width: int) -> Tensor:
-    return torch.arange(count + 1) * width
 
 
 @functools.cache

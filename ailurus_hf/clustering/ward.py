@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_num_clusters
 from ..clusters import TokenClusters
-from ..exporting import is_exporting
+from ..exporting import takes_operators
 from ..grid_cache import constant, grid_table
 from ..profiling import recorded
 from .all_pairs import prefers_all_pairs
@@ -163,7 +163,7 @@ def _rounds(count: int, num_clusters: int, share: float, least_share: float) -> 
 
 
 def _is_one_operator(features: Tensor) -> bool:
-    return torch.compiler.is_compiling() and not is_exporting() and features.device.type == "cpu"
+    return torch.compiler.is_compiling() and takes_operators(features)
 
 
 @torch.library.custom_op("ailurus_hf::ward", mutates_args=())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ with needs_extra("detection", "Mask R-CNN"):
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 OUT_CHANNELS = 256
+Kind = TypeVar("Kind", MaskRCNN, FasterRCNN)
 
 
 class ViTWithFPN(nn.Module):
@@ -94,8 +95,7 @@ def mask_rcnn(
         encoder = BeitModel.from_pretrained("microsoft/beit-base-patch16-224", add_pooling_layer=False)
         detector = apply_ailurus(mask_rcnn(encoder, num_classes=91), cluster_location=3, num_clusters=1296)
     """
-    backbone = ViTWithFPN(ViTPyramid(encoder, taps), out_channels)
-    return MaskRCNN(backbone, num_classes, **{"size_divisible": backbone.pyramid.patch_size, **fields})
+    return _on_pyramid(MaskRCNN, encoder, num_classes, taps, out_channels, fields)
 
 
 def faster_rcnn(
@@ -118,5 +118,16 @@ def faster_rcnn(
         encoder = ViTModel.from_pretrained("google/vit-base-patch16-224", add_pooling_layer=False)
         detector = apply_ailurus(faster_rcnn(encoder, num_classes=4), cluster_location=3, keep_ratio=0.4)
     """
+    return _on_pyramid(FasterRCNN, encoder, num_classes, taps, out_channels, fields)
+
+
+def _on_pyramid(
+    kind: type[Kind],
+    encoder: PreTrainedModel,
+    num_classes: int,
+    taps: Sequence[int] | None,
+    out_channels: int,
+    fields: dict[str, Any],
+) -> Kind:
     backbone = ViTWithFPN(ViTPyramid(encoder, taps), out_channels)
-    return FasterRCNN(backbone, num_classes, **{"size_divisible": backbone.pyramid.patch_size, **fields})
+    return kind(backbone, num_classes, **{"size_divisible": backbone.pyramid.patch_size, **fields})

@@ -275,11 +275,11 @@ class NetworkReducer:
         running = forward.stack
         if running is None or not running.reached or running.scope != "attention":
             return None
-        if self.num_clusters(forward, running) == math.prod(running.grid):
-            self.leave(forward, running.stack, tokens.shape[1])
+        num_clusters, num_tokens = self.num_clusters(forward, running), tokens.shape[1]
+        if num_clusters == math.prod(running.grid):
+            self.leave(forward, running.stack, num_tokens)
             return None
-        clusters, num_tokens = self.assign(forward, running, tokens), tokens.shape[1]
-        num_clusters = self.num_clusters(forward, running)
+        clusters = self.assign(forward, running, tokens)
         num_queries = self.config.queries_for(num_tokens, self.level_of(forward, running.grid), num_clusters)
         if num_queries in (num_clusters, num_tokens):
             return Assigned(clusters, clusters if num_queries == num_clusters else None)

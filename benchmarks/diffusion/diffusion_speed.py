@@ -34,7 +34,7 @@ from ailurus_hf.diffusion.apply import reducers_of
 from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
 from ailurus_hf.evaluation.timing import wait_for
 
-from ..harness import environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
+from ..harness import DTYPES, environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
 from ..methods.diffusion import METHODS, OURS, counts_steps, switch_on, with_full_steps
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,6 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 SIZES = {"sd15": [512, 768, 1024], "sdxl": [1024]}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # What runs unless others are named.

@@ -16,7 +16,7 @@ import argparse
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -132,10 +132,13 @@ def measure(
     return rows
 
 
-def sharing_weights(model: nn.Module) -> nn.Module:
-    """A copy on the same weights: where in memory weights lie moves a ratio by several percent."""
-    weights = {id(each): each for each in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, weights)
+def sharing_weights(model: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A copy on the same weights: where in memory weights lie moves a ratio by several percent.
+
+    replaced: modules of it that the copy has others for.
+    """
+    kept: dict[int, Any] = {id(each): each for each in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, kept | {id(old): new for old, new in (replaced or {}).items()})
 
 
 def _compiled(

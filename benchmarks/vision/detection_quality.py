@@ -13,7 +13,6 @@ the share of boxes above 0.5 that both have, of one class and overlapping. Metho
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import statistics
@@ -105,8 +104,7 @@ def encoder_alone(detector: nn.Module) -> nn.Module:
 
 def with_encoder(detector: nn.Module, encoder: nn.Module) -> nn.Module:
     """The detector around another encoder, on the same weights."""
-    kept = {id(each): each for each in (*detector.parameters(), *detector.buffers())}
-    return copy.deepcopy(detector, {**kept, id(detector.backbone.pyramid.encoder): encoder})
+    return sharing_weights(detector, {detector.backbone.pyramid.encoder: encoder})
 
 
 def boxes_of(found: dict[str, Tensor]) -> Boxes:

@@ -107,7 +107,7 @@ def test_arithmetic_is_float32_whatever_the_input_type(dtype):
 @pytest.fixture(params=[True, False], ids=["in one pass", "by tiles"])
 def of_products(monkeypatch, request):
     monkeypatch.setattr(neighbors, "DIRECT_DISTANCE_LIMIT", 0)
-    monkeypatch.setattr(neighbors, "is_one_pass", lambda table: request.param)
+    monkeypatch.setattr(neighbors, "takes_operators", lambda table: request.param)
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, (17, 21), (3, 9, 10)])

@@ -91,7 +91,7 @@ def test_equals_plain_loops(grid, num_clusters):
 def test_edges_gathered_in_chunks_make_the_same_clusters(chunk_bytes, monkeypatch):
     x = tokens((8, 12), batch=2)
     in_one_pass = ward(x, (8, 12), 20)
-    monkeypatch.setattr(rows, "is_one_pass", lambda table: False)
+    monkeypatch.setattr(rows, "takes_operators", lambda table: False)
     monkeypatch.setitem(rows.CHUNK_BYTES, "cpu", chunk_bytes)
     assert torch.equal(ward(x, (8, 12), 20).assignment, in_one_pass.assignment)
 

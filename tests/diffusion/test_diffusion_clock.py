@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from diffusion_models import LATENTS, SETTINGS, generate, latents, make_network, scheduler, text
-from diffusion_pipelines import ours, text_to_image
+from diffusion_pipelines import Tiles, ours, text_to_image
 
 from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus
 from ailurus_hf.diffusion import denoising
@@ -155,13 +155,6 @@ def test_copies_and_schedulers_of_a_request_make_the_same_pictures():
 
 
 def test_tiles_of_a_step_have_clusters_of_their_own(caplog):
-    class Tiles(StableDiffusionPipeline):
-        def __call__(self, tiles):
-            self._guidance_scale = 1.0
-            self.scheduler.set_timesteps(2)
-            with torch.no_grad():
-                return [[self.unet(x, t, text(1)).sample for x in tiles] for t in self.scheduler.timesteps]
-
     parts = latents((4, *LATENTS)).split(1)
     pipe = apply_ailurus(text_to_image()[0], **SETTINGS)
     want = Tiles(**pipe.components, requires_safety_checker=False)(parts)

@@ -6,9 +6,8 @@ import threading
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusion_models import NETWORKS, SETTINGS, generate, latents, make_network, predict, text
-from diffusion_pipelines import PIPELINES, text_to_image
+from diffusion_pipelines import PIPELINES, Tiles, text_to_image
 from diffusion_ways import on_networks_with_full_steps, sample
 from traces import traces
 from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
@@ -342,13 +341,6 @@ def test_what_cannot_be_known_is_refused():
     with pytest.raises(Exception, match="does not count steps"):
         predict(torch.compile(network, backend="eager", fullgraph=True), "UNet", x)
     torch.compiler.reset()
-
-    class Tiles(StableDiffusionPipeline):
-        def __call__(self, tiles):
-            self._guidance_scale = 1.0
-            self.scheduler.set_timesteps(2)
-            with torch.no_grad():
-                return [[self.unet(x, t, text(1)).sample for x in tiles] for t in self.scheduler.timesteps]
 
     pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
     tiles = Tiles(**pipe.components, requires_safety_checker=False)

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from newer_networks import NEWER, at_zero, unrotated
 from other_unets import OTHER_CONTROLS, SDXL, UNET, UP, VIDEO_UNETS, control_conditions, sdxl_conditions
-from tiny_network import LATENTS, TEXT, Network, packed, text
+from tiny_network import LATENTS, TEXT, WAN, Network, packed, text
 from torch import nn
 
 # Every grid of the tiny networks is larger than this but the one of the last level of odd latents.
@@ -116,17 +116,7 @@ NETWORKS = {
         no_positions=at_zero,
     ),
     "Wan": Network(
-        lambda: WanTransformer3DModel(
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            text_dim=TEXT,
-            freq_dim=8,
-            ffn_dim=32,
-            rope_max_seq_len=64,
-        ),
+        lambda: WanTransformer3DModel(**WAN),
         shape=(4, 3, 8, 12),
         maps=False,
         grids=[(3, 4, 6)],

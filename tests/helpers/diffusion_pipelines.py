@@ -8,11 +8,21 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusion_models import LATENTS, make_controlnet, make_pipeline, sharpen
+from diffusion_models import LATENTS, make_controlnet, make_pipeline, sharpen, text
 
 from ailurus_hf import ailurus_status
 
 PICTURE = torch.rand(1, 3, 2 * LATENTS[0], 2 * LATENTS[1], generator=torch.Generator().manual_seed(3))
+
+
+class Tiles(StableDiffusionPipeline):
+    """Calls its UNet for each tile of a picture in turn, in each of two steps."""
+
+    def __call__(self, tiles):
+        self._guidance_scale = 1.0
+        self.scheduler.set_timesteps(2)
+        with torch.no_grad():
+            return [[self.unet(x, t, text(1)).sample for x in tiles] for t in self.scheduler.timesteps]
 
 
 def text_to_image():

@@ -21,7 +21,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from tiny_network import TEXT, Network, no_positions, packed, text, text_mask
+from tiny_network import TEXT, WAN, Network, no_positions, packed, text, text_mask
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
 JOINT = {**HEADS, "joint_attention_dim": TEXT}
@@ -245,17 +245,7 @@ NEWER = {
         **PICTURE,
     ),
     "SkyReels-V2": Network(
-        lambda: SkyReelsV2Transformer3DModel(
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            text_dim=TEXT,
-            freq_dim=8,
-            ffn_dim=32,
-            rope_max_seq_len=64,
-        ),
+        lambda: SkyReelsV2Transformer3DModel(**WAN),
         no_positions=partial(unrotated, "rope"),
         **VIDEO,
     ),

@@ -7,6 +7,18 @@ import torch
 from torch import nn
 
 LATENTS, TEXT = (8, 12), 16
+# Of Wan's transformer, and of SkyReels-V2's, which is made from it.
+WAN = {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT,
+    "freq_dim": 8,
+    "ffn_dim": 32,
+    "rope_max_seq_len": 64,
+}
 
 
 def as_they_are(sample, conditions):
