@@ -4,6 +4,7 @@
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1     # plain, to compare
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --clustering ward
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --loop accelerate --resume
+    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1 --epochs 12 --patience 3
     torchrun --nproc-per-node 2 examples/finetune_segmentation.py …     # or accelerate launch
 
 Any of transformers' segmentation models would do instead of the Segmenter: AiluRus is one call before training starts.
@@ -11,7 +12,7 @@ Any of transformers' segmentation models would do instead of the Segmenter: Ailu
 accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at
 random. run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches
 them on again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on
-val with the reduction on and off.
+val with the reduction on and off. With --patience every epoch is scored on val and the best one is kept.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,22 +58,54 @@ class Photographs(Dataset):
         return {"pixel_values": normalize(pixels), "labels": classes}
 
 
+class BestEpoch:
+    """Early stopping (--patience): val is scored after every epoch, and the best epoch's weights are kept.
+
+    Calling it gives whether training has stopped gaining.
+    """
+
+    def __init__(self, model: nn.Module, val: CamVid, args: argparse.Namespace):
+        self.model, self.val, self.args, self.path = model, val, args, Path(args.output) / "best.pt"
+        self.state = torch.load(self.path) if args.resume and self.path.exists() else {"miou": []}
+
+    def __call__(self) -> bool:
+        earlier, score = self.state["miou"], evaluated(self.model, self.val, self.args)["miou"]
+        if score > max(earlier, default=0.0):
+            weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
+            self.state = {"weights": weights}
+        self.state["miou"] = [*earlier, score]
+        if not rank():
+            torch.save(self.state, self.path)
+        log.info("mIoU %.2f, the best %.2f", score, max(self.state["miou"]))
+        best = self.state["miou"].index(max(self.state["miou"]))
+        return len(earlier) - best >= self.args.patience
+
+    def restore(self) -> None:
+        """The weights of the best epoch, where any was scored."""
+        if "weights" in self.state:
+            self.model.load_state_dict(self.state["weights"])
+
+
 class EpochClock(TrainerCallback):
     """Seconds of every epoch."""
 
-    def __init__(self):
+    def __init__(self, stop: Callable[[], bool] | None):
         self.seconds: list[float] = []
+        self.stop = stop
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self.started)
+        control.should_training_stop |= bool(self.stop and self.stop())
 
 
-def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> list[float]:
-    """Trains with transformers' Trainer; returns the seconds of each epoch."""
-    clock = EpochClock()
+def with_trainer(
+    model: nn.Module, data: Dataset, args: argparse.Namespace, stop: Callable[[], bool] | None = None
+) -> list[float]:
+    """Trains with transformers' Trainer, until `stop` after an epoch says so; returns the seconds of each epoch."""
+    clock = EpochClock(stop)
     settings = TrainingArguments(
         output_dir=args.output,
         num_train_epochs=args.epochs,
@@ -103,8 +137,10 @@ def with_trainer(model: nn.Module, data: Dataset, args: argparse.Namespace) -> l
     return clock.seconds
 
 
-def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -> list[float]:
-    """Trains in a loop of one's own; returns the seconds of each epoch."""
+def with_accelerate(
+    model: nn.Module, data: Dataset, args: argparse.Namespace, stop: Callable[[], bool] | None = None
+) -> list[float]:
+    """Trains in a loop of one's own, until `stop` after an epoch says so; returns the seconds of each epoch."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision={"fp32": "no"}.get(args.precision, args.precision),
@@ -141,6 +177,8 @@ def with_accelerate(model: nn.Module, data: Dataset, args: argparse.Namespace) -
         if accelerator.is_main_process:
             (state / "epoch.json").write_text(json.dumps(epoch + 1))
             log.info("epoch %d: %.1f s, loss %.4f", epoch + 1, seconds[-1], loss.item())
+        if stop and stop():
+            break
     return seconds
 
 
@@ -163,11 +201,13 @@ def main() -> None:
         # transformers 5.17 has only the older name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     run = {"trainer": with_trainer, "accelerate": with_accelerate}[args.loop]
-    seconds = run(model, Photographs(data), args)
+    best = BestEpoch(model, val, args)
+    seconds = run(model, Photographs(data), args, best if args.patience else None)
+    best.restore()
 
-    if int(torch.distributed.is_initialized() and torch.distributed.get_rank()) > 0:
+    if rank():
         return
-    result = {"seconds_per_epoch": seconds, "reduced": None}
+    result = {"seconds_per_epoch": seconds, "miou_per_epoch": best.state["miou"], "reduced": None}
     write(model, enlarge, output / "model")
     if args.keep < 1:
         result["reduced"] = evaluated(model, val, args)
@@ -179,6 +219,11 @@ def main() -> None:
             log.info("mIoU %.2f, %s", result[name]["miou"], name)
     if seconds:
         log.info("%.1f s an epoch", np.median(seconds))
+
+
+def rank() -> int:
+    """Of this process, 0 where there is one alone."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def evaluated(model: nn.Module, val: CamVid, args: argparse.Namespace) -> dict:
@@ -205,6 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--restore", default="copy", choices=RESTORES, help="copy is the paper's")
     parser.add_argument("--enlarge", type=int, help="of the photographs (default: as the model's processor does)")
     parser.add_argument("--epochs", type=float, default=3, help="1.5 stops half way through the second")
+    parser.add_argument("--patience", type=int, help="stop after so many epochs without gain on val, and keep the best")
     parser.add_argument("--batch-size", type=int, default=4, help="photographs a process and step")
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")
     parser.add_argument(

@@ -3,7 +3,6 @@
     python examples/pretrain_masked.py --data CAMVID --output pretrained --minutes 15
     python examples/train_segmenter.py --data CAMVID --init pretrained --output run
     python examples/train_segmenter.py --data CAMVID --output run --max-minutes 120 --resume   # go on, or on for longer
-    python examples/train_segmenter.py --data CAMVID --output run --export segmenter-camvid    # half-precision folder
 
 On a CPU, one single-threaded process a core waits less than one process with many threads:
 
@@ -12,11 +11,11 @@ On a CPU, one single-threaded process a core waits less than one process with ma
 run/best is the averaged model of the best val mIoU so far (load it with AutoModelForSemanticSegmentation), run/state
 what --resume reads, run/metrics.json every evaluation. Windows of photographs for most of the time, whole photographs
 for the rest; the learning rate is held and falls to nothing at the end of the budget, in minutes or epochs.
+finetune_segmentation.py trains the result to its end, export_segmenter.py writes it in half precision.
 """
 
 import argparse
 import copy
-import json
 import logging
 from pathlib import Path
 
@@ -39,7 +38,6 @@ from pretrain_masked import small_segmenter, start_well
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, train
-from transformers import AutoModelForSemanticSegmentation
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.segmenter.modeling_segmenter import resize_position_embeddings
@@ -140,10 +138,8 @@ def write(model: SegmenterForSemanticSegmentation, enlarge: int, folder: Path) -
 def main() -> None:
     args = parse_arguments()
     accelerator = make_accelerator()
-    folder, output = data_folder(args.data, "camvid"), Path(args.output)
+    folder = data_folder(args.data, "camvid")
     val = CamVid(folder, "val", args.enlarge)
-    if args.export:
-        return export(output / "best", Path(args.export), val, args.average_with)
 
     set_seed(args.seed)
     data = CamVid(folder, "train", args.enlarge)
@@ -174,100 +170,10 @@ def main() -> None:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def average_weights(model: SegmenterForSemanticSegmentation, other: SegmenterForSemanticSegmentation) -> None:
-    """Moves each weight half way to another training stage's (Wortsman et al. 2022, "Robust fine-tuning")."""
-    config = model.config.encoder_config
-    set_position_grid(other, (config.image_size[0] // PATCH, config.image_size[1] // PATCH))
-    for weight, others in zip(model.parameters(), other.parameters(), strict=True):
-        weight.lerp_(others, 0.5)
-
-
-def export(best: Path, folder: Path, val: CamVid, average_with: str | None) -> None:
-    """Writes run/best in half precision with a model card, and scores in float32 what was written."""
-    model = SegmenterForSemanticSegmentation.from_pretrained(best, dtype=torch.float32)
-    if average_with:
-        average_weights(model, SegmenterForSemanticSegmentation.from_pretrained(average_with, dtype=torch.float32))
-    model.half().save_pretrained(folder)
-    # Half on disk, float32 when loaded: many CPUs compute half precision slowly or not at all.
-    config = json.loads((folder / "config.json").read_text())
-    for part in (config, config["encoder_config"], config["decoder_config"]):
-        part["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    image_processor(val.enlarge).save_pretrained(folder)
-
-    written = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
-    assert written.dtype == torch.float32
-    result = scores(confusion_on_images(written, val, range(len(val))))
-    spent = json.loads((best / "metrics.json").read_text())
-    result |= {key: spent[key] for key in ("step", "minutes", "images")}
-    (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(model, result))
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
-    log.info("%s: %.1f MB, val mIoU %.2f, %s", folder, size, result["miou"], result["iou"])
-
-
-def model_card(model: SegmenterForSemanticSegmentation, result: dict) -> str:
-    encoder, decoder = model.config.encoder_config, model.config.decoder_config
-    table = "\n".join(f"| {name} | {value:.1f} |" for name, value in result["iou"].items())
-    return f"""# A small Segmenter for street scenes
-
-A plain ViT (patch {encoder.patch_size}, {encoder.num_hidden_layers} layers, {encoder.hidden_size} wide,
-{encoder.num_attention_heads} heads) with a mask-transformer decoder of {decoder.num_hidden_layers} layers;
-{model.num_parameters() / 1e6:.1f} M parameters in half precision. Trained from nothing on the 367 training photographs
-of CamVid, for tests and demonstrations of token reduction: it is no competitor of models pretrained on ImageNet.
-
-```python
-import ailurus_hf.segmenter  # registers Segmenter with the Auto classes
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
-
-model = AutoModelForSemanticSegmentation.from_pretrained("examples/assets/segmenter-camvid")
-processor = AutoImageProcessor.from_pretrained("examples/assets/segmenter-camvid")
-```
-
-## How good it is
-
-CamVid val, 101 photographs of 480 x 360 pixels, whole and at native resolution, all pixels but the unlabeled ones in
-one confusion matrix, float32: **mIoU {result["miou"]:.1f}**, pixel accuracy {result["pixel_accuracy"]:.1f} %. The best
-of the evaluations made during training was kept, on these same images.
-
-| class | IoU |
-| --- | --- |
-{table}
-
-## How it was made
-
-    python examples/pretrain_masked.py --data CAMVID --output pretrained --minutes 14
-    export OMP_NUM_THREADS=1
-    torchrun --nproc-per-node 2 examples/train_segmenter.py --data CAMVID --init pretrained --output run
-    torchrun --nproc-per-node 2 examples/train_segmenter.py --data CAMVID --init run/best --output run2 \\
-        --enlarge 2 --grid 24 32 --batch-size 4 --min-batch-size 1 --lr 1e-3 --decay-share 0.5 --max-minutes 62
-    python examples/train_segmenter.py --data CAMVID --output run2 --enlarge 2 --average-with run/best \\
-        --export examples/assets/segmenter-camvid
-
-on two CPU cores shared with other work. The photographs are seen twice enlarged (2700 tokens instead of 690: CamVid's
-poles, signs and people are smaller than a patch); the image processor of this folder does that. The last stage took
-{result["step"]} steps, {result["images"]} windows and photographs, {result["minutes"]:.0f} minutes of training,
-evaluations not counted. The runs were interrupted and resumed with other settings a few times before the scripts'
-defaults were what they are: a run of your own will differ a little.
-
-## Origin and license
-
-The weights are under this project's license. The data is CamVid, the Cambridge-driving Labeled Video Database
-(University of Cambridge; 11 classes as in the SegNet release): G. J. Brostow, J. Fauqueur, R. Cipolla, "Semantic object
-classes in video: a high-definition ground truth database", Pattern Recognition Letters 30(2), 2009; G. J. Brostow, J.
-Shotton, J. Fauqueur, R. Cipolla, "Segmentation and recognition using structure from motion point clouds", ECCV 2008.
-"""
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="CamVid folder (default: $AILURUS_DATA/camvid)")
     parser.add_argument("--init", help="Segmenter folder to start from (default: from nothing)")
-    parser.add_argument("--export", metavar="FOLDER", help="write the run's best model in half precision and stop")
-    parser.add_argument(
-        "--average-with", metavar="FOLDER", help="export the mean of the weights and an earlier stage's"
-    )
     parser.add_argument(
         "--enlarge", type=int, default=1, help="how many times larger than the photographs it sees them"
     )

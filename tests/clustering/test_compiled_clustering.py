@@ -128,7 +128,7 @@ def test_part_of_a_compiled_model_of_an_exported_one_and_of_what_counts_operator
 
 def test_without_a_compiler_an_error_in_words(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled yet
-    # By torch's own patch: monkeypatch deletes the setting when it puts it back, and every later graph fails without it.
+    # By torch's own patch: monkeypatch deletes the setting when it puts it back, and later graphs fail without it.
     setting = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with setting, pytest.raises(AiluRusError, match=r"KMeans\(.*cannot be compiled here.*needs a C\+\+ compiler"):
         Compiled(KMeans())(tokens(), GRID, 12)

@@ -214,6 +214,28 @@ def test_training_may_stop_within_an_epoch(loop, tmp_path):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_training_stops_where_it_gains_no_more_and_keeps_the_best_epoch(loop, tmp_path, monkeypatch):
+    scores_found, weights = iter((1.0, 3.0, 2.0, 2.5, 9.0)), []
+    given = settings(tmp_path, epochs=5, patience=2)
+    model = reduced_model()
+
+    def evaluated(model, val, args):
+        weights.append([weight.detach().clone() for weight in model.parameters()])
+        return {"miou": next(scores_found)}
+
+    monkeypatch.setattr(finetune, "evaluated", evaluated)
+    best = finetune.BestEpoch(model, None, given)
+    LOOPS[loop](model, Pictures(), given, best)
+    best.restore()
+    assert best.state["miou"] == [1.0, 3.0, 2.0, 2.5]
+    for weight, then in zip(model.parameters(), weights[1], strict=True):
+        assert torch.equal(weight, then)
+    assert not torch.equal(weight, weights[-1][-1])
+    resumed = finetune.BestEpoch(model, None, settings(tmp_path, patience=2, resume=True))
+    assert resumed.state["miou"] == best.state["miou"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_the_example_from_start_to_a_model_that_loads(loop, camvid, tmp_path):
     start, output = tmp_path / "start", tmp_path / "run"
     from pretrain_masked import small_segmenter

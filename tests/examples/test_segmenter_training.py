@@ -48,7 +48,7 @@ def test_pretrain_train_resume_export_load(camvid, tmp_path):
     assert [evaluation["step"] for evaluation in metrics["history"]] == [2, 4]
     assert metrics["best"] == max(evaluation["miou"] for evaluation in metrics["history"])
 
-    run("train_segmenter.py", "--data", camvid, "--output", output, "--export", tmp_path / "out")
+    run("export_segmenter.py", "--data", camvid, "--model", output / "best", "--output", tmp_path / "out")
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
     assert model.dtype == torch.float32 and model.config.id2label[3] == "road"
     weights = sum(p.numel() for p in model.parameters())
@@ -67,11 +67,16 @@ def test_a_second_stage_sees_the_images_enlarged(camvid, tmp_path):
     run("train_segmenter.py", *train, "--output", first, *small)
     enlarged = ["--enlarge", 2, "--grid", 24, 32, "--min-batch-size", 1]
     run("train_segmenter.py", *train, "--output", second, "--init", first / "best", *enlarged)
-    run("train_segmenter.py", "--data", camvid, "--output", second, "--enlarge", 2, "--export", tmp_path / "out")
+    mean = ["--average-with", first / "best", "--output", tmp_path / "out"]
+    run("export_segmenter.py", "--data", camvid, "--model", second / "best", *mean)
 
     model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert tuple(model.config.encoder_config.image_size) == (720, 960)
+    stages = [AutoModelForSemanticSegmentation.from_pretrained(run / "best").state_dict() for run in (first, second)]
+    name = "encoder.layers.0.mlp.fc1.weight"
+    mean = (stages[0][name] + stages[1][name]) / 2
+    torch.testing.assert_close(model.state_dict()[name], mean, atol=1e-4, rtol=1e-3)
     # What a user does with the folder is what was scored.
     data = CamVid(camvid, "val", enlarge=2)
     inputs = processor(images=data.images[0], return_tensors="pt")
