@@ -39,12 +39,28 @@ CASES = [
 if os.environ.get("AILURUS_TEST_EVERY"):
     CASES = list(itertools.product(NETWORKS, SCOPES, (compile_whole, compile_blocks)))
 
+# In one graph, of each kind of attention. Lumina 2 has none, plain or not: it reads the lengths of texts.
+IN_ONE_GRAPH = [
+    ("Chroma", "attention"),
+    ("Z-Image", "blocks"),
+    ("LTX-Video", "blocks"),
+    ("HunyuanVideo", "attention"),
+    ("CogVideoX", "attention"),
+    ("SD3 ControlNet", "blocks"),
+]
+if os.environ.get("AILURUS_TEST_EVERY"):
+    IN_ONE_GRAPH = [(name, scope) for name in NETWORKS for scope in SCOPES if name != "Lumina 2"]
+
+
+def grid_of(name):
+    """What a network is told of its grid: only one that is not traced can read it from ids."""
+    return {"joint_attention_kwargs": {"grid": (8, 12)}} if name.startswith(("Flux", "Chroma")) else {}
+
 
 @pytest.mark.parametrize("name, scope, compile_it", CASES)
 def test_on_off_and_on_again(name, scope, compile_it):
     x, fields = latents(NETWORKS[name].shape), {**SETTINGS, **SCOPES[scope]}
-    # Only a network that is not traced can read its grid from ids.
-    given = {"joint_attention_kwargs": {"grid": (8, 12)}} if name.startswith(("Flux", "Chroma")) else {}
+    given = grid_of(name)
     plain = predict(make_network(name), name, x)
     reduced = predict(apply_ailurus(make_network(name), **fields), name, x)
     assert (reduced - plain).abs().max() > 1e-3 * plain.abs().max()
@@ -62,6 +78,19 @@ def test_on_off_and_on_again(name, scope, compile_it):
     close(plain)
     apply_ailurus(network, **fields)
     close(reduced)
+
+
+@pytest.mark.parametrize("name, scope", IN_ONE_GRAPH)
+def test_a_network_is_one_graph(name, scope):
+    x, other = (latents(NETWORKS[name].shape, seed=seed) for seed in (0, 1))
+    network = apply_ailurus(make_network(name), **SETTINGS, **SCOPES[scope])
+    # Z-Image makes its tables of positions in its first forward.
+    want = [predict(network, name, each) for each in (x, other)]
+    network.compile(backend="eager", fullgraph=True, dynamic=False)
+    for each, expected in zip((x, other), want, strict=True):
+        got = predict(network, name, each, **grid_of(name))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.compiler.reset()
 
 
 def test_blocks_compiled_without_breaks_are_an_error():
