@@ -9,12 +9,15 @@ from diffusers.models.attention_processor import (
     CogVideoXAttnProcessor2_0,
     FusedCogVideoXAttnProcessor2_0,
 )
+from diffusers.models.transformers.transformer_bria import BriaAttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
+from diffusers.models.transformers.transformer_longcat_image import LongCatImageAttnProcessor
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
+from diffusers.models.transformers.transformer_ovis_image import OvisImageAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -88,6 +91,27 @@ JOINT = (
         unmerge_before="norm_out",
         guides_by_halves=False,
         flops=joint_block_flops,
+    ),
+    *(
+        DiffusionNetwork(
+            network,
+            blocks=SINGLE_AND_DOUBLE,
+            patch=2,
+            grid=partial(IdGrid, kwargs),
+            token_order=TEXT_FIRST,
+            attention=OwnProcessor(
+                stands_in_for=(processor,), kwargs=kwargs or "joint_attention_kwargs", rotary=rotary_of_ids
+            ),
+            unmerge_before="norm_out",
+            guides_by_halves=halves,
+            flops=joint_block_flops,
+        )
+        for network, processor, kwargs, halves in (
+            (diffusers.BriaTransformer2DModel, BriaAttnProcessor, "attention_kwargs", True),
+            # It takes no arguments for its attention.
+            (diffusers.LongCatImageTransformer2DModel, LongCatImageAttnProcessor, None, False),
+            (diffusers.OvisImageTransformer2DModel, OvisImageAttnProcessor, "joint_attention_kwargs", False),
+        )
     ),
     DiffusionNetwork(
         diffusers.Flux2Transformer2DModel,

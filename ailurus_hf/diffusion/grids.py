@@ -52,10 +52,10 @@ class IdGrid:
     attention kwargs.
 
     Args:
-        kwargs: the argument of the network that may hold "grid".
+        kwargs: the argument of the network that may hold "grid"; None: it has none.
     """
 
-    def __init__(self, kwargs: str = "joint_attention_kwargs") -> None:
+    def __init__(self, kwargs: str | None = "joint_attention_kwargs") -> None:
         self.kwargs = kwargs
         # The last ids that were read, held weakly, their version, and their grid.
         self._known: tuple[ReferenceType[Tensor], int, tuple[int, int]] | None = None
@@ -69,10 +69,13 @@ class IdGrid:
         if given is not None and len(given) != 2:
             raise AiluRusError(f"grid in {self.kwargs} must be (H, W), got {given}")
         if given is None and torch.compiler.is_compiling():
-            raise AiluRusError(
-                "a compiled network cannot read its grid from img_ids: call it with "
-                f'{self.kwargs}={{"grid": (H, W)}}, the rows and columns of tokens (a 16th of the picture\'s sides)'
-            )
+            instead = "compile it without fullgraph=True"
+            if self.kwargs is not None:
+                instead = (
+                    f'call it with {self.kwargs}={{"grid": (H, W)}}, the rows and columns of tokens (a 16th of the '
+                    "picture's sides)"
+                )
+            raise AiluRusError(f"a compiled network cannot read its grid from img_ids: {instead}")
         grid = self._read(unbatched_ids(call, "img_ids")) if given is None else given
         if math.prod(grid) != num_tokens:
             raise AiluRusError(

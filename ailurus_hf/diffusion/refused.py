@@ -17,7 +17,6 @@ _KEPT = "it keeps keys and values of other tokens from call to call"
 REFUSED = {
     # Pictures
     "AuraFlowTransformer2DModel": _OWN,
-    "BriaTransformer2DModel": _OWN,
     "BriaFiboTransformer2DModel": _OWN,
     "BriaFibo2Transformer2DModel": _OWN,
     "CogView4Transformer2DModel": _OWN,
@@ -31,11 +30,9 @@ REFUSED = {
     "JoyImageEditTransformer3DModel": _SEVERAL,
     "JoyImageEditPlusTransformer3DModel": _SEVERAL,
     "Krea2Transformer2DModel": _OWN,
-    "LongCatImageTransformer2DModel": _OWN,
     "LuminaNextDiT2DModel": _OWN,
     "NucleusMoEImageTransformer2DModel": "its experts choose among all tokens of a sequence, and would choose others",
     "OmniGenTransformer2DModel": _OWN + ", under a mask of its own for every pair of tokens",
-    "OvisImageTransformer2DModel": _OWN,
     "PRXTransformer2DModel": _OWN,
     "PriorTransformer": "it denoises an embedding, and no picture",
     "QwenImage21Transformer2DModel": _CAUSAL,

@@ -76,13 +76,14 @@ def test_padding_of_a_text_is_not_seen(name, scope):
     assert not torch.allclose(predict(network, name, x, encoder_hidden_states=other), seen, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["Chroma", "Flux.2"])
+@pytest.mark.parametrize("name", ["Chroma", "Flux.2", "Bria", "LongCat-Image", "Ovis-Image"])
 @pytest.mark.parametrize("location", [2, 3])
 def test_tokens_are_merged_in_blocks_of_one_sequence(name, location):
     # The first two blocks have text and image apart.
     network, fields = make_network(name), {**SETTINGS, "cluster_location": location}
     NETWORKS[name].no_positions(network)
-    doubled = duplicated(latents((4, 4, 4)), 4)
+    shape, times = NETWORKS[name].small
+    doubled = duplicated(latents(shape), times)
     plain = predict(network, name, doubled)
     reduced = predict(apply_ailurus(network, **fields), name, doubled)
     assert ailurus_status(network).locations[0].num_clusters == 16
@@ -123,6 +124,14 @@ REFUSED_CALLS = [
     ("Kandinsky 5", {"sparse_params": {"to_fractal": False}}, "sparse_params"),
     ("Qwen-Image", {"img_shapes": [[(1, 8, 12), (1, 8, 12)]] * 2}, "reference images"),
     ("Qwen-Image", {"controlnet_block_samples": [torch.ones(2, 96, 16)]}, "controlnet_block_samples"),
+    # The edited picture beside the one that is made, as its pipeline for editing gives them.
+    (
+        "LongCat-Image",
+        {"img_ids": torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(12))},
+        "reference",
+    ),
+    ("Bria", {"attention_kwargs": {"attention_mask": torch.ones(2, 101)}}, "attention_mask in attention_kwargs"),
+    ("Bria", {"controlnet_block_samples": [torch.ones(2, 96, 16)]}, "controlnet_block_samples"),
     ("Z-Image", {"controlnet_block_samples": {0: torch.ones(2, 160, 16)}}, "controlnet_block_samples"),
     ("Z-Image", {"image_noise_mask": [[1], [1]]}, "image_noise_mask"),
 ]

@@ -72,6 +72,11 @@ def z_image(batch):
     return {name: longer(each) for name, each in texts(batch).items()} | {"guidance_scale": 3.0, **PICTURE}
 
 
+def longcat(batch):
+    """Words, as it takes no embeddings without them."""
+    return {"prompt": ["a"] * batch, "negative_prompt": ["b"] * batch, "enable_prompt_rewrite": False, **PICTURE}
+
+
 def kandinsky(batch):
     inputs = {"guidance_scale": 3.0, "num_frames": 9, **SIDES}
     for part, seed in (("", 1), ("negative_", 9)):
@@ -214,6 +219,11 @@ KINDS = {
     "Flux": Kind("FluxPipeline", lambda batch: pooled(batch, true_cfg_scale=2.0, **PICTURE)),
     "Chroma": Kind("ChromaPipeline", lambda batch: masked(batch, float_mask, **PICTURE)),
     "Flux.2": Kind("Flux2KleinPipeline", lambda batch: guided(batch, **PICTURE), klein),
+    "Bria": Kind(
+        "BriaPipeline", lambda batch: guided(batch, **PICTURE), lambda: {"scheduler": EULER(), "vae": deep_vae()}
+    ),
+    "LongCat-Image": Kind("LongCatImagePipeline", longcat),
+    "Ovis-Image": Kind("OvisImagePipeline", lambda batch: guided(batch, negative_prompt=None, **PICTURE)),
     "Qwen-Image": Kind("QwenImagePipeline", qwen),
     "CogView3-Plus": Kind(
         "CogView3PlusPipeline", lambda batch: guided(batch, **PICTURE), lambda: {"scheduler": scheduler()}
@@ -309,6 +319,9 @@ def make_every_pipeline(name):
     }
     pipe = made(**{**empty, **kind.parts(), held: network})
     pipe.set_progress_bar_config(disable=True)
+    if name == "LongCat-Image":
+        # In place of its text encoder.
+        pipe._encode_prompt = lambda words: text(len(words), 1 if words[0] == "a" else 9)
     return pipe
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from diffusers import (
+    BriaTransformer2DModel,
     ChromaTransformer2DModel,
     CogVideoXTransformer3DModel,
     CogView3PlusTransformer2DModel,
@@ -12,8 +13,10 @@ from diffusers import (
     FluxControlNetModel,
     HunyuanVideoTransformer3DModel,
     Kandinsky5Transformer3DModel,
+    LongCatImageTransformer2DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
+    OvisImageTransformer2DModel,
     QwenImageControlNetModel,
     QwenImageTransformer2DModel,
     SD3ControlNetModel,
@@ -182,6 +185,20 @@ NEWER = {
         no_positions=at_zero,
         **PICTURE,
     ),
+    **{
+        name: Network(
+            partial(made, **JOINT, num_layers=2, num_single_layers=2, in_channels=channels, axes_dims_rope=(2, 2, 4)),
+            call=call_flux,
+            no_positions=at_zero,
+            **{**PICTURE, "shape": (channels // 4, 16, 24), "small": ((channels // 4, 4, 4), 4)},
+        )
+        for name, made, channels in (
+            ("Bria", BriaTransformer2DModel, 16),
+            # Its pipeline makes latents of 16 channels, whatever the network.
+            ("LongCat-Image", LongCatImageTransformer2DModel, 64),
+            ("Ovis-Image", partial(OvisImageTransformer2DModel, out_channels=16), 16),
+        )
+    },
     "Qwen-Image": Network(
         lambda: QwenImageTransformer2DModel(
             **JOINT, num_layers=2, in_channels=16, out_channels=4, axes_dims_rope=(2, 2, 4)
