@@ -102,3 +102,21 @@ def test_what_is_added_between_blocks_is_refused(name, way):
     with pytest.raises(AiluRusError, match="use scope='attention'"):
         generate_any(pipe, name)
     remove_ailurus(pipe)
+
+
+@pytest.mark.parametrize("name, fields", [("Lumina 2", {"cfg_trunc_ratio": 0.5}), ("Z-Image", {"cfg_truncation": 0.5})])
+def test_guidance_in_some_steps_only(name, fields):
+    pipe, run = make_every_pipeline(name), functools.partial(generate_any, name=name, steps=5, **fields)
+    plain, calls = run(pipe), []
+    alone = run(apply_ailurus(pipe, **SETTINGS))
+    apply_ailurus(pipe, **SETTINGS, full_every=2)
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(1), prepend=True)
+    reduced = run(pipe)
+    handle.remove()
+    # Lumina 2 guides by a second call, Z-Image by a batch that is twice as large.
+    assert 5 < len(calls) < 10 or name == "Z-Image"
+    # Nearer than without full steps.
+    assert 1e-3 < (reduced - plain).norm() / plain.norm() < 0.8 * (alone - plain).norm() / plain.norm()
+    assert torch.equal(run(pipe), reduced)
+    assert distance(reduced, run(pipe, batch=2)[:1]) <= 1e-5
+    assert torch.equal(run(remove_ailurus(pipe)), plain)
