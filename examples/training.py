@@ -112,14 +112,16 @@ def train(
     score: str,
     save: Callable[[Path], None],
     args: argparse.Namespace,
+    optimizers: list[torch.optim.Optimizer] | None = None,
 ) -> None:
     """Trains `model`, which is prepared here, and the running `average` of its part `learner`'s weights.
 
     loss_of(model, share of the budget that is spent, generator): a batch's loss and its number of images.
     evaluate() of `average`, and save(folder) for the best by result[score]. epoch: images in one.
+    optimizers: others than make_optimizers'; a group of theirs learns at its own "lr_scale" times the learning rate.
     """
     output = Path(args.output)
-    model, *optimizers = accelerator.prepare(model, *make_optimizers(model, args.weight_decay))
+    model, *optimizers = accelerator.prepare(model, *(optimizers or make_optimizers(model, args.weight_decay)))
     progress = Progress()
     accelerator.register_for_checkpointing(progress, average)
     if args.resume:
@@ -134,7 +136,7 @@ def train(
         lr = args.lr * min(1.0, (progress.step + 1) / args.warmup_steps, (1 - done) / args.decay_share)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
         model.train()
         loss, batch_size = loss_of(model, done, np.random.default_rng(draw))
         accelerator.backward(loss)
@@ -170,7 +172,7 @@ def train(
                     write_folder(output / "best", result, save)
             accelerator.save_state(output / "state")
             report = {"args": vars(args), "best": progress.best, "history": progress.history}
-            (output / "metrics.json").write_text(json.dumps(report, indent=2))
+            (output / "metrics.json").write_text(json.dumps(report, indent=2, default=str))
 
 
 def write_folder(folder: Path, result: dict, save: Callable[[Path], None]) -> None:

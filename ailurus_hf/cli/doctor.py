@@ -20,7 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "vision": ("transformers", "accelerate", "pillow", "safetensors", "pyyaml", "tqdm", "pycocotools", "shtab"),
     "diffusion": ("diffusers", "transformers", "accelerate"),
     "video": ("imageio", "imageio-ffmpeg", "opencv-python-headless", "pillow", "controlnet-aux", "torchvision"),
-    "detection": ("torchvision",),
+    "detection": ("torchvision", "scipy"),
     "datasets": ("datasets",),
     "app": ("gradio", "imageio-ffmpeg"),
     "export": ("onnxscript", "onnxruntime", "openvino"),

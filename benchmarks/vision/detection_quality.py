@@ -2,12 +2,17 @@
 
     python -m benchmarks.vision.detection_quality --data COCO --model RUN
     python -m benchmarks.vision.detection_quality --data COCO --model RUN --settings 2,0.5 2,0.25 --methods ToMe
+    python -m benchmarks.vision.detection_quality --data COCO --model RUN --ap-of RESULT.json   # times its rows alone
+    python -m benchmarks.vision.detection_quality --tiny                # a dry run on made-up images, saves nothing
 
-RUN is the output folder of examples/train_detector.py. L and the share of tokens are those of Tab. 4 unless said
-otherwise, at the same share of the depth. AP (0.5 to 0.95) and AP50 are COCO's own code's. Intervals are over images,
-by bootstrap: resamples of the images whose boxes were matched once. Speed is that of the encoder, read at the layers
-that the detector reads, without pyramid and heads, which no method changes; GFLOPs are of the same part. "Agreement" is
-the share of boxes above 0.5 that both have, of one class and overlapping. Methods as in segmenter_quality.
+RUN is the output folder of examples/train_detector.py, or `best` in that of examples/train_yolos.py, on which the
+peers of others do not run. L and the share of tokens are those of Tab. 4 unless said otherwise, at the same share of
+the depth. AP (0.5 to 0.95) and AP50 are COCO's own code's. Intervals are over images, by bootstrap: resamples of the
+images whose boxes were matched once. Speed is that of the encoder, read at the layers that the detector reads, without
+pyramid and heads, which no method changes; GFLOPs are of the same part. "Detector" is the whole of it. A second table
+holds of each method the row that is slowest of those that reach --at-speed. "Agreement" is the share of boxes above 0.5
+that both have, of one class and overlapping. Methods as in segmenter_quality. AP takes long and needs no quiet machine,
+so `--ap-of` takes it from a result that was measured before.
 """
 
 from __future__ import annotations
@@ -16,16 +21,16 @@ import argparse
 import json
 import logging
 import statistics
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel
 
 from ailurus_hf.evaluation.average_precision import matched_boxes, precision_of
 from ailurus_hf.evaluation.boxes import Boxes, box_agreement
@@ -34,9 +39,21 @@ from ..harness import environment, interleaved, measured_columns, model_flops, s
 from ..harness.bootstrap import called, drawn_weights, interval
 from ..harness.datasets import DetectionData, evenly
 from ..methods import METHODS, PAPER, Amount, AppliedMethod
+from ..methods.registry import Ours
 from . import quality
-from .compiled_speed import sharing_weights
 from .detection_speed import SIZE, TABLE_4
+from .detectors import (
+    Yolos,
+    depth_and_taps,
+    encoder_alone,
+    how_trained,
+    load_detector,
+    made_up_data,
+    pixels,
+    seen,
+    tiny_detector,
+    with_encoder,
+)
 from .quality import Contender, Resampling
 
 DEPTH_OF_TABLE_4 = 12
@@ -69,42 +86,15 @@ COLUMNS = {
     "ideal": "FLOPs-ideal|{:.2f}×",
     "speed_up": "speed-up|{:.2f}×",
     "share_of_ideal": "share of ideal|{:.2f}",
+    "detector_ms": "detector|{:.0f} ms",
+    "detector_speed_up": "detector's speed-up|{:.2f}×",
 }
-
-
-def load_detector(folder: Path) -> nn.Module:
-    """What examples/train_detector.py wrote: a Mask R-CNN, or a Faster R-CNN where the data had no masks."""
-    from ailurus_hf.detection.detector import faster_rcnn, mask_rcnn  # the report needs no torchvision
-
-    about = json.loads((folder / "detector.json").read_text())
-    encoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    make = mask_rcnn if about["masks"] else faster_rcnn
-    detector = make(encoder, about["num_classes"], about["taps"], about["out_channels"], **about["fields"])
-    load_model(detector, folder / "state" / "model.safetensors")
-    return detector.eval().requires_grad_(False)
 
 
 def settings_of_table_4(depth: int) -> list[tuple[int, float]]:
     """L and keep ratio as in Tab. 4, at the same share of the depth and of the tokens."""
     tokens = (SIZE[0] // 16) * (SIZE[1] // 16)
     return [(round(location * depth / DEPTH_OF_TABLE_4), round(clusters / tokens, 3)) for location, clusters in TABLE_4]
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """Tensor[3, H, W], 0 to 1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-
-
-def encoder_alone(detector: nn.Module) -> nn.Module:
-    """The layers that the detector reads, and nothing of what it makes of them, on the same weights."""
-    pyramid = sharing_weights(detector.backbone.pyramid)
-    pyramid.scales = nn.ModuleList(nn.Identity() for _ in pyramid.scales)
-    return pyramid
-
-
-def with_encoder(detector: nn.Module, encoder: nn.Module) -> nn.Module:
-    """The detector around another encoder, on the same weights."""
-    return sharing_weights(detector, {detector.backbone.pyramid.encoder: encoder})
 
 
 def boxes_of(found: dict[str, Tensor]) -> Boxes:
@@ -164,31 +154,53 @@ def measure(
     contenders: dict[str, Contender],
     repeats: int,
     resampling: Resampling | None = None,
+    known: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a contender, after one for the plain detector."""
+    """One row a contender, after one for the plain detector. known: such rows with AP, which are only timed."""
     device = next(detector.parameters()).device
     shown = [pixels(data.image(index)).to(device) for index in evenly(range(len(data)), TIMED)]
-    timed = [detector.transform([image])[0].tensors for image in shown]
+    timed = [seen(detector, image) for image in shown]
     plain = encoder_alone(detector)
     encoders: dict[str, nn.Module] = {"plain": plain}
     reductions: dict[str, AppliedMethod] = {}
     with torch.no_grad():
         for name, (method, *amount) in contenders.items():
             encoders[name], reductions[name] = quality.reduced_copy(plain, method, Amount(*amount), timed[:2])
-    detectors = {name: with_encoder(detector, each.encoder) for name, each in encoders.items()}
-    said = precision_rows(found_boxes(detectors, data, device), data, contenders, resampling)
-    runs = {name: (lambda n, each=each: each(timed[n % len(timed)])) for name, each in encoders.items()}
+    detectors = {name: with_encoder(detector, each) for name, each in encoders.items()}
+    if known is None:
+        said = precision_rows(found_boxes(detectors, data, device), data, contenders, resampling)
+    else:
+        said = dict(zip(encoders, known, strict=True))
     with torch.no_grad():
         full = model_flops(lambda: plain(timed[0]))
-        seconds = interleaved(runs, repeats, warmup=3, device=device) if repeats else {}
-        rows = [{"method": "plain", "gflops": full / 1e9, "ideal": 1.0, **said["plain"]}]
-        rows += [reduced_row(contenders[name], each, full, encoders[name], timed[0]) | said[name]
+        rows = [said["plain"] | {"method": "plain", "gflops": full / 1e9, "ideal": 1.0}]
+        rows += [said[name] | reduced_row(contenders[name], each, full, encoders[name], timed[0])
                  for name, each in reductions.items()]  # fmt: skip
-    for row, name in zip(rows, encoders, strict=True):
-        if name in seconds:
-            row["ms"], row["speed_up"] = 1e3 * seconds[name], seconds["plain"] / seconds[name]
-            row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+        if repeats:
+            add_times(rows, encoders, timed, "", repeats)
+            add_times(rows, detectors, [[image] for image in shown], "detector_", repeats)
+    for row in rows if repeats else ():
+        row["share_of_ideal"] = row["speed_up"] / row["ideal"]
     return rows
+
+
+def add_times(
+    rows: list[dict[str, Any]], models: dict[str, nn.Module], inputs: list[Any], part: str, repeats: int
+) -> None:
+    """Median time of each row's model, all in turn, and how many times as fast as the first it is."""
+    device = next(models["plain"].parameters()).device
+    runs = {name: (lambda n, model=model: model(inputs[n % len(inputs)])) for name, model in models.items()}
+    bar = partial(tqdm, desc=f"time {part}".strip(" _"))
+    seconds = list(interleaved(runs, repeats, warmup=3, device=device, progress=bar).values())
+    for row, own in zip(rows, seconds, strict=True):
+        row[f"{part}ms"], row[f"{part}speed_up"] = 1e3 * own, seconds[0] / own
+
+
+def rows_at(rows: list[dict[str, Any]], speed_up: float) -> list[dict[str, Any]]:
+    """The plain row, and of each method the slowest row that is at least that many times as fast, if there is one."""
+    fast = sorted((row for row in rows[1:] if row["speed_up"] >= speed_up), key=lambda row: -row["speed_up"])
+    last = {row["method"]: row for row in fast}
+    return rows[:1] + [last[name] for name in dict.fromkeys(row["method"] for row in rows) if name in last]
 
 
 def reduced_row(
@@ -218,42 +230,69 @@ def main() -> None:
     parser.add_argument("--dataset", default="bccd", help="its folder's name in AILURUS_DATA")
     parser.add_argument("--data", help="a folder in COCO's format (default: the data set's)")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--model", type=Path, required=True, help="output folder of examples/train_detector.py")
-    parser.add_argument("--methods", nargs="+", default=list(CHOSEN), help=", ".join(METHODS))
+    parser.add_argument("--model", type=Path, help="output folder of a training script")
+    parser.add_argument("--methods", nargs="+", help=", ".join(METHODS))
     parser.add_argument("--settings", nargs="+", type=setting, metavar="L,KEEP", help="instead of Tab. 4's")
     parser.add_argument("--repeats", type=int, default=15, help="of the timing (0: AP and FLOPs alone)")
     parser.add_argument("--limit", type=int, help="only so many images, evenly from the whole split")
     parser.add_argument("--resamples", type=int, default=1000, help="of the images, for intervals (0: no intervals)")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
     parser.add_argument("--against", help="one of the methods, with which the others are compared")
+    parser.add_argument("--ap-of", type=Path, metavar="RESULT.json", help="take AP from its rows, and only time them")
+    parser.add_argument("--at-speed", type=float, default=1.5, help="of the second table: times the plain encoder's")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random detector, and no result file")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--name", default="detection_quality", help="of the result file")
     args = parser.parse_args()
-    if args.against not in (None, *args.methods):
+    if args.against not in (None, *(args.methods or CHOSEN)):
         parser.error(f"--against must be one of --methods, got {args.against!r}")
+    if not (args.model or args.tiny):
+        parser.error("--model is needed, unless --tiny makes one up")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    detector = load_detector(args.model).to(args.device)
-    data = DetectionData(args.dataset, args.data, args.split, args.limit)
-    settings = args.settings or settings_of_table_4(detector.backbone.pyramid.config.num_hidden_layers)
-    contenders: dict[str, Contender] = {
-        f"{method}, L={location}, keep={keep}": (method, location, keep, None)
-        for location, keep in settings
-        for method in args.methods
-    }
-    resampling = None
-    if args.resamples:
-        resampling = Resampling(np.random.default_rng(args.seed), args.resamples, args.against)
-    rows = measure(detector, data, contenders, args.repeats, resampling)
+    with TemporaryDirectory() as folder:
+        if args.tiny:
+            args.data = made_up_data(Path(folder))
+        detector = (tiny_detector() if args.tiny else load_detector(args.model)).to(args.device)
+        data = DetectionData(args.dataset, args.data, args.split, args.limit)
+        known = json.loads(args.ap_of.read_text()) if args.ap_of else None
+        contenders = chosen(args, detector) if known is None else contenders_of(known["rows"])
+        resampling = None
+        if args.resamples:
+            resampling = Resampling(np.random.default_rng(args.seed), args.resamples, args.against)
+        rows = measure(detector, data, contenders, args.repeats, resampling, known and known["rows"])
     about = {
         "dataset": args.dataset,
         "images": len(data),
-        "training": json.loads((args.model / "progress.json").read_text()),
-        "taps": detector.backbone.pyramid.taps,
+        "taps": depth_and_taps(detector)[1],
         "resamples": args.resamples,
         "seed": args.seed,
     }
-    save(args.name, rows, {**environment(args.device, "fp32"), **about})
+    if known is not None:
+        about |= {name: known[name] for name in ("images", "resamples", "seed")}
+        about["ap_of"] = {name: known[name] for name in ("device", "date", "command")}
+    if not args.tiny:
+        about["training"] = how_trained(args.model)
+        save(args.name, rows, {**environment(args.device, "fp32"), **about})
     print(measured_columns(rows, COLUMNS))
+    if args.repeats:
+        print(f"\nAt {args.at_speed} times the plain encoder's speed, or the next that is faster:\n")
+        print(measured_columns(rows_at(rows, args.at_speed), COLUMNS))
+
+
+def chosen(args: argparse.Namespace, detector: nn.Module) -> dict[str, Contender]:
+    """Every combination of the options."""
+    settings = args.settings or settings_of_table_4(depth_and_taps(detector)[0])
+    runs = [name for name in CHOSEN if isinstance(METHODS[name], Ours) or not isinstance(detector, Yolos)]
+    return named((m, location, keep, None) for location, keep in settings for m in args.methods or runs)
+
+
+def contenders_of(rows: list[dict[str, Any]]) -> dict[str, Contender]:
+    """The methods and settings of a result's rows, after the plain one."""
+    return named((row["method"], row["location"], row["keep_ratio"], None) for row in rows[1:])
+
+
+def named(contenders: Iterable[Contender]) -> dict[str, Contender]:
+    return {f"{each[0]}, L={each[1]}, keep={each[2]}": each for each in contenders}
 
 
 if __name__ == "__main__":

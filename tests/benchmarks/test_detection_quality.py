@@ -16,7 +16,7 @@ from ailurus_hf.evaluation.boxes import Boxes, Truth
 from benchmarks.harness.datasets import DetectionData
 from benchmarks.methods import PAPER
 from benchmarks.peers import expedite, hooks
-from benchmarks.vision import detection_quality
+from benchmarks.vision import detection_quality, detectors
 from benchmarks.vision.quality import Resampling
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -131,6 +131,7 @@ def test_every_kind_of_method_beside_the_plain_detector(run):
         # 64 x 80 pixels in patches of 8: a grid of 8 x 10, of which Expedite keeps cells.
         assert row["num_clusters"] == {"ToMe:r=8": 80 - 4 * 8}.get(row["method"], 20)
         assert row["ideal"] > 1 and row["gflops"] < plain["gflops"] and row["ms"] > 0
+        assert row["detector_ms"] > 0 and row["share_of_ideal"] == row["speed_up"] / row["ideal"]
         assert row["lost"] == pytest.approx(plain["ap"] - row["ap"]) and row["lost"] > 0
         low, high = row["lost_between"]
         assert low <= high and row["lost_is"] in ("a loss", "a gain", "may be chance") and "lost50_between" in row
@@ -173,3 +174,56 @@ def test_the_command_saves_what_was_measured_and_how_it_was_trained(run, monkeyp
 def test_settings_of_the_paper():
     assert detection_quality.settings_of_table_4(12) == [(3, 0.387), (3, 0.527), (6, 0.431), (7, 0.431)]
     assert [location for location, _ in detection_quality.settings_of_table_4(8)] == [2, 2, 4, 5]
+
+
+def test_a_dry_run_needs_nothing_and_saves_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(detection_quality, "save", lambda *args: pytest.fail("saved"))
+    options = ["--tiny", "--settings", "1,0.5", "--repeats", "1", "--resamples", "3", "--at-speed", "0"]
+    monkeypatch.setattr("sys.argv", ["detection_quality", *options])
+    detection_quality.main()
+    first, second = capsys.readouterr().out.split("\nAt 0.0 times")
+    # On a YOLOS of 4 x 6 patches the peers of others do not run, and ours keep 12.
+    for table in (first, second):
+        assert "| Ward, residual | 1 | 12 |" in table and "detector's speed-up" in table and "ToMe" not in table
+
+
+def test_ap_that_was_measured_before_is_kept_and_timed(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(detection_quality, "save", lambda *args: saved.append(args))
+    monkeypatch.setattr(detection_quality, "load_detector", lambda _: detectors.tiny_detector())
+    monkeypatch.setattr(detection_quality, "how_trained", lambda _: {})
+    same = ["detection_quality", "--data", str(detectors.made_up_data(tmp_path)), "--model", "it"]
+    methods = ["--methods", "Ward, copy", "Ward, smooth", "--settings", "1,0.5", "2,0.25"]
+    monkeypatch.setattr("sys.argv", [*same, *methods, "--repeats", "0", "--resamples", "3"])
+    detection_quality.main()
+    ((_, rows, about),) = saved
+    rows[1]["ap"] = 12.5  # no detector's
+    (tmp_path / "before.json").write_text(json.dumps({**about, "date": "then", "rows": rows}))
+    monkeypatch.setattr(detection_quality, "found_boxes", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sys.argv", [*same, "--ap-of", str(tmp_path / "before.json"), "--repeats", "1"])
+    detection_quality.main()
+    _, again, about = saved[1]
+    assert "speed_up" not in rows[1] and all(row["speed_up"] > 0 for row in again)
+    assert [{key: row[key] for key in before} for row, before in zip(again, rows, strict=True)] == rows
+    assert about["resamples"] == 3 and about["ap_of"]["date"] == "then"
+
+
+def test_of_each_method_the_slowest_row_that_is_fast_enough():
+    speeds = [("one", 2.0), ("one", 1.5), ("one", 1.4), ("two", 1.2), ("three", 3.0)]
+    rows = [{"method": name, "speed_up": speed} for name, speed in [("plain", 1.0), *speeds]]
+    chosen = [(row["method"], row["speed_up"]) for row in detection_quality.rows_at(rows, 1.5)]
+    assert chosen == [("plain", 1.0), ("one", 1.5), ("three", 3.0)]
+
+
+@torch.no_grad()
+def test_a_reduced_yolos_is_measured_on_its_own_boxes(tmp_path):
+    detector, data = detectors.tiny_detector(), DetectionData("made up", detectors.made_up_data(tmp_path))
+    image = detection_quality.pixels(data.image(0))
+    (found,) = detector([image])
+    assert (found["scores"].diff() <= 0).all() and found["boxes"].shape == (4, 4)
+    contenders = {"ours": ("Ward, copy", 1, 0.25, None)}
+    _, row = detection_quality.measure(detector, data, contenders, 0)
+    apply_ailurus(detector, AiluRusConfig.from_dict(row["settings"]))
+    own = detection_quality.found_boxes({"it": detector}, data, torch.device("cpu"))["it"]
+    assert row["num_clusters"] == 6 and row["ap"] == 100 * average_precision(own, [data.truth(i) for i in range(3)])
+    assert row["ideal"] > 1 and not torch.equal(detector([image])[0]["boxes"], found["boxes"])
