@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from diffusion_models import NETWORKS, SETTINGS, latents, make_network, predict
+from diffusion_ways import grid_of
 
 from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.stacks import find_stacks
@@ -51,12 +52,6 @@ IN_ONE_GRAPH = [
 ]
 if os.environ.get("AILURUS_TEST_EVERY"):
     IN_ONE_GRAPH = [(name, scope) for name in NETWORKS for scope in SCOPES if name not in ("Lumina 2", "LongCat-Image")]
-
-
-def grid_of(name):
-    """What a network is told of its grid: only one that is not traced can read it from ids."""
-    kwargs = "attention_kwargs" if name == "Bria" else "joint_attention_kwargs"
-    return {kwargs: {"grid": (8, 12)}} if name.startswith(("Flux", "Chroma", "Bria", "Ovis")) else {}
 
 
 @pytest.mark.parametrize("name, scope, compile_it", CASES)

@@ -7,15 +7,14 @@ Flux's grid is given: without, it is read from `img_ids`, once a picture.
 import pytest
 import torch
 from diffusion_models import NETWORKS, SETTINGS, predict
-from diffusion_ways import WAYS, on_every_network, sample
+from diffusion_ways import WAYS, grid_of, on_every_network, sample
 
 from ailurus_hf import ailurus_status, apply_ailurus
 from ailurus_hf.clustering import clustering_names
 
 META = torch.device("meta")
-# Networks that get positions of tokens, and no sides.
-BY_IDS = ("Flux", "Flux.2", "Chroma", "Flux ControlNet")
 ON_A_DEVICE = {
+    "LongCat-Image": "it cannot be told its grid, which is read from ids once a picture",
     "Lumina 2": "it reads the lengths of texts itself",
     "Stable Video Diffusion": "it makes a number on the CPU, where it mixes frames",
 }
@@ -27,9 +26,8 @@ def reads_nothing(name, **fields):
     with META:
         network = NETWORKS[name].make().eval()
     apply_ailurus(network, **{**SETTINGS, **fields})
-    given = {"joint_attention_kwargs": {"grid": NETWORKS[name].grids[0]}} if name in BY_IDS else {}
     with META:
-        predict(network, name, sample(name).to(META), **given)
+        predict(network, name, sample(name).to(META), **grid_of(name))
     (location, *_) = ailurus_status(network).locations
     assert location.num_clusters < location.num_tokens
 

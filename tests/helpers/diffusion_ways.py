@@ -60,6 +60,18 @@ def far_apart(name):
     return APART.get(name, 1e-5)
 
 
+# Networks that get positions of tokens and no sides, and the argument that may hold their grid.
+BY_IDS = {
+    **dict.fromkeys(("Flux", "Flux.2", "Chroma", "Flux ControlNet", "Ovis-Image"), "joint_attention_kwargs"),
+    "Bria": "attention_kwargs",
+}
+
+
+def grid_of(name):
+    """The argument that tells a network its grid, where it would read it from ids, which waits for the device."""
+    return {BY_IDS[name]: {"grid": NETWORKS[name].grids[0]}} if name in BY_IDS else {}
+
+
 def sample(name, **fields):
     return latents(NETWORKS[name].shape, **fields)
 
