@@ -34,6 +34,7 @@ AILURUS_FIELDS = (
     "compile_clustering",
     "refresh_every",
     "full_every",
+    "extrapolate",
     "unreduced_first_steps",
     "unreduced_last_steps",
 )
@@ -94,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("compile-clustering", **COMPILE_CLUSTERING)
     add("refresh-every", type=positive, metavar="N", help="steps that share an assignment")
     add("full-every", type=positive, metavar="K", help="every K-th step on all tokens; those between build on it")
+    extrapolated = "with --full-every: what sets tokens apart is drawn on in a line through the last two full steps"
+    add("extrapolate", action="store_true", default=None, help=extrapolated)
     add("unreduced-first-steps", type=int, metavar="N", help="steps on all tokens at the beginning")
     add("unreduced-last-steps", type=int, metavar="N", help="steps on all tokens at the end")
     group.add_argument("--no-ailurus", action="store_true", help="run the pipeline as it is")

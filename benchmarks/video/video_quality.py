@@ -11,8 +11,9 @@ with one another (warping error: a steady video's is low; plain has its own). It
 ones (F1), and shapes are read by the rules of examples/shape_scenes.py. Of a real clip the model knows nothing: what it
 draws is no likeness, but plain and reduced still differ by the reduction alone.
 
-FLOPs (matrix products and convolutions, as torch counts them) and time are of one denoising step of UNet and ControlNet
-under guidance. The model's levels of 32 x 32 and 16 x 16 tokens a frame are reduced, its 8 x 8 are not, by any method.
+FLOPs (matrix products and convolutions, as torch counts them) and time are of a whole generation, divided by its steps
+of UNet and ControlNet under guidance. The model's levels of 32 x 32 and 16 x 16 tokens a frame are reduced, its
+8 x 8 are not, by any method.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from ailurus_hf.visualization import side_by_side
 from examples.shape_scenes import SIDE, Scene, draw, edge_adherence, edges, random_scene, read
 
 from ..harness import environment, interleaved, log, markdown, model_flops, save, switched
+from .controlvideo_generations import beside_plain, presets_and_full_steps
 from .controlvideo_speed import Switch, ours, vidtome, with_tomesd
 
 Video = list[Image.Image]
@@ -82,6 +84,7 @@ METHODS: dict[str, Switch] = {
         for way in ("each", "joint")
         for keys in (0.125, 0.0625)
     },
+    **presets_and_full_steps(min_tokens=MIN_TOKENS),
 }
 SHOWN = ("plain", "each 0.25", "joint 0.25", "tomesd 0.75, all", "VidToMe")
 COLUMNS = {
@@ -90,7 +93,10 @@ COLUMNS = {
     "psnr": "PSNR|{:.2f} dB",
     "ssim": "SSIM|{:.4f}",
     "warping": "warping error|{:.2f}·10⁻³",
+    "warping_of_plain": "of plain's|{:.1%}",
     "edges": "edges|{:.3f}",
+    "edges_of_plain": "of plain's|{:.1%}",
+    "content": "content within 5 %",
     "facts": "facts of the caption|{:.1%}",
     "gflops": "a step|{:.1f} GFLOPs",
     "fewer_flops": "fewer FLOPs|{:.2f}×",
@@ -218,15 +224,18 @@ def measure(
         seconds = interleaved(dict.fromkeys(methods, latents), repeats, warmup=1, around=switched_on)
         for name in methods:
             cost[name] |= {"seconds": seconds[name] / steps, "speed_up": seconds["plain"] / seconds[name]}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in dict.fromkeys(clip.kind for clip in clips):
         numbers = [number for number, clip in enumerate(clips) if clip.kind == kind]
+        of_this: list[dict[str, Any]] = []
         plain, of_kind = [videos["plain"][n] for n in numbers], [clips[n] for n in numbers]
         for name in methods:
             found = scores([videos[name][n] for n in numbers], plain, of_kind)
             if name == "plain":
                 found |= {"psnr": None, "ssim": None}
-            rows.append({"clips": kind, "number": len(numbers), "method": name, **found, **cost[name]})
+            of_this.append({"clips": kind, "number": len(numbers), "method": name, **found, **cost[name]})
+        beside_plain(of_this)
+        rows += of_this
     return rows, videos
 
 

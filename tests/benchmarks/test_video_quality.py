@@ -17,7 +17,16 @@ from ailurus_hf.video import write_video
 from benchmarks import harness
 from benchmarks.video import video_quality as benchmark
 
-METHODS = ["plain", "each 0.5", "each 0.125", "joint 0.25", "joint 0.25, every 4 steps", "tomesd 0.5", "VidToMe"]
+METHODS = [
+    "plain",
+    "each 0.5",
+    "each 0.125",
+    "joint 0.25",
+    "joint 0.25, every 4 steps",
+    "tomesd 0.5",
+    "VidToMe",
+    "preset fast",
+]
 
 
 def clips(number, frames=4, seed=0):
@@ -76,6 +85,9 @@ def test_methods_take_turns_and_are_undone(tmp_path, monkeypatch, capsys):
         for name, row in rows.items():
             assert row["number"] == number and 5 < row["psnr"] < 100 and row["ssim"] < 1, name
             assert row["warping"] >= 0 and 0 <= row["edges"] <= 1 and row["seconds"] > 0 and row["fewer_flops"] > 1
+            held = all(abs(row[f"{n}_of_plain"] - 1) <= 0.05 for n in ("warping", "edges"))
+            assert row["warping_of_plain"] == pytest.approx(row["warping"] / plain["warping"])
+            assert row["content"] == ("yes" if held else "no")
             assert (row["facts"] is not None) == (kind == "shapes")
         assert rows["each 0.125"]["gflops"] < rows["each 0.5"]["gflops"]
         for suffix in ("png", "mp4"):

@@ -143,6 +143,17 @@ def test_options(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: li
     assert found["fps"] == clip.fps == fps
 
 
+def test_full_steps_beside_a_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    call = [*MODEL, "--video", "square.mp4", "--frames", "3", "--preset", "fast", "--min-tokens", "16"]
+    options = ["--full-every", "2", "--extrapolate", "--steps", "4", "--compare", "--output", str(tmp_path / "out.gif")]
+    found = run_json(capsys, *call, *options)
+    wanted = AiluRusDiffusionConfig.preset("fast", min_tokens=16, full_every=2, extrapolate=True)
+    assert found["ailurus"]["config"] == wanted.to_dict() and found["speedup"] > 0
+    # Steps 0 and 2 and no other make clusters.
+    reduced = [p for p in found["ailurus"]["locations"] if p["num_clusters"] < p["num_tokens"]]
+    assert reduced and {p["clusterings"] for p in reduced} == {2}
+
+
 def test_settings_reach_ailurus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ["--ailurus-frames", "joint", "--ailurus-refresh-every", "2", "--ailurus-unreduced-first-steps", "1"]
     settings = run_json(capsys, *SHORT, *options, "--output", str(tmp_path / "out.gif"))["ailurus"]["config"]
@@ -253,6 +264,7 @@ def test_progress_with_time_left_where_someone_watches(
         ([*SHORT, "--clip-length", "2"], "clip_length must be at least 3"),
         ([*SHORT, "--ailurus-keep-ratio", "1.5"], "got 1.5"),
         ([*SHORT, "--ailurus-unreduced-first-steps", "-1"], "got -1"),
+        ([*SHORT, "--extrapolate"], "give full_every"),
         ([*SHORT, "--no-ailurus"], "--no-ailurus and --ailurus-keep-ratio"),
         ([*MODEL, "--video", "square.mp4", "--no-ailurus", "--compare"], "--no-ailurus and --compare"),
         (["video"], "required"),
