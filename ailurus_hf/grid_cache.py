@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a function made. The compiler names an object apart from others, but all tensors of a function alike."""
+
+    value: Any
 
 
 def grid_table(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,17 +27,21 @@ def grid_table(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
 
     @lru_cache(maxsize=64, typed=True)  # True is no 1.0
-    def make(*arguments: Any) -> Any:
+    def make(*arguments: Any) -> Made:
         # While torch.export traces a model, tensors of that thread have no values; those of another thread do.
         with ThreadPoolExecutor(1) as elsewhere:
-            return elsewhere.submit(build, *arguments).result()
+            return Made(elsewhere.submit(build, *arguments).result())
 
-    @wraps(function)
-    def table(*arguments: Any) -> Any:
+    def made(*arguments: Any) -> Made:
         return make(*arguments)
 
     # As torch.compiler.assume_constant_result does, which would import the compiler with this package (seconds).
-    table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    made._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @wraps(function)
+    def table(*arguments: Any) -> Any:
+        return made(*arguments).value
+
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections import Counter
@@ -40,6 +41,10 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         run()
         wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    # What was freed before may still be resident, and a call that took it from there would seem to need nothing.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     try:
         # Sets the peak back to what is resident now.
         Path("/proc/self/clear_refs").write_text("5")

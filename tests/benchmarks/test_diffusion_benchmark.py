@@ -132,12 +132,20 @@ def test_ideal_is_what_torch_counts(monkeypatch):
         assert counted < 0.9 * full
 
 
-def test_peak_memory_sees_what_is_allocated():
-    # In a process of its own: one that has held and freed as much before takes it from there.
-    code = (
-        "import torch; from benchmarks import harness; "
-        "print(harness.peak_bytes(lambda: [torch.ones(2**24) for _ in range(2)] and None, torch.device('cpu')))"
-    )
+@pytest.mark.parametrize("freed_before", [False, True])
+def test_peak_memory_sees_what_is_allocated(freed_before):
+    # In a process of its own, which has held and freed nothing else before. What is held last keeps the rest resident.
+    code = f"""
+import torch
+from benchmarks import harness
+take, held = lambda: [torch.ones(2**16) for _ in range(512)], []
+for _ in range(3 * {freed_before}):
+    torch.ones(2**22)  # from then on smaller ones come from the heap, which keeps what is freed
+    freed = take()
+    held.append(torch.ones(2**14))
+    del freed
+print(harness.peak_bytes(take, torch.device("cpu")))
+"""
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed == "None\n" or 100 * 2**20 < int(printed) < 300 * 2**20
 
