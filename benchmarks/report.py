@@ -190,7 +190,8 @@ def index() -> str:
     for path in sorted(RESULTS.glob("*/*.json")):
         result, name = json.loads(path.read_text()), path.stem.rpartition("-")[0]
         module = importlib.import_module(shlex.split(result["command"])[2])
-        first = str(module.__doc__).partition("\n")[0]
+        # A short name's commands are those of the module whose main it takes.
+        first = str(importlib.import_module(module.main.__module__).__doc__).partition("\n")[0]
         lines.append(
             {
                 "file": f"[{path.parent.name}/{path.name}]({path.parent.name}/{path.name})",
@@ -290,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stages": rows_as_measured("cpu/families_speed_stages-fp32", families_speed.COLUMNS),
     "stages of SegFormer": rows_as_measured("cpu/families_speed_segformer_stages-fp32", families_speed.COLUMNS),
     "detection in AP": rows_as_measured("cpu/detection_quality-fp32", detection_quality.COLUMNS),
+    "a YOLOS in AP": rows_as_measured("cpu/detection_quality_yolos-fp32", detection_quality.COLUMNS),
     "detection": rows_as_measured("cpu/detection_speed-fp32", detection_speed.COLUMNS),
     "detection with relative positions": rows_as_measured("cpu/detection_speed_cae-fp32", detection_speed.COLUMNS),
     "other detectors": rows_as_measured("cpu/detection_speed_others-fp32", detection_speed.COLUMNS),

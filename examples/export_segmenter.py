@@ -13,10 +13,10 @@ import logging
 from pathlib import Path
 
 import torch
-from camvid_data import HEIGHT, PATCH, CamVid, confusion_on_images, scores
-from train_segmenter import image_processor, set_position_grid
+from camvid_data import PATCH, CamVid, confusion_on_images, scores
+from train_segmenter import enlargement, image_processor, set_position_grid
 from training import data_folder
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation
 
@@ -34,9 +34,7 @@ def main() -> None:
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
     if args.average_with:
         average_weights(model, SegmenterForSemanticSegmentation.from_pretrained(args.average_with, dtype=torch.float32))
-    size = AutoImageProcessor.from_pretrained(args.model).size
-    enlarge = max(round(size.get("shortest_edge", 0) / HEIGHT), 1)
-    export(model, args.output, CamVid(data_folder(args.data, "camvid"), "val", enlarge))
+    export(model, args.output, CamVid(data_folder(args.data, "camvid"), "val", enlargement(args.model)))
 
 
 @torch.no_grad()
@@ -80,7 +78,7 @@ of CamVid, for tests and demonstrations of token reduction: it is no competitor 
 
 ```python
 import ailurus_hf.segmenter  # registers Segmenter with the Auto classes
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation
 
 model = AutoModelForSemanticSegmentation.from_pretrained("examples/assets/segmenter-camvid")
 processor = AutoImageProcessor.from_pretrained("examples/assets/segmenter-camvid")

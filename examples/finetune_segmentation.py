@@ -30,9 +30,9 @@ from accelerate.utils import set_seed
 from camvid_data import CamVid, confusion_on_images, normalize, random_window, scores
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from train_segmenter import set_position_grid, write
-from training import data_folder
-from transformers import AutoImageProcessor, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from train_segmenter import enlargement, set_position_grid, write
+from training import data_folder, process_rank
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
 from ailurus_hf import AiluRusConfig, apply_ailurus, remove_ailurus
@@ -74,7 +74,7 @@ class BestEpoch:
             weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
             self.state = {"weights": weights}
         self.state["miou"] = [*earlier, score]
-        if not rank():
+        if not process_rank():
             torch.save(self.state, self.path)
         log.info("mIoU %.2f, the best %.2f", score, max(self.state["miou"]))
         best = self.state["miou"].index(max(self.state["miou"]))
@@ -188,8 +188,7 @@ def main() -> None:
     set_seed(args.seed)
     folder, output = data_folder(args.data, "camvid"), Path(args.output)
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
-    size = AutoImageProcessor.from_pretrained(args.model).size
-    enlarge = args.enlarge or max(round(size.get("shortest_edge", 0) / 360), 1)
+    enlarge = args.enlarge or enlargement(args.model)
     data, val = CamVid(folder, "train", enlarge), CamVid(folder, "val", enlarge)
     set_position_grid(model, data.grid)
     reduction = AiluRusConfig(
@@ -205,7 +204,7 @@ def main() -> None:
     seconds = run(model, Photographs(data), args, best if args.patience else None)
     best.restore()
 
-    if rank():
+    if process_rank():
         return
     result = {"seconds_per_epoch": seconds, "miou_per_epoch": best.state["miou"], "reduced": None}
     write(model, enlarge, output / "model")
@@ -219,11 +218,6 @@ def main() -> None:
             log.info("mIoU %.2f, %s", result[name]["miou"], name)
     if seconds:
         log.info("%.1f s an epoch", np.median(seconds))
-
-
-def rank() -> int:
-    """Of this process, 0 where there is one alone."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def evaluated(model: nn.Module, val: CamVid, args: argparse.Namespace) -> dict:

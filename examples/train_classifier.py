@@ -42,7 +42,7 @@ class TrainedModel(nn.Module):
         super().__init__()
         self.classifier, self.visible = classifier, 1.0
         classifier.vit.embeddings.register_forward_hook(lambda _, args, tokens: self._visible_tokens(tokens))
-        add_stochastic_depth(self, classifier.vit.layers, drop_path)
+        add_stochastic_depth(self, [(layer.attention, layer.mlp) for layer in classifier.vit.layers], drop_path)
 
     def _visible_tokens(self, tokens: Tensor) -> Tensor:
         """The class token and a random share of the others, each image its own."""

@@ -38,6 +38,7 @@ from pretrain_masked import small_segmenter, start_well
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, train
+from transformers import AutoImageProcessor
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation, SegmenterImageProcessor
 from ailurus_hf.segmenter.modeling_segmenter import resize_position_embeddings
@@ -60,7 +61,8 @@ class TrainedModel(nn.Module):
         self.segmenter, self.whole = segmenter, whole
         self.cells = nn.Linear(segmenter.config.hidden_size, len(CLASSES) * CELLS**2)
         self.register_buffer("class_weights", class_weights, persistent=False)
-        add_stochastic_depth(self, [*segmenter.encoder.layers, *segmenter.decoder.layers], drop_path)
+        layers = [*segmenter.encoder.layers, *segmenter.decoder.layers]
+        add_stochastic_depth(self, [(layer.attention, layer.mlp) for layer in layers], drop_path)
 
     def forward(self, images: Tensor, labels: Tensor, corners: Tensor, grid: tuple[int, int]) -> Tensor:
         """Loss of windows Tensor[B, 3, h, w] that begin at patch `corners` of their canvas."""
@@ -127,6 +129,12 @@ def image_processor(enlarge: int) -> SegmenterImageProcessor:
     """Whole photographs, enlarged as in training."""
     size = {"shortest_edge": enlarge * HEIGHT}
     return SegmenterImageProcessor(label_pad_value=UNLABELED, do_resize=enlarge > 1, size=size)
+
+
+def enlargement(folder: str | Path) -> int:
+    """How many times larger the folder's image processor makes photographs."""
+    size = AutoImageProcessor.from_pretrained(folder).size
+    return max(round(size.get("shortest_edge", 0) / HEIGHT), 1)
 
 
 def write(model: SegmenterForSemanticSegmentation, enlarge: int, folder: Path) -> None:

@@ -64,7 +64,7 @@ from text_to_image_stages import (
 )
 from torch import Tensor, nn
 from torch import distributed as dist
-from training import Stopwatch
+from training import Stopwatch, process_rank
 
 log = logging.getLogger("train")
 
@@ -76,7 +76,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
     average = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     step, spent, clock, recent = 0, 0.0, Stopwatch(), []
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = process_rank()
     if path.exists():
         state = torch.load(path)
         stage.load_state_dict(state["weights"], strict=False)

@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from training import add_arguments, drop_branch, make_accelerator, train
+from training import add_arguments, add_stochastic_depth, make_accelerator, train
 from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
 from transformers.loss.loss_for_object_detection import ImageLoss
 
@@ -124,14 +124,6 @@ def renamed(name: str) -> str:
     return name
 
 
-def add_stochastic_depth(model: YolosForObjectDetection, drop_path: float) -> None:
-    """As the shared one, at YOLOS's own branches."""
-    for depth, layer in enumerate(model.vit.encoder.layer):
-        rate = drop_path * depth / max(model.config.num_hidden_layers - 1, 1)
-        for branch in (layer.attention, layer.output.dropout):
-            branch.register_forward_hook(lambda _, args, out, rate=rate: drop_branch(out, rate, model))
-
-
 def optimizer_of(model: YolosForObjectDetection, weight_decay: float, encoder_lr: float) -> torch.optim.Optimizer:
     """AdamW; what was trained before learns at encoder_lr times the rate of the heads and the detection tokens."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -188,7 +180,8 @@ def main() -> None:
     else:
         model = new_detector(args.init, data, tuple(args.cells))
     average = copy.deepcopy(model).requires_grad_(False)
-    add_stochastic_depth(model, args.drop_path)
+    layers = model.vit.encoder.layer
+    add_stochastic_depth(model, [(layer.attention, layer.output.dropout) for layer in layers], args.drop_path)
     # Of a token without a box: the weight that makes all of them count as much as all with one, about.
     loss_of_boxes = ImageLoss(CellMatcher(tuple(args.cells)), model.config.num_labels, 0.4, ["labels", "boxes"])
 

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,19 +47,24 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
-def add_stochastic_depth(model: nn.Module, layers: Iterable[nn.Module], drop_path: float) -> None:
-    """Leaves residual branches of transformer layers out at random in training, the last layer's most often."""
+def add_stochastic_depth(model: nn.Module, layers: Iterable[Sequence[nn.Module]], drop_path: float) -> None:
+    """Leaves residual branches of transformer layers out at random in training, the last layer's most often.
+
+    layers: of each the modules that give its branches.
+    """
     layers = list(layers)
-    for depth, layer in enumerate(layers):
+    for depth, branches in enumerate(layers):
         rate = drop_path * depth / max(len(layers) - 1, 1)
-        layer.attention.register_forward_hook(lambda _, args, out, r=rate: (drop_branch(out[0], r, model), out[1]))
-        layer.mlp.register_forward_hook(lambda _, args, out, r=rate: drop_branch(out, r, model))
+        for branch in branches:
+            branch.register_forward_hook(lambda _, args, out, rate=rate: drop_branch(out, rate, model))
 
 
-def drop_branch(branch: Tensor, rate: float, model: nn.Module) -> Tensor:
-    """Stochastic depth: leave a residual branch out for a random part of the batch."""
+def drop_branch(branch: Tensor | tuple, rate: float, model: nn.Module) -> Tensor | tuple:
+    """Stochastic depth: leave a residual branch (or the first of a tuple) out for a random part of the batch."""
     if rate == 0 or not model.training:
         return branch
+    if isinstance(branch, tuple):
+        return (drop_branch(branch[0], rate, model), *branch[1:])
     kept = torch.rand(len(branch), 1, 1) >= rate
     return branch * (kept / (1 - rate)).to(branch.dtype)
 
@@ -74,6 +79,11 @@ def make_optimizers(model: nn.Module, weight_decay: float) -> list[torch.optim.O
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)]
+
+
+def process_rank() -> int:
+    """Of this process among those that train together; 0 where it is alone."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 class Stopwatch:

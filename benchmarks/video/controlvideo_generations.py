@@ -74,26 +74,17 @@ COLUMNS = {
     "edges_of_plain": "of plain's|{:.1%}",
     "content": "content within 5 %",
 }
+TINY_BLOCKS: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+}
 TINY: dict[str, dict[str, Any]] = {
-    "unet": {
-        "sample_size": 32,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    },
-    "controlnet": {
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "conditioning_embedding_out_channels": (4, 8, 8, 8),
-    },
+    "unet": {**TINY_BLOCKS, "sample_size": 32, "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
+    "controlnet": {**TINY_BLOCKS, "conditioning_embedding_out_channels": (4, 8, 8, 8)},
     "vae": {**VAE, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4},
 }
 

@@ -158,7 +158,7 @@ def test_a_wrong_grid_is_an_error(name):
 @in_both_scopes
 def test_flux_compiles_to_one_graph_where_its_grid_is_given(scope):
     network = apply_ailurus(make_network("Flux"), **SETTINGS, scope=scope)
-    compiled = torch.compile(network, fullgraph=True, backend="eager", dynamic=False)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
     for height, width in ((8, 12), (16, 10)):
         given = {"joint_attention_kwargs": {"grid": (height, width)}}
         for seed in (0, 1):

@@ -126,7 +126,7 @@ def test_no_arguments_are_valid_and_a_pipeline_runs():
 def test_compiles_with_the_processor_alone():
     unet = make_network("UNet")
     unet.set_attn_processor(AiluRusProcessor(0.25, min_tokens=12))
-    compiled = torch.compile(unet, fullgraph=True, backend="eager", dynamic=False)
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager", dynamic=False)
     for size in ((8, 8), (12, 12)):
         x = latents((4, *size))
         want = predict(unet, "UNet", x)

@@ -179,7 +179,7 @@ def test_gradient_checkpointing_gives_equal_gradients(kind):
 def test_compiles_in_one_graph_without_recompiling(kind):
     torch._dynamo.reset()
     model = tiny_model(*kind)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             images = torch.randn(1, 3, 30, 41)

@@ -139,7 +139,7 @@ def test_gradients_but_not_with_checkpointing(name):
 def test_compiles(name):
     model, x = apply_ailurus(make(name), **REDUCED), images()
     want = predict(model, x)
-    torch.testing.assert_close(predict(torch.compile(model, backend="eager"), x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(predict(torch.compile(model, backend="aot_eager"), x), want, rtol=1e-4, atol=1e-4)
 
 
 @each_model
