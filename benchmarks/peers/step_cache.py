@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers import CacheMixin, FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.hooks import HookRegistry
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 
 from ailurus_hf.hooks import Hooks
@@ -51,9 +50,14 @@ def first_block_cache(transformer: Any, threshold: float) -> Callable[[], None]:
 
     def begin() -> None:
         HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
-        _set_cache_context(transformer, CacheContext("generation"))
+
+    def in_context(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # SD3's has no such method of its own, and its pipeline names no context.
+        with CacheMixin.cache_context(transformer, "generation"):
+            return original(*args, **kwargs)
 
     Steps(transformer, hooks, begin)
+    hooks.replace_method(transformer, "forward", in_context)
     if getattr(blocks[-1], "context_pre_only", False):
         hooks.replace_method(blocks[-1], "forward", _with_text)
     before = {block: vars(block).get("forward") for block in blocks}

@@ -173,6 +173,8 @@ def classes_of_diffusers():
     found = {}
     for package in (diffusers.models.transformers, diffusers.models.unets, diffusers.models.controlnets):
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if info.name.endswith("_flax"):
+                continue  # diffusers 0.39 has some, which need flax
             for kind in vars(importlib.import_module(info.name)).values():
                 if isinstance(kind, type) and issubclass(kind, ModelMixin) and kind.__module__ == info.name:
                     found[kind.__name__] = kind

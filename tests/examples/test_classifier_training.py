@@ -72,7 +72,7 @@ def test_train_resume_score_load_and_benchmark(cifar, tmp_path):
     plain, *rows = quality.measure(
         model, classification_quality.classification(model, processor, data, 4), contenders, repeats=1
     )
-    assert plain["accuracy"] == pytest.approx(score["float32_accuracy"])
+    assert plain["accuracy"] == round(score["float32_accuracy"], 2)
     assert [row["method"] for row in rows] == names
     for row in rows:
         assert row["lost"] == pytest.approx(plain["accuracy"] - row["accuracy"])
