@@ -5,6 +5,7 @@
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --clustering ward
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --loop accelerate --resume
     python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1 --epochs 12 --patience 3
+    python examples/finetune_segmentation.py --data CAMVID --model FOLDER --output run --keep 1 --average 0.99
     torchrun --nproc-per-node 2 examples/finetune_segmentation.py …     # or accelerate launch
 
 Any of transformers' segmentation models would do instead of the Segmenter: AiluRus is one call before training starts.
@@ -12,7 +13,8 @@ Any of transformers' segmentation models would do instead of the Segmenter: Ailu
 accumulation, gradient checkpointing and --resume are the same in both. Whole photographs, mirrored and scaled at
 random. run/model is the result with its AiluRus settings in config.json (AiluRusModelForSemanticSegmentation switches
 them on again; plain AutoModelForSemanticSegmentation does not); run/metrics.json holds seconds an epoch and the mIoU on
-val with the reduction on and off. With --patience every epoch is scored on val and the best one is kept.
+val with the reduction on and off. With --patience every epoch is scored on val and the best one is kept. With --average
+a running mean of the weights is what is scored and written: small batches make the weights themselves jump.
 """
 
 import argparse
@@ -20,7 +22,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from camvid_data import CamVid, confusion_on_images, normalize, random_window, scores
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from train_segmenter import enlargement, set_position_grid, write
 from training import data_folder, process_rank
@@ -58,54 +60,75 @@ class Photographs(Dataset):
         return {"pixel_values": normalize(pixels), "labels": classes}
 
 
-class BestEpoch:
-    """Early stopping (--patience): val is scored after every epoch, and the best epoch's weights are kept.
+class Keeper:
+    """What of a training is kept: its last weights, their running mean (--average) or the best epoch (--patience).
 
-    Calling it gives whether training has stopped gaining.
+    Both loops call `step` after each change of the weights and `epoch` after each epoch.
     """
 
     def __init__(self, model: nn.Module, val: CamVid, args: argparse.Namespace):
-        self.model, self.val, self.args, self.path = model, val, args, Path(args.output) / "best.pt"
-        self.state = torch.load(self.path) if args.resume and self.path.exists() else {"miou": []}
+        self.model, self.val, self.args, self.path = model, val, args, Path(args.output) / "kept.pt"
+        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average)) if args.average else None
+        self.state = {"miou": []}
+        if args.resume and self.path.exists():
+            self.state = torch.load(self.path)
+            if self.mean is not None:
+                self.mean.load_state_dict(self.state["mean"])
 
-    def __call__(self) -> bool:
-        earlier, score = self.state["miou"], evaluated(self.model, self.val, self.args)["miou"]
-        if score > max(earlier, default=0.0):
-            weights = {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
-            self.state = {"weights": weights}
-        self.state["miou"] = [*earlier, score]
-        if not process_rank():
+    def step(self) -> None:
+        """After an optimizer's step."""
+        if self.mean is not None:
+            self.mean.update_parameters(self.model)
+
+    def epoch(self) -> bool:
+        """After an epoch. Returns whether training has stopped gaining."""
+        if self.mean is not None:
+            self.state["mean"] = self.mean.state_dict()
+        if self.args.patience:
+            earlier, score = self.state["miou"], evaluated(self.kept(), self.val, self.args)["miou"]
+            if score > max(earlier, default=0.0):
+                self.state["weights"] = {k: w.detach().cpu().clone() for k, w in self.kept().state_dict().items()}
+            self.state["miou"] = [*earlier, score]
+            log.info("mIoU %.2f, the best %.2f", score, max(self.state["miou"]))
+        if not process_rank() and len(self.state) > 1:
             torch.save(self.state, self.path)
-        log.info("mIoU %.2f, the best %.2f", score, max(self.state["miou"]))
-        best = self.state["miou"].index(max(self.state["miou"]))
-        return len(earlier) - best >= self.args.patience
+        miou = self.state["miou"]
+        return bool(miou) and len(miou) - 1 - miou.index(max(miou)) >= self.args.patience
+
+    def kept(self) -> nn.Module:
+        """The model as it would be written now."""
+        return self.model if self.mean is None else self.mean.module
 
     def restore(self) -> None:
-        """The weights of the best epoch, where any was scored."""
-        if "weights" in self.state:
-            self.model.load_state_dict(self.state["weights"])
+        """Puts what is kept into the model: the best epoch's weights, where any was scored, or the mean."""
+        weights = self.state["weights"] if "weights" in self.state else self.kept().state_dict()
+        self.model.load_state_dict(weights)
 
 
 class EpochClock(TrainerCallback):
-    """Seconds of every epoch."""
+    """Seconds of every epoch; tells `keeper` of steps and epochs."""
 
-    def __init__(self, stop: Callable[[], bool] | None):
+    def __init__(self, keeper: Keeper | None):
         self.seconds: list[float] = []
-        self.stop = stop
+        self.keeper = keeper
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.keeper:
+            self.keeper.step()
+
     def on_epoch_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self.started)
-        control.should_training_stop |= bool(self.stop and self.stop())
+        control.should_training_stop |= bool(self.keeper and self.keeper.epoch())
 
 
 def with_trainer(
-    model: nn.Module, data: Dataset, args: argparse.Namespace, stop: Callable[[], bool] | None = None
+    model: nn.Module, data: Dataset, args: argparse.Namespace, keeper: Keeper | None = None
 ) -> list[float]:
-    """Trains with transformers' Trainer, until `stop` after an epoch says so; returns the seconds of each epoch."""
-    clock = EpochClock(stop)
+    """Trains with transformers' Trainer, until `keeper` says so; returns the seconds of each epoch."""
+    clock = EpochClock(keeper)
     settings = TrainingArguments(
         output_dir=args.output,
         num_train_epochs=args.epochs,
@@ -138,9 +161,9 @@ def with_trainer(
 
 
 def with_accelerate(
-    model: nn.Module, data: Dataset, args: argparse.Namespace, stop: Callable[[], bool] | None = None
+    model: nn.Module, data: Dataset, args: argparse.Namespace, keeper: Keeper | None = None
 ) -> list[float]:
-    """Trains in a loop of one's own, until `stop` after an epoch says so; returns the seconds of each epoch."""
+    """Trains in a loop of one's own, until `keeper` says so; returns the seconds of each epoch."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision={"fp32": "no"}.get(args.precision, args.precision),
@@ -172,12 +195,14 @@ def with_accelerate(
                 optimizer.zero_grad()
                 if accelerator.sync_gradients:
                     scheduler.step()
+                    if keeper:
+                        keeper.step()
         seconds.append(time.perf_counter() - started)
         accelerator.save_state(state)
         if accelerator.is_main_process:
             (state / "epoch.json").write_text(json.dumps(epoch + 1))
             log.info("epoch %d: %.1f s, loss %.4f", epoch + 1, seconds[-1], loss.item())
-        if stop and stop():
+        if keeper and keeper.epoch():
             break
     return seconds
 
@@ -200,13 +225,13 @@ def main() -> None:
         # transformers 5.17 has only the older name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     run = {"trainer": with_trainer, "accelerate": with_accelerate}[args.loop]
-    best = BestEpoch(model, val, args)
-    seconds = run(model, Photographs(data), args, best if args.patience else None)
-    best.restore()
+    keeper = Keeper(model, val, args)
+    seconds = run(model, Photographs(data), args, keeper)
+    keeper.restore()
 
     if process_rank():
         return
-    result = {"seconds_per_epoch": seconds, "miou_per_epoch": best.state["miou"], "reduced": None}
+    result = {"seconds_per_epoch": seconds, "miou_per_epoch": keeper.state["miou"], "reduced": None}
     write(model, enlarge, output / "model")
     if args.keep < 1:
         result["reduced"] = evaluated(model, val, args)
@@ -245,6 +270,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--enlarge", type=int, help="of the photographs (default: as the model's processor does)")
     parser.add_argument("--epochs", type=float, default=3, help="1.5 stops half way through the second")
     parser.add_argument("--patience", type=int, help="stop after so many epochs without gain on val, and keep the best")
+    parser.add_argument("--average", type=float, help="decay a step of the weights' running mean, which is kept then")
     parser.add_argument("--batch-size", type=int, default=4, help="photographs a process and step")
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are added up")
     parser.add_argument(

@@ -61,6 +61,7 @@ def settings(output, **given):
     fields = {
         "output": str(output), "epochs": 1, "batch_size": 4, "accumulate": 1, "precision": "fp32", "lr": 0.1,
         "weight_decay": 0.0, "warmup_steps": 0, "max_grad_norm": 1e9, "resume": False, "seed": 0,
+        "patience": None, "average": None,
     }  # fmt: skip
     return argparse.Namespace(**{**fields, **given})
 
@@ -224,15 +225,41 @@ def test_training_stops_where_it_gains_no_more_and_keeps_the_best_epoch(loop, tm
         return {"miou": next(scores_found)}
 
     monkeypatch.setattr(finetune, "evaluated", evaluated)
-    best = finetune.BestEpoch(model, None, given)
-    LOOPS[loop](model, Pictures(), given, best)
-    best.restore()
-    assert best.state["miou"] == [1.0, 3.0, 2.0, 2.5]
+    keeper = finetune.Keeper(model, None, given)
+    LOOPS[loop](model, Pictures(), given, keeper)
+    keeper.restore()
+    assert keeper.state["miou"] == [1.0, 3.0, 2.0, 2.5]
     for weight, then in zip(model.parameters(), weights[1], strict=True):
         assert torch.equal(weight, then)
     assert not torch.equal(weight, weights[-1][-1])
-    resumed = finetune.BestEpoch(model, None, settings(tmp_path, patience=2, resume=True))
-    assert resumed.state["miou"] == best.state["miou"]
+    resumed = finetune.Keeper(model, None, settings(tmp_path, patience=2, resume=True))
+    assert resumed.state["miou"] == keeper.state["miou"]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_running_mean_of_the_weights_is_what_is_kept_also_after_a_resume(loop, tmp_path):
+    """The mean is counted after each of the optimizer's steps, here by hand beside it."""
+    by_hand, whole = {}, {}
+    for epochs in (2, 3):
+        given = settings(tmp_path, epochs=epochs, accumulate=2, batch_size=1, average=0.5, resume=epochs == 3)
+        model = reduced_model()
+        keeper = finetune.Keeper(model, None, given)
+        step = keeper.step
+
+        def both(model=model, step=step):
+            for name, weight in model.named_parameters():
+                by_hand[name] = by_hand[name].lerp(weight.detach(), 0.5) if name in by_hand else weight.detach().clone()
+                whole[name] = weight.detach().clone()
+            step()
+
+        keeper.step = both
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        LOOPS[loop](model, Pictures(), given, keeper)
+        keeper.restore()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, by_hand[name])
+    assert any(not torch.equal(weight, whole[name]) for name, weight in model.named_parameters())
 
 
 @pytest.mark.parametrize("loop", LOOPS)
