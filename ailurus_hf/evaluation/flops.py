@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -37,4 +40,23 @@ def counted_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
         except DataDependentOutputException:
             with FlopCounterMode(display=False) as counter:
                 model(**inputs)
+        finally:
+            _forget_tables(model)
     return counter.get_total_flops()
+
+
+def _forget_tables(model: nn.Module) -> None:
+    """Empties the caches (functools.lru_cache) of a model's methods and of the functions in the files of its classes.
+
+    Those that keep a table of each size they met (BEiT, DINOv3) have kept one of shapes alone, with which no real
+    forward can go on.
+    """
+    classes = {ancestor for module in model.modules() for ancestor in type(module).__mro__}
+    files = [sys.modules[name] for name in {cls.__module__ for cls in classes} if name in sys.modules]
+    for value in [value for holder in (*classes, *files) for value in vars(holder).values()]:
+        function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+        # transformers hides its caches in closures.
+        hidden = inspect.getclosurevars(function).nonlocals.values() if inspect.isfunction(function) else ()
+        for cache in (function, *hidden):
+            if hasattr(type(cache), "cache_clear"):
+                cache.cache_clear()

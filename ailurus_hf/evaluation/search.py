@@ -195,9 +195,14 @@ def foresee(variants: Sequence[Candidate], base: Candidate, probed: Mapping[Cand
     """
     for each in variants:
         same = [(other, one) for one, others in probed.items() for other in others if other.way == each.way]
-        other, one = min(same, key=lambda pair: abs(np.log((pair[1].loss + NO_LOSS) / (base.loss + NO_LOSS))))
+        other, one = min(same, key=lambda pair: abs(np.log(_cost(pair[1]) / _cost(base))))
         each.ratios = [base.speed_up * other.speed_up / one.speed_up]
-        each.losses = {0: base.loss * (other.loss + NO_LOSS) / (one.loss + NO_LOSS)}
+        each.losses = {0: base.loss * _cost(other) / _cost(one)}
+
+
+def _cost(candidate: Candidate) -> float:
+    """The loss as something to divide by: with labels a setting may gain."""
+    return max(candidate.loss, 0.0) + NO_LOSS
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,6 @@ class ModelSubject:
     @torch.no_grad()
     def run(self, index: int) -> Any:
         output = self.forward(self.inputs[index])
-        # After a forward: what a model keeps of its first one, as BEiT its tables, would be of shapes alone.
         if not self._is_counted and not ailurus_status(self.target).active:
             self._flops, self._is_counted = self._counted(self.inputs[index]), True
         return output

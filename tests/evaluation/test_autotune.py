@@ -189,6 +189,15 @@ def test_a_metric_with_labels_decides_where_it_is_given():
     assert tuned.reached and set(seen) == {0, 1, 2} and tuned.loss_means == "what the metric falls by"
 
 
+def test_a_way_is_foreseen_also_from_a_setting_that_gained():
+    base = Candidate(None, "base", ratios=[1.5], losses={0: 0.02})
+    gaining = Candidate(None, "one", ratios=[2.0], losses={0: -0.01})
+    other = Candidate(None, "the other", ratios=[3.0], losses={0: 0.0}, way="Ward")
+    foreseen = Candidate(None, "foreseen", way="Ward")
+    search.foresee([foreseen], base, {gaining: [other]})
+    assert foreseen.speed_up == pytest.approx(2.25) and foreseen.loss == pytest.approx(0.02)
+
+
 def test_plot_marks_the_choice():
     pytest.importorskip("matplotlib")
     known = Known()
