@@ -74,9 +74,8 @@ def falls_short(pick: Candidate, best: Candidate, goal: Goal) -> float:
     return 1 - (1 - pick.loss) / (1 - best.loss)
 
 
-def saved_sweep(path: Path) -> list[Candidate]:
+def candidates_of(rows: list[dict[str, Any]]) -> list[Candidate]:
     """What a sweep of this module measured before, each setting by its label."""
-    rows = json.loads(path.read_text())["sweep"]
     return [Candidate(None, row["label"], ratios=[row["speed_up"]], losses={0: row["loss"]}) for row in rows]  # type: ignore[arg-type]
 
 
@@ -144,13 +143,14 @@ def main() -> None:
     from tqdm import tqdm
 
     bar = functools.partial(tqdm, disable=None, unit="image")
+    saved = json.loads(args.against.read_text()) if args.against else None
     found = measure(
         subject,
         goals,
         args.rounds,
-        lambda settings: saved_sweep(args.against) if args.against else sweep(few, settings, bar),
+        lambda settings: candidates_of(saved["sweep"]) if saved else sweep(few, settings, bar),
     )
-    swept = json.loads(args.against.read_text())["swept"] if args.against else few.num_inputs
+    swept = saved["swept"] if saved else few.num_inputs
     about = {**environment(args.device, "fp32"), "dataset": "camvid", "images": len(data), "swept": swept}
     save(args.name, found["rows"], {**about, "sweep": found["sweep"]})
     print(markdown(found["rows"], COLUMNS))
