@@ -159,8 +159,10 @@ def measure(
     repeats: int,
     resampling: Resampling | None = None,
 ) -> list[dict[str, Any]]:
-    """Those rows with speeds."""
+    """Those rows with speeds, unless there are no repeats."""
     rows, models = scored(model, task, contenders, resampling)
+    if not repeats:
+        return rows
     runs = {name: (lambda n, m=m: task.forward(m, task.timed[n % len(task.timed)])) for name, m in models.items()}
     with torch.inference_mode():
         seconds = interleaved(runs, repeats, warmup=3, device=task.samples[0].device)
@@ -179,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser, keep: list[float], locations:
     parser.add_argument("--keep", nargs="+", type=float, default=keep)
     parser.add_argument("--locations", nargs="+", type=int, default=locations)
     parser.add_argument("--restore-locations", nargs="+", type=int, default=[], help="also these, for our own methods")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="of each timing (0: scores alone)")
     parser.add_argument("--limit", type=int, help="only so many images, evenly from the whole split")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--name", default=name, help="of the result file")
