@@ -63,8 +63,8 @@ def test_a_generation_on_and_off(name, way):
     of_two = generate_any(pipe, name, batch=2)
     assert torch.equal(generate_any(pipe, name), reduced)
     assert reduced.isfinite().all() and distance(reduced, plain) > 1e-3
-    # Rounding grows from step to step, in some plain pipelines to more than that.
-    tolerance = max(far_apart(name), 2 * distance(plain, plain_of_two[: len(plain)]))
+    # Rounding grows from step to step, in some plain pipelines to more than that; by how much depends on the CPU.
+    tolerance = max(far_apart(name), 4 * distance(plain, plain_of_two[: len(plain)]))
     assert distance(reduced, of_two[: len(plain)]) <= tolerance
     clustered_as_often_as_said(ailurus_status(pipe), way)
     if way != "full steps" and name not in HALVES_APART:
