@@ -12,6 +12,7 @@ Reduce = Literal["qkv", "kv"]
 Projections = Literal["all", "merged"]
 ClusterPer = Literal["resolution", "stack"]
 FrameClusters = Literal["each", "joint"]
+Kernel = Literal["torch", "triton"]
 
 # The clusterings that come with the package. `clustering_names()` has the registered ones, too.
 CLUSTERINGS: tuple[str, ...] = get_args(ClusteringName)
@@ -19,6 +20,7 @@ RESTORES: tuple[str, ...] = get_args(Restore)
 RESTORES_AT: tuple[str, ...] = get_args(RestoreAt)
 SCOPES: tuple[str, ...] = get_args(Scope)
 FRAMES: tuple[str, ...] = get_args(FrameClusters)
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 # Filled by `register_clustering`: every clustering's class by its name.
 CLUSTERING_CLASSES: dict[str, type[Any]] = {}

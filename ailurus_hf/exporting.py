@@ -14,7 +14,11 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def leaves_package() -> bool:
+    """Whether this call is traced for a graph that has to do without this package."""
+    return is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
 def takes_operators(tensor: Tensor) -> bool:
     """Whether operators of this package run on it: on a CPU, but in graphs that have to do without the package."""
-    leaves = is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-    return tensor.device.type == "cpu" and not leaves
+    return tensor.device.type == "cpu" and not leaves_package()

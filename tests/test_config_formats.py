@@ -134,7 +134,7 @@ def test_files(tmp_path):
     assert AiluRusConfig.load(tmp_path / "ailurus.json") == config
     fields = json.loads((tmp_path / "ailurus.json").read_text())
     assert fields["format_version"] == FORMAT_VERSION
-    assert fields["clustering"] == {"name": "local_kmeans", "num_rounds": 2}
+    assert fields["clustering"] == {"name": "local_kmeans", "num_rounds": 2, "kernel": "torch"}
     for text in ("keep_ratio: 0.5", "[0.5]"):
         with pytest.raises(AiluRusError, match="JSON"):
             AiluRusConfig.from_json(text)
@@ -234,6 +234,7 @@ WRONG = [
     *((AiluRusDiffusionConfig, "share_cfg", value, {}) for value in FLAGS),
     *((AiluRusDiffusionConfig, "levels", v, {}) for v in (1, "x", [1], {1: 0.5}, {"a": {}}, {1: {"keep_ratio": True}})),
     *((LocalKMeans, "num_rounds", value, {}) for value in (*NUMBERS, 1.5, 0)),
+    *((LocalKMeans, "kernel", value, {}) for value in (*STRINGS, "Triton")),
     *((KMeans, "num_rounds", value, {}) for value in (*NUMBERS, 1.5, 0)),
     *(
         (DensityPeaks, name, v, {})

@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "app": ("gradio", "imageio-ffmpeg"),
     "export": ("onnxscript", "onnxruntime", "openvino"),
     "bench": ("matplotlib", "tomesd", "pyarrow", "scikit-image"),
+    "triton": ("triton",),
 }
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_at_least
+from ..checks import check_at_least, check_choice
+from ..choices import KERNELS, Kernel
 from ..clusters import TokenClusters
+from ..exporting import leaves_package
 from ..grid_cache import grid_table
 from .all_pairs import AllCells, kmeans_rounds, prefers_all_pairs
 from .base import Clustering, register_clustering
@@ -28,24 +30,33 @@ class LocalKMeans(Clustering):
 
     Args:
         num_rounds: rounds of assignment, at least 1.
+        kernel: what runs the rounds: "torch", or "triton" (the extra "triton"), two launches a round on a GPU. The
+            clusters are the same but for rounding. No GPU was measured yet, so it runs only where somebody asks for it.
 
     Example:
         >>> config = AiluRusConfig(keep_ratio=0.5, clustering=LocalKMeans(num_rounds=5))
     """
 
     num_rounds: int = 3
+    kernel: Kernel = "torch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, num_rounds=self.num_rounds)
 
     def cluster(self, features: Tensor, grid: Grid, num_clusters: int) -> TokenClusters:
-        return local_kmeans(features, grid, num_clusters, num_rounds=self.num_rounds)
+        return local_kmeans(features, grid, num_clusters, num_rounds=self.num_rounds, kernel=self.kernel)
 
 
 @torch.no_grad()
 def local_kmeans(
-    features: Tensor, grid: Sequence[int], num_clusters: int, *, num_rounds: int = 3, check_finite: bool = False
+    features: Tensor,
+    grid: Sequence[int],
+    num_clusters: int,
+    *,
+    num_rounds: int = 3,
+    kernel: Kernel = "torch",
+    check_finite: bool = False,
 ) -> TokenClusters:
     """Assigns each token to the most similar of the cells around it, for a few rounds.
 
@@ -56,21 +67,31 @@ def local_kmeans(
         grid: (H, W), or (T, H, W) for video; its product is N.
         num_clusters: M, in [1, N].
         num_rounds: rounds of hard assignment to the cells' means.
+        kernel: "torch", or "triton" for a GPU, as in `LocalKMeans`. Exported graphs hold torch's operators either way.
         check_finite: raise on NaN or infinite features; this waits for the device.
 
     Returns:
         TokenClusters without centers; a cell may end up empty: count 0, no weight in attention.
 
     Raises:
-        AiluRusError: the grid does not match N, or a setting is out of range.
+        AiluRusError: the grid does not match N, or a setting is out of range; of kernel="triton", Triton is not there,
+            or the features are on a CPU.
 
     Example:
         >>> clusters = local_kmeans(torch.randn(2, 6 * 8, 16), grid=(6, 8), num_clusters=12)
         >>> clusters.assignment.shape, clusters.num_clusters
         (torch.Size([2, 48]), 12)
     """
+    check_choice("kernel", kernel, KERNELS)
     features, grid = prepared(features, grid, num_clusters, num_rounds, check_finite)
     batch = features.shape[0]
+    if kernel == "triton" and not leaves_package():
+        from .local_kmeans_triton import rounds
+
+        cells = grid_cells(grid, num_clusters, features.device)
+        around = tokens_around(grid, num_clusters, features.device)
+        assignment = rounds(features, cells.start, cells.candidates, around, num_rounds)
+        return TokenClusters.from_assignment(assignment, num_clusters)
     if prefers_all_pairs(features.shape[1] * num_clusters, features.device):
         assignment, counts = kmeans_rounds(features, all_cells(grid, num_clusters, features.device), num_rounds)
         return TokenClusters(assignment, None, counts)
@@ -119,7 +140,7 @@ def grid_cells(grid: Grid, num_cells: int, device: torch.device) -> Cells:
     coordinates = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid))
     candidates = _cells_around(coordinates, grid, num_cells)
     start = candidates[:, candidates.shape[1] // 2]
-    return Cells(start.to(device), candidates.to(device), tile_plan(grid, candidates, device))
+    return Cells(start.contiguous().to(device), candidates.to(device), tile_plan(grid, candidates, device))
 
 
 @grid_table
@@ -129,6 +150,21 @@ def all_cells(grid: Grid, num_cells: int, device: torch.device) -> AllCells:
     closed = torch.full((len(cells.start), num_cells), math.inf).scatter(1, cells.candidates, 0.0)
     member = torch.eye(num_cells)[cells.start].t()
     return AllCells(closed.to(device), (member / member.sum(1, keepdim=True)).to(device))
+
+
+@grid_table
+def tokens_around(grid: Grid, num_cells: int, device: torch.device) -> Tensor:
+    """The tokens that each cell is a candidate of: LongTensor[M, K], ascending, the rest -1."""
+    candidates = grid_cells(grid, num_cells, torch.device("cpu")).candidates
+    count = len(candidates)
+    # At borders a token has some candidates twice.
+    pairs = (candidates * count + torch.arange(count)[:, None]).unique()
+    cell, token = pairs // count, pairs % count
+    sizes = cell.bincount(minlength=num_cells)
+    place = torch.arange(len(pairs)) - (sizes.cumsum(0) - sizes)[cell]
+    table = torch.full((num_cells, int(sizes.max())), -1)
+    table[cell, place] = token
+    return table.to(device)
 
 
 def _cells_around(coordinates: Tensor, grid: Grid, num_cells: int) -> Tensor:

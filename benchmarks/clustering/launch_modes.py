@@ -2,6 +2,7 @@
 
     python -m benchmarks.clustering.launch_modes --device cuda --dtype bf16
     python -m benchmarks.clustering.launch_modes --modes eager compiled           # on a CPU, which has no such graphs
+    python -m benchmarks.clustering.launch_modes --device cuda --clusterings local_kmeans "local_kmeans, triton"
 
 A CUDA graph is launched whole, so what it takes is what the kernels take; eager adds what their launches cost. Each
 contender is held against the plain model in the same mode. "Differs": of a clustering, the share of tokens that another
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus
-from ailurus_hf.clustering import get_clustering
+from ailurus_hf.clustering import Clustering, LocalKMeans, get_clustering
 from ailurus_hf.evaluation.timing import wait_for
 
 from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save
@@ -34,6 +35,8 @@ SHAPES = {
     "4096 tokens of 320": ((64, 64), 320, 1024),
     "16384 tokens of 320": ((128, 128), 320, 4096),
 }
+# Clusterings by names of their own, with settings that are no default.
+WITH_SETTINGS: dict[str, Clustering] = {"local_kmeans, triton": LocalKMeans(kernel="triton")}
 COLUMNS = {
     "of": "of",
     "batch": "images",
@@ -118,7 +121,7 @@ def measure_clustering(
     tokens = torch.randn(3, batch, grid[0] * grid[1], channels).to(device, DTYPES[precision])
 
     def contender(name: str) -> Run:
-        clustering = get_clustering(name)
+        clustering = get_clustering(WITH_SETTINGS.get(name, name))
 
         def run(x: Tensor) -> tuple[Tensor, Tensor]:
             clusters = clustering(x, grid, count)
@@ -157,7 +160,8 @@ def measure_vit(
     images = torch.randn(3, batch, 3, size, size).to(device, DTYPES[precision])
     full, runs, ideal = model_flops(lambda: plain(images[0])), {"plain": plain}, {"plain": 1.0}
     for clustering in clusterings:
-        config = AiluRusConfig(cluster_location=location, num_clusters=num_clusters, clustering=clustering)
+        chosen = WITH_SETTINGS.get(clustering, clustering)
+        config = AiluRusConfig(cluster_location=location, num_clusters=num_clusters, clustering=chosen)
         runs[clustering] = apply_ailurus(sharing_weights(plain), config)
         runs[clustering](images[0])
         ideal[clustering] = full / (full - batch * ailurus_status(runs[clustering]).saved_flops)

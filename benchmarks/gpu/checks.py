@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import ailurus_enabled, count_weighted_attention, spatial_density_peaks
-from ailurus_hf.clustering import clustering_names, get_clustering
+from ailurus_hf.clustering import Clustering, LocalKMeans, clustering_names, get_clustering
 
 from ..clustering.launch_modes import as_graph
 from ..harness import ROOT
@@ -105,6 +105,13 @@ def _of_clustering(device: torch.device, grids: tuple) -> Iterator[Check]:
                 f"{name} as on the CPU, {about}", lambda n=name, g=grid, c=count: _as_on_the_cpu(device, n, g, c)
             )
         yield Check(f"{name} waits for nothing", lambda n=name: _no_waiting(device, n, *grids[-2]), cuda=True)
+    if importlib.util.find_spec("triton") is not None:
+        kernel = LocalKMeans(kernel="triton")
+        for grid, count in grids:
+            name = f"local_kmeans by Triton as by torch, {' × '.join(map(str, grid))} → {count}"
+            yield Check(name, lambda g=grid, c=count: _as_by_torch(device, kernel, g, c), cuda=True)
+        name = "local_kmeans by Triton waits for nothing"
+        yield Check(name, lambda: _no_waiting(device, kernel, *grids[-2]), cuda=True)
     yield Check("merge and unmerge are plain means", lambda: _plain_means(device, *grids[1]))
     for dtype in (torch.float32, *HALF):
         for form in ("mask", "channel"):
@@ -201,14 +208,23 @@ def _oracle() -> Any:
 
 def _as_on_the_cpu(device: torch.device, name: str, grid: tuple[int, ...], count: int) -> str:
     x, clustering = random_tokens(grid), get_clustering(name)
-    here, there = (clustering(x.to(where), grid, count).assignment[0].cpu() for where in (device, "cpu"))
+    return _share_pairs(*(clustering(x.to(where), grid, count).assignment[0].cpu() for where in (device, "cpu")))
+
+
+def _as_by_torch(device: torch.device, kernel: Clustering, grid: tuple[int, ...], count: int) -> str:
+    x, clusterings = random_tokens(grid).to(device), (kernel, get_clustering("local_kmeans"))
+    return _share_pairs(*(clustering(x, grid, count).assignment[0] for clustering in clusterings))
+
+
+def _share_pairs(here: Tensor, there: Tensor) -> str:
+    """Holds two assignments, LongTensor[N], against each other."""
     pairs = [assignment[:, None] == assignment for assignment in (here, there)]
     shared = ((pairs[0] & pairs[1]).sum() / (pairs[0] | pairs[1]).sum()).item()
     assert shared >= LEAST_SHARED, f"{shared:.1%} of the pairs"
     return f"{shared:.1%} of the pairs"
 
 
-def _no_waiting(device: torch.device, name: str, grid: tuple[int, ...], count: int) -> None:
+def _no_waiting(device: torch.device, name: str | Clustering, grid: tuple[int, ...], count: int) -> None:
     x, clustering = random_tokens(grid).to(device), get_clustering(name)
 
     def run() -> None:

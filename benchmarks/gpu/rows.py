@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ailurus_hf.extras import require
+
 Rows = list[dict[str, Any]]
 # Clusterings of every vision row: the paper's, the default, and the one of the preset "dense".
 CLUSTERINGS = ("density_peaks", "local_kmeans", "ward")
@@ -144,6 +146,19 @@ def _modes(what: str, function: str, short: str, modes: tuple[str, ...], minutes
     return Row(f"gpu_modes_{short}", title, module, run, "bf16", minutes, targets, cuda=cuda)
 
 
+def _kernels(what: str) -> Row:
+    """Local k-means by both kernels; only CUDA runs Triton's, and a torch without Triton leaves the row out."""
+
+    def run(module: Any, on: Machine) -> Rows:
+        require("triton", "triton")
+        options = {"device": on.device, "precision": "bf16", "backend": on.backend}
+        names = ["local_kmeans", *module.WITH_SETTINGS]
+        return module.measure_clustering(what, names, MODES_OF_KERNELS, on.repeats(21), **options)
+
+    title = f"{what}, local k-means by torch's and by Triton's kernel"
+    return Row("gpu_kernels_1024", title, "benchmarks.clustering.launch_modes", run, "bf16", 0.5, cuda=True)
+
+
 def _attention(precision: str) -> Row:
     def run(module: Any, on: Machine) -> Rows:
         found = [module.measure(name, on.repeats(21), device=on.device, precision=precision) for name in module.SHAPES]
@@ -235,6 +250,7 @@ def _training(name: str, batch_size: int) -> Row:
 
 SHARE = Target("share_of_ideal", {"clustering": "local_kmeans"}, least=0.95)
 EAGER, GRAPHS = ("eager", "compiled"), ("CUDA graph", "compiled, CUDA graph")
+MODES_OF_KERNELS = (EAGER[0], GRAPHS[0])
 
 # What matters most comes first, and what compiles for minutes last.
 ROWS: dict[str, Row] = {
@@ -263,6 +279,7 @@ ROWS: dict[str, Row] = {
         _modes("1024 tokens of 768", "measure_clustering", "1024_eager", EAGER, 1),
         _modes("1024 tokens of 768", "measure_clustering", "1024_graph", GRAPHS, 1),
         _modes("4096 tokens of 320", "measure_clustering", "4096", (EAGER[0], GRAPHS[0]), 0.3),
+        _kernels("1024 tokens of 768"),
         _modes("ViT-B/16 512", "measure_vit", "vit_b_eager", EAGER, 2),
         _modes("ViT-B/16 512", "measure_vit", "vit_b_graph", GRAPHS, 2, SHARE),
         _detector("ViT-L", "vit_l", Target("speed_up", {"location": 7}, least=1.53)),
