@@ -60,12 +60,12 @@ def export(model: SegmenterForSemanticSegmentation, folder: Path, val: CamVid) -
     assert written.dtype == torch.float32
     result = scores(confusion_on_images(written, val, range(len(val))))
     (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(model, result))
+    (folder / "README.md").write_text(model_card(model, result, folder))
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
     log.info("%s: %.1f MB, val mIoU %.2f, %s", folder, size, result["miou"], result["iou"])
 
 
-def model_card(model: SegmenterForSemanticSegmentation, result: dict) -> str:
+def model_card(model: SegmenterForSemanticSegmentation, result: dict, folder: Path) -> str:
     """What README.md of the folder says; `result` is of `scores`."""
     encoder, decoder = model.config.encoder_config, model.config.decoder_config
     table = "\n".join(f"| {name} | {value:.1f} |" for name, value in result["iou"].items())
@@ -78,10 +78,10 @@ of CamVid, for tests and demonstrations of token reduction: it is no competitor 
 
 ```python
 import ailurus_hf.segmenter  # registers Segmenter with the Auto classes
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-model = AutoModelForSemanticSegmentation.from_pretrained("examples/assets/segmenter-camvid")
-processor = AutoImageProcessor.from_pretrained("examples/assets/segmenter-camvid")
+model = AutoModelForSemanticSegmentation.from_pretrained("{folder.as_posix()}")
+processor = AutoImageProcessor.from_pretrained("{folder.as_posix()}")
 ```
 
 ## How good it is
@@ -104,7 +104,7 @@ first three stages the best of the evaluations made during training was kept, on
     python examples/export_segmenter.py --data CAMVID --model run2/best --average-with run/best --output averaged
     torchrun --nproc-per-node 2 examples/finetune_segmentation.py --data CAMVID --model averaged --output run3 \\
         --loop accelerate --keep 1 --epochs 4 --batch-size 1 --lr 1.5e-4 --average 0.99
-    python examples/export_segmenter.py --data CAMVID --model run3/model --output examples/assets/segmenter-camvid
+    python examples/export_segmenter.py --data CAMVID --model run3/model --output {folder.as_posix()}
 
 on two CPU cores; all seeds are 0. The photographs are seen twice enlarged (2700 tokens instead of 690: CamVid's poles,
 signs and people are smaller than a patch); the image processor of this folder does that. The first three stages were

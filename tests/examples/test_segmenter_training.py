@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,10 @@ def test_pretrain_train_resume_export_load(camvid, tmp_path):
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     val = CamVid(camvid, "val")
     assert result["miou"] == scores(confusion_on_images(model, val, range(2)))["miou"]
-    assert f"{result['miou']:.1f}" in (tmp_path / "out" / "README.md").read_text()
+    card, names = (tmp_path / "out" / "README.md").read_text(), {}
+    assert f"{result['miou']:.1f}" in card
+    exec(re.search(r"```python\n(.*?)```", card, re.S)[1], names)
+    assert names["model"].num_parameters() == weights and names["processor"].label_pad_value == UNLABELED
 
 
 def test_a_second_stage_sees_the_images_enlarged(camvid, tmp_path):
