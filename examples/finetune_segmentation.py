@@ -72,7 +72,7 @@ class Keeper:
         self.state = {"miou": []}
         if args.resume and self.path.exists():
             self.state = torch.load(self.path)
-            if self.mean is not None:
+            if self.mean is not None and "mean" in self.state:
                 self.mean.load_state_dict(self.state["mean"])
 
     def step(self) -> None:
@@ -84,16 +84,20 @@ class Keeper:
         """After an epoch. Returns whether training has stopped gaining."""
         if self.mean is not None:
             self.state["mean"] = self.mean.state_dict()
-        if self.args.patience:
-            earlier, score = self.state["miou"], evaluated(self.kept(), self.val, self.args)["miou"]
-            if score > max(earlier, default=0.0):
-                self.state["weights"] = {k: w.detach().cpu().clone() for k, w in self.kept().state_dict().items()}
-            self.state["miou"] = [*earlier, score]
-            log.info("mIoU %.2f, the best %.2f", score, max(self.state["miou"]))
-        if not process_rank() and len(self.state) > 1:
+        stop = bool(self.args.patience) and self._scored()
+        if not process_rank() and (self.args.patience or self.mean is not None):
             torch.save(self.state, self.path)
-        miou = self.state["miou"]
-        return bool(miou) and len(miou) - 1 - miou.index(max(miou)) >= self.args.patience
+        return stop
+
+    def _scored(self) -> bool:
+        """Scores what is kept so far. Returns whether the best epoch was `patience` epochs ago."""
+        kept, earlier = self.kept(), self.state["miou"]
+        score = evaluated(kept, self.val, self.args)["miou"]
+        if score > max(earlier, default=0.0):
+            self.state["weights"] = {name: w.detach().cpu().clone() for name, w in kept.state_dict().items()}
+        miou = self.state["miou"] = [*earlier, score]
+        log.info("mIoU %.2f, the best %.2f", score, max(miou))
+        return len(earlier) - miou.index(max(miou)) >= self.args.patience
 
     def kept(self) -> nn.Module:
         """The model as it would be written now."""
@@ -101,8 +105,10 @@ class Keeper:
 
     def restore(self) -> None:
         """Puts what is kept into the model: the best epoch's weights, where any was scored, or the mean."""
-        weights = self.state["weights"] if "weights" in self.state else self.kept().state_dict()
-        self.model.load_state_dict(weights)
+        if self.args.patience and "weights" in self.state:
+            self.model.load_state_dict(self.state["weights"])
+        elif self.mean is not None:
+            self.model.load_state_dict(self.mean.module.state_dict())
 
 
 class EpochClock(TrainerCallback):

@@ -234,6 +234,14 @@ def test_training_stops_where_it_gains_no_more_and_keeps_the_best_epoch(loop, tm
     assert not torch.equal(weight, weights[-1][-1])
     resumed = finetune.Keeper(model, None, settings(tmp_path, patience=2, resume=True))
     assert resumed.state["miou"] == keeper.state["miou"]
+    # Gone on with otherwise: nothing is scored any more, and the weights stay what they are.
+    plain = finetune.Keeper(model, None, settings(tmp_path, average=0.5, resume=True))
+    with torch.no_grad():
+        weight.add_(1)
+    plain.step()
+    assert plain.epoch() is False and next(scores_found) == 9.0
+    plain.restore()
+    assert torch.equal(weight, weights[1][-1] + 1)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
