@@ -25,9 +25,9 @@ from torch.nn.functional import cosine_similarity
 from ailurus_hf import ailurus_status
 from ailurus_hf.diffusion import denoising
 
-from ..harness import environment, interleaved, log, markdown, model_flops, save, switched
+from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save, switched
 from ..methods.diffusion import METHODS_OF_TRANSFORMERS, switch_on
-from .joint_speed import DTYPES, MODELS, inputs, make, num_tokens
+from .joint_speed import MODELS, inputs, make, num_tokens
 
 METHODS = tuple(name for name in METHODS_OF_TRANSFORMERS if not name.startswith("FirstBlockCache"))
 SHOWN = (

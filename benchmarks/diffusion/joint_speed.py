@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 from ailurus_hf import ailurus_enabled, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion.apply import reducers_of
 
-from ..harness import environment, interleaved, log, markdown, model_flops, save
+from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save
 
 # As published. SD3.5-medium has a second attention in its first 13 layers.
 SD3 = {"sample_size": 128, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
@@ -43,7 +43,6 @@ KEEPS = (0.5, 0.25)
 METHODS: dict[str, dict[str, Any]] = {
     f"{scope} {keep}": {"scope": scope, "keep_ratio": keep} for scope in ("blocks", "attention") for keep in KEEPS
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = {
     "model": "model",
     "tokens": "tokens|{}",
