@@ -2,6 +2,7 @@
 
     python examples/export_segmenter.py --data CAMVID --model run/model --output segmenter-camvid
     python examples/export_segmenter.py --data CAMVID --model run2/best --average-with run/best --output averaged
+    python examples/export_segmenter.py --data CAMVID --model a/model --average-with b/model c/best --output averaged
 
 The model is a folder of train_segmenter.py (run/best) or of finetune_segmentation.py (run/model). It is scored in
 float32 as it was written.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from camvid_data import PATCH, CamVid, confusion_on_images, scores
+from torch.optim.swa_utils import AveragedModel
 from train_segmenter import enlargement, image_processor, set_position_grid
 from training import data_folder
 from transformers import AutoModelForSemanticSegmentation
@@ -27,23 +29,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="CamVid folder (default: $AILURUS_DATA/camvid)")
     parser.add_argument("--model", required=True, type=Path, help="Segmenter folder")
-    parser.add_argument("--average-with", type=Path, help="write the mean of the weights and an earlier stage's")
+    parser.add_argument("--average-with", type=Path, nargs="+", default=[], help="write the mean of all their weights")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = SegmenterForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
-    if args.average_with:
-        average_weights(model, SegmenterForSemanticSegmentation.from_pretrained(args.average_with, dtype=torch.float32))
+    others = [SegmenterForSemanticSegmentation.from_pretrained(each, dtype=torch.float32) for each in args.average_with]
+    model = averaged(model, others)
     export(model, args.output, CamVid(data_folder(args.data, "camvid"), "val", enlargement(args.model)))
 
 
-@torch.no_grad()
-def average_weights(model: SegmenterForSemanticSegmentation, other: SegmenterForSemanticSegmentation) -> None:
-    """Moves each weight half way to another training stage's (Wortsman et al. 2022, "Robust fine-tuning")."""
-    config = model.config.encoder_config
-    set_position_grid(other, (config.image_size[0] // PATCH, config.image_size[1] // PATCH))
-    for weight, others in zip(model.parameters(), other.parameters(), strict=True):
-        weight.lerp_(others, 0.5)
+def averaged(
+    model: SegmenterForSemanticSegmentation, others: list[SegmenterForSemanticSegmentation]
+) -> SegmenterForSemanticSegmentation:
+    """The mean of the weights of several runs or stages (Wortsman et al. 2022, "Model soups"), on the model's grid."""
+    grid, mean = [side // PATCH for side in model.config.encoder_config.image_size], AveragedModel(model)
+    for each in (model, *others):
+        set_position_grid(each, (grid[0], grid[1]))
+        mean.update_parameters(each)
+    return mean.module
 
 
 def export(model: SegmenterForSemanticSegmentation, folder: Path, val: CamVid) -> None:

@@ -30,10 +30,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from camvid_data import CamVid, confusion_on_images, normalize, random_window, scores
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from train_segmenter import enlargement, set_position_grid, write
-from training import data_folder, process_rank
+from training import data_folder, process_rank, running_mean
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -68,7 +67,7 @@ class Keeper:
 
     def __init__(self, model: nn.Module, val: CamVid, args: argparse.Namespace):
         self.model, self.val, self.args, self.path = model, val, args, Path(args.output) / "kept.pt"
-        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average)) if args.average else None
+        self.mean = running_mean(model, args.average) if args.average else None
         self.state = {"miou": []}
         if args.resume and self.path.exists():
             self.state = torch.load(self.path)

@@ -17,7 +17,6 @@ time, then more and more of them, at last all; the learning rate is held and fal
 """
 
 import argparse
-import copy
 import json
 import logging
 from pathlib import Path
@@ -28,7 +27,7 @@ from cifar_data import CLASSES, SIZE, Cifar10, correct_images, training_batch
 from pretrain_masked import start_attention, start_embeddings
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, train
+from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, running_mean, train
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -118,7 +117,7 @@ def main() -> None:
     classifier = small_classifier(args.width, args.layers)
     start_embeddings(classifier.vit.embeddings, data.batch(range(0, min(len(data), 500))), (14, 14))
     start_attention(classifier.vit.layers)
-    average = copy.deepcopy(classifier).requires_grad_(False)
+    average = running_mean(classifier, args.ema)
 
     def loss_of(model, done, rng):
         indices = rng.integers(len(data), size=args.batch_size)
@@ -127,16 +126,16 @@ def main() -> None:
         return model(images, shares, visible), args.batch_size
 
     def evaluate():
-        average.eval().set_attn_implementation("sdpa")
+        average.module.eval().set_attn_implementation("sdpa")
         mine = range(accelerator.process_index, len(scored), accelerator.num_processes)
         with torch.autocast("cpu", torch.bfloat16):
-            right = accelerator.reduce(correct_images(average, scored, mine), "sum").item()
+            right = accelerator.reduce(correct_images(average.module, scored, mine), "sum").item()
         return {"accuracy": round(100 * right / len(scored), 2)}
 
     model = TrainedModel(classifier, args.drop_path)
     train(
         accelerator, model, average, classifier, len(data), loss_of, evaluate, "accuracy",
-        lambda folder: write(average, folder), args,
+        lambda folder: write(average.module, folder), args,
     )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ finetune_segmentation.py trains the result to its end, export_segmenter.py write
 """
 
 import argparse
-import copy
 import logging
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from camvid_data import (
 from pretrain_masked import small_segmenter, start_well
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, train
+from training import add_arguments, add_stochastic_depth, data_folder, make_accelerator, running_mean, train
 from transformers import AutoImageProcessor
 
 from ailurus_hf.segmenter import SegmenterForSemanticSegmentation, SegmenterImageProcessor
@@ -157,7 +156,7 @@ def main() -> None:
     else:
         segmenter = small_segmenter(data.grid, args.width, args.layers, args.decoder_layers)
         start_well(segmenter, data)
-    average = copy.deepcopy(segmenter).requires_grad_(False)
+    average = running_mean(segmenter, args.ema)
     model = TrainedModel(segmenter, data.grid, class_weights(data), args.drop_path)
 
     def loss_of(model: nn.Module, done: float, rng: np.random.Generator) -> tuple[Tensor, int]:
@@ -173,8 +172,8 @@ def main() -> None:
         return model(images, labels, corners, grid), batch_size
 
     train(
-        accelerator, model, average, segmenter, len(data), loss_of, lambda: evaluate(average, val, accelerator), "miou",
-        lambda folder: write(average, args.enlarge, folder), args,
+        accelerator, model, average, segmenter, len(data), loss_of, lambda: evaluate(average.module, val, accelerator),
+        "miou", lambda folder: write(average.module, args.enlarge, folder), args,
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ token starts at a cell of a grid over the image, and learns the boxes that lie n
 """
 
 import argparse
-import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from accelerate.utils import set_seed
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from training import add_arguments, add_stochastic_depth, make_accelerator, train
+from training import add_arguments, add_stochastic_depth, make_accelerator, running_mean, train
 from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
 from transformers.loss.loss_for_object_detection import ImageLoss
 
@@ -179,7 +178,7 @@ def main() -> None:
         model = YolosForObjectDetection.from_pretrained(args.init, dtype=torch.float32)
     else:
         model = new_detector(args.init, data, tuple(args.cells))
-    average = copy.deepcopy(model).requires_grad_(False)
+    average = running_mean(model, args.ema)
     layers = model.vit.encoder.layer
     add_stochastic_depth(model, [(layer.attention, layer.output.dropout) for layer in layers], args.drop_path)
     # Of a token without a box: the weight that makes all of them count as much as all with one, about.
@@ -194,8 +193,9 @@ def main() -> None:
         return sum(WEIGHTS[name] * loss for name, loss in losses.items()), len(examples)
 
     train(
-        accelerator, model, average, model, len(data), loss_of, lambda: evaluate(average, val), "ap",
-        lambda folder: write(average, val, folder), args, [optimizer_of(model, args.weight_decay, args.encoder_lr)],
+        accelerator, model, average, model, len(data), loss_of, lambda: evaluate(average.module, val), "ap",
+        lambda folder: write(average.module, val, folder), args,
+        [optimizer_of(model, args.weight_decay, args.encoder_lr)],
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 log = logging.getLogger("train")
 # What a data set's folder holds.
@@ -86,6 +87,15 @@ def process_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def running_mean(model: nn.Module, decay: float) -> AveragedModel:
+    """Of the model's weights, updated step by step; over few steps at first, so that the start is soon forgotten."""
+
+    def mean(kept: Tensor, new: Tensor, steps: Tensor) -> Tensor:
+        return torch.lerp(new, kept, min(decay, (2 + steps.item()) / (11 + steps.item())))
+
+    return AveragedModel(model, avg_fn=mean).requires_grad_(False)
+
+
 class Stopwatch:
     """Time of training steps. A step counts for no more than a few typical ones, as it may have been paused."""
 
@@ -114,7 +124,7 @@ class Progress:
 def train(
     accelerator: Accelerator,
     model: nn.Module,
-    average: nn.Module,
+    average: AveragedModel,
     learner: nn.Module,
     epoch: int,
     loss_of: Callable[[nn.Module, float, np.random.Generator], tuple[Tensor, int]],
@@ -124,7 +134,7 @@ def train(
     args: argparse.Namespace,
     optimizers: list[torch.optim.Optimizer] | None = None,
 ) -> None:
-    """Trains `model`, which is prepared here, and the running `average` of its part `learner`'s weights.
+    """Trains `model`, which is prepared here, and `average`, the running mean of its part `learner`'s weights.
 
     loss_of(model, share of the budget that is spent, generator): a batch's loss and its number of images.
     evaluate() of `average`, and save(folder) for the best by result[score]. epoch: images in one.
@@ -156,10 +166,7 @@ def train(
             optimizer.zero_grad()
         progress.step += 1
         progress.images += batch_size * accelerator.num_processes
-        decay = min(args.ema, (1 + progress.step) / (10 + progress.step))
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), learner.parameters()):
-                kept.lerp_(new, 1 - decay)
+        average.update_parameters(learner)
 
         taken = accelerator.reduce(torch.tensor(time.time() - started), "mean").item()
         progress.minutes += clock.counted(taken) / 60

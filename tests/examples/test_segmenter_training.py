@@ -27,7 +27,9 @@ from camvid_data import (  # noqa: E402
     training_batch,
     window_positions,
 )
+from export_segmenter import averaged  # noqa: E402
 from pretrain_masked import MaskedPretraining, Reduction, order_by_cells, small_segmenter  # noqa: E402
+from train_segmenter import set_position_grid  # noqa: E402
 from widen_segmenter import widened  # noqa: E402
 
 
@@ -90,6 +92,18 @@ def test_a_second_stage_sees_the_images_enlarged(camvid, tmp_path):
     confusion = torch.zeros(12, 11, dtype=torch.long)
     confusion.index_put_((data.label(0).flatten(), predicted.flatten()), torch.tensor(1), accumulate=True)
     assert torch.equal(confusion[:11], confusion_on_images(model, data, [0]))
+
+
+def test_the_mean_of_several_runs_is_of_all_their_weights():
+    models = [small_segmenter((4, 6), 64, 1, 1) for _ in range(3)]
+    set_position_grid(models[2], (2, 3))
+    given = [{name: weight.clone() for name, weight in model.named_parameters()} for model in models]
+    mean = averaged(models[0], models[1:])
+    for name, weight in mean.named_parameters():
+        if "position" not in name:
+            torch.testing.assert_close(weight, sum(each[name] for each in given) / 3)
+    assert mean.config.encoder_config.image_size == [64, 96]
+    assert all(torch.equal(weight, given[0][name]) for name, weight in models[0].named_parameters())
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.7])
