@@ -341,7 +341,7 @@ def rewritten(text: str) -> str:
             return match[0]
         return f"<!-- table: {match[1]} -->\n\n{made}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- table: ([\w ]+) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (.+?) -->(.*?)<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def main() -> int:

@@ -252,6 +252,15 @@ def test_tables_in_the_documents_are_what_the_result_files_say():
         assert report.rewritten(text) == text, f"{document}: run python -m benchmarks.report"
 
 
+def test_every_table_has_a_place_in_the_documents_and_is_written_there(monkeypatch):
+    marks = {name: f"<!-- table: {name} -->" for name in report.TABLES}
+    text = "".join((report.ROOT / document).read_text() for document in report.DOCUMENTS)
+    assert set(re.findall("<!-- table: .*", text)) == set(marks.values())
+    for name, mark in marks.items():
+        monkeypatch.setitem(report.TABLES, name, lambda: "a table")
+        assert report.rewritten(f"{mark}\n\n<!-- end -->") == f"{mark}\n\na table\n\n<!-- end -->"
+
+
 def test_pictures_are_shown_by_task_and_beside_tomesd(tmp_path, monkeypatch):
     marked = "<!-- table: pictures from text -->\n\n<!-- end -->"
     monkeypatch.setattr(report, "RESULTS", tmp_path)
