@@ -16,6 +16,9 @@ from diffusers.models.attention_processor import (
     CustomDiffusionAttnProcessor2_0,
     CustomDiffusionXFormersAttnProcessor,
     FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
@@ -34,6 +37,14 @@ PLAIN_PROCESSORS = (
     CustomDiffusionAttnProcessor,
     CustomDiffusionAttnProcessor2_0,
     CustomDiffusionXFormersAttnProcessor,
+)
+# Processors of cross-attention that give each query what it would get among any others. Unknown ones may keep where all
+# tokens attend to, as those of LEDITS++ and Attend-and-Excite do.
+CROSS_PROCESSORS = (
+    *PLAIN_PROCESSORS,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
 )
 
 

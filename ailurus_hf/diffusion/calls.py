@@ -50,7 +50,8 @@ class NetworkCall:
             return value
         shapes = [tuple(each.shape) if isinstance(each, Tensor) else None for each in value]
         if None in shapes or len(set(shapes)) > 1:
-            raise AiluRusError(f"images must be of one size, and one tensor each, got {shapes}")
+            several = "" if None not in shapes else ": reference images beside one (Z-Image Omni) cannot be reduced"
+            raise AiluRusError(f"images must be of one size, and one tensor each, got {shapes}{several}")
         return torch.stack(value)
 
     @property

@@ -75,7 +75,7 @@ JOINT = (
         blocks=SINGLE_AND_DOUBLE,
         # Its pipelines make one token of so many rows and columns of the latents.
         patch=2,
-        grid=IdGrid,
+        grid=partial(IdGrid, references=True),
         token_order=TEXT_FIRST,
         attention=OF_FLUX,
         unmerge_before="norm_out",
@@ -97,7 +97,7 @@ JOINT = (
             network,
             blocks=SINGLE_AND_DOUBLE,
             patch=2,
-            grid=partial(IdGrid, kwargs),
+            grid=partial(IdGrid, kwargs, references),
             token_order=TEXT_FIRST,
             attention=OwnProcessor(
                 stands_in_for=(processor,), kwargs=kwargs or "joint_attention_kwargs", rotary=rotary_of_ids
@@ -106,18 +106,18 @@ JOINT = (
             guides_by_halves=halves,
             flops=joint_block_flops,
         )
-        for network, processor, kwargs, halves in (
-            (diffusers.BriaTransformer2DModel, BriaAttnProcessor, "attention_kwargs", True),
+        for network, processor, kwargs, halves, references in (
+            (diffusers.BriaTransformer2DModel, BriaAttnProcessor, "attention_kwargs", True, False),
             # It takes no arguments for its attention.
-            (diffusers.LongCatImageTransformer2DModel, LongCatImageAttnProcessor, None, False),
-            (diffusers.OvisImageTransformer2DModel, OvisImageAttnProcessor, "joint_attention_kwargs", False),
+            (diffusers.LongCatImageTransformer2DModel, LongCatImageAttnProcessor, None, False, True),
+            (diffusers.OvisImageTransformer2DModel, OvisImageAttnProcessor, "joint_attention_kwargs", False, False),
         )
     ),
     DiffusionNetwork(
         diffusers.Flux2Transformer2DModel,
         blocks=SINGLE_AND_DOUBLE,
         patch=2,
-        grid=IdGrid,
+        grid=partial(IdGrid, references=True),
         token_order=TEXT_FIRST,
         attention=OwnProcessor(
             Flux2Processor, (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor), rotary=rotary_of_ids
@@ -129,7 +129,7 @@ JOINT = (
     ),
     DiffusionNetwork(
         diffusers.QwenImageTransformer2DModel,
-        grid=ShapesGrid,
+        grid=partial(ShapesGrid, references=True),
         token_order=TEXT_FIRST,
         attention=OwnProcessor(QwenProcessor, (QwenDoubleStreamAttnProcessor2_0,), "attention_kwargs"),
         unmerge_before="norm_out",

@@ -89,6 +89,7 @@ class ForwardState:
         traced: whether the compiler traces the whole forward.
         additions: with `full_every`, what stacks added in the last full step; in a full step where to keep it.
         factor: what the keep ratio is multiplied by in this step.
+        arrived: the names of the stacks between convolutions that ran.
     """
 
     latent_side: int
@@ -101,6 +102,13 @@ class ForwardState:
     traced: bool = False
     additions: KeptAdditions | None = None
     factor: float = 1.0
+    arrived: set[str] = dataclasses.field(default_factory=set)
+
+    def arrive_at(self, stack: Stack) -> bool:
+        """A stack begins; whether it is the first time in this forward, or a checkpoint runs it again."""
+        first = self.recomputing or stack.name not in self.arrived
+        self.arrived.add(stack.name)
+        return first
 
     def at_this_point(self) -> ForwardState:
         """A copy to run the next block again from, as often as need be."""

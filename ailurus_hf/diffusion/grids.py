@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import AiluRusError
 from .calls import NetworkCall
 
-# Reads the grid of a call: (rows, columns), or (frames, rows, columns). May raise AiluRusError.
+# Reads the grid of a call: (rows, columns), or (frames, rows, columns). May raise AiluRusError. Where its attribute
+# `references` is True, tokens of packed latents after those of the grid are of reference images.
 GridReader = Callable[[NetworkCall], tuple[int, ...]]
 
 
@@ -53,15 +54,16 @@ class IdGrid:
 
     Args:
         kwargs: the argument of the network that may hold "grid"; None: it has none.
+        references: whether tokens of reference images, which the first of their ids sets apart, may follow.
     """
 
-    def __init__(self, kwargs: str | None = "joint_attention_kwargs") -> None:
-        self.kwargs = kwargs
+    def __init__(self, kwargs: str | None = "joint_attention_kwargs", references: bool = False) -> None:
+        self.kwargs, self.references = kwargs, references
         # The last ids that were read, held weakly, their version, and their grid.
         self._known: tuple[ReferenceType[Tensor], int, tuple[int, int]] | None = None
 
     def __reduce__(self) -> tuple:
-        return IdGrid, (self.kwargs,)
+        return IdGrid, (self.kwargs, self.references)
 
     def __call__(self, call: NetworkCall) -> tuple[int, ...]:
         num_tokens = call.latents.shape[1]
@@ -76,10 +78,15 @@ class IdGrid:
                     "picture's sides)"
                 )
             raise AiluRusError(f"a compiled network cannot read its grid from img_ids: {instead}")
-        grid = self._read(unbatched_ids(call, "img_ids")) if given is None else given
-        if math.prod(grid) != num_tokens:
+        ids: Tensor = call.argument("img_ids")
+        if given is None and ids.shape[-2] != num_tokens:
+            raise AiluRusError(f"{ids.shape[-2]} img_ids are given for {num_tokens} image tokens: give one for each")
+        grid = self._read(ids) if given is None else given
+        if given is not None and math.prod(grid) != num_tokens:
+            beside = f": where there are reference images, leave grid out of {self.kwargs}" if self.references else ""
             raise AiluRusError(
                 f"grid {grid} has {math.prod(grid)} tokens, but the network is called with {num_tokens} image tokens"
+                f"{beside}"
             )
         return grid
 
@@ -88,7 +95,7 @@ class IdGrid:
         version = 0 if ids.is_inference() else ids._version
         known = self._known
         if known is None or known[0]() is not ids or known[1] != version:
-            self._known = known = ref(ids), version, grid_from_ids(ids)
+            self._known = known = ref(ids), version, grid_from_ids(_unbatched(ids), self.references)
         return known[2]
 
 
@@ -100,21 +107,28 @@ def given_grid(call: NetworkCall, kwargs: str | None) -> tuple[int, ...] | None:
 
 def unbatched_ids(call: NetworkCall, name: str) -> Tensor:
     """Ids of tokens, Tensor[L, 3]; older versions of diffusers gave them a batch."""
-    ids: Tensor = call.argument(name)
+    return _unbatched(call.argument(name))
+
+
+def _unbatched(ids: Tensor) -> Tensor:
     return ids[0] if ids.ndim == 3 else ids
 
 
-def grid_from_ids(ids: Tensor) -> tuple[int, int]:
-    """(H, W) of the row and column of each image token, Tensor[N, 3 or 4]; AiluRusError unless they are one grid."""
+def grid_from_ids(ids: Tensor, references: bool = False) -> tuple[int, int]:
+    """(H, W) of the row and column of each image token, Tensor[N, 3 or 4]; AiluRusError unless they are one grid.
+
+    Args:
+        references: whether ids of reference images may follow, whose first number is another one.
+    """
     positions = ids.detach().cpu()
-    width = int((positions[:, 1] == positions[0, 1]).sum())
-    height = len(positions) // width
-    if height * width == len(positions):
-        rows = positions.unflatten(0, (height, width))
-        same_image = (positions[:, 0] == positions[0, 0]).all()
-        if same_image and (rows[:, :, 1] == rows[:, :1, 1]).all() and (rows[:, :, 2] == rows[:1, :, 2]).all():
-            return height, width
-    raise AiluRusError(
-        f"the {len(positions)} img_ids are not the rows and columns of one image: reference images beside it (Flux "
-        "Kontext) cannot be reduced"
-    )
+    of_image = positions[:, 0] == positions[0, 0]
+    count = int(of_image.sum())
+    if of_image[:count].all() and (references or count == len(positions)):
+        image = positions[:count]
+        width = int((image[:, 1] == image[0, 1]).sum())
+        rows = image[: count // width * width].unflatten(0, (-1, width))
+        in_rows = (rows[:, :, 1] == rows[:, :1, 1]).all() and (rows[:, :, 2] == rows[:1, :, 2]).all()
+        if count % width == 0 and in_rows:
+            return count // width, width
+    beside = "" if references else ", and reference images beside it cannot be in this network"
+    raise AiluRusError(f"the {len(positions)} img_ids are not the rows and columns of one image{beside}")

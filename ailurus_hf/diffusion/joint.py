@@ -204,11 +204,13 @@ def _merged(part: Tensor, clusters: TokenClusters, order: TokenOrder) -> Tensor:
 
 
 def rotary_of_ids(call: NetworkCall, clusters: TokenClusters, grid: tuple[int, ...]) -> Rotary:
-    """Flux's own embedding of text tokens and of each cluster's mean row and column, Tensor[B, T + M, D] each."""
-    batch = clusters.assignment.shape[0]
+    """Flux's own embedding of text tokens, of each cluster's mean row and column, and of the tokens of reference
+    images, Tensor[B, T + M + R, D] each."""
+    batch, num_tokens = clusters.assignment.shape
     text, image = unbatched_ids(call, "txt_ids").float(), unbatched_ids(call, "img_ids").float()
-    means = clusters.merge(image.expand(batch, -1, -1))
-    ids = torch.cat([text.expand(batch, -1, -1), means], 1)
+    means = clusters.merge(image[:num_tokens].expand(batch, -1, -1))
+    text, references = (each.expand(batch, -1, -1) for each in (text, image[num_tokens:]))
+    ids = torch.cat([text, means, references], 1)
     network: Any = call.network
     cos, sin = network.pos_embed(ids.flatten(0, 1))
     return cos.unflatten(0, ids.shape[:2]), sin.unflatten(0, ids.shape[:2])

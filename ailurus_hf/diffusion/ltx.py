@@ -23,8 +23,8 @@ class SidesGrid:
         sides = [call.argument(name) for name in SIDES]
         if call.argument("video_coords") is not None or None in sides:
             raise AiluRusError(
-                "video_coords place tokens anywhere, and here they have to be one grid: call the network with "
-                "num_frames, height and width"
+                "video_coords place tokens anywhere, as conditions (LTXConditionPipeline), and here they have to "
+                "be one grid: call the network with num_frames, height and width, as LTXPipeline does"
             )
         grid = tuple(int(side) for side in sides)
         given = given_grid(call, "attention_kwargs")

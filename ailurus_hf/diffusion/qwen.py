@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,16 +15,30 @@ from .rotary import Rotary, of_complex
 
 
 class ShapesGrid:
-    """The rows and columns in `img_shapes`: [(frames, rows, columns)] for each image of the batch."""
+    """The rows and columns in `img_shapes`: [(frames, rows, columns)] for each image of the batch.
+
+    Args:
+        references: whether those of reference images may follow.
+    """
+
+    def __init__(self, references: bool = False) -> None:
+        self.references = references
 
     def __call__(self, call: NetworkCall) -> tuple[int, ...]:
         shapes: Any = call.argument("img_shapes")
-        of_first = shapes[0] if isinstance(shapes, list) else shapes
-        of_first = of_first if isinstance(of_first, list) else [of_first]
-        if len(of_first) != 1 or of_first[0][0] != 1:
+        of_each = shapes if isinstance(shapes, list) else [shapes]
+        of_each = [each if isinstance(each, list) else [each] for each in of_each]
+        of_first, num_tokens = of_each[0], call.latents.shape[1]
+        if any(each != of_first for each in of_each):
+            raise AiluRusError(f"img_shapes must be the same for all images of a batch, got {of_each}")
+        if of_first[0][0] != 1 or (len(of_first) > 1 and not self.references):
+            raise AiluRusError(f"img_shapes must be of one image, got {of_first}")
+        if (told := sum(math.prod(shape) for shape in of_first)) != num_tokens:
+            raise AiluRusError(f"img_shapes {of_first} have {told} tokens, but the network is called with {num_tokens}")
+        network: Any = call.network
+        if len(of_first) > 1 and getattr(network.config, "use_layer3d_rope", False):
             raise AiluRusError(
-                f"img_shapes must be of one image, got {of_first}: reference images and layers beside it cannot be "
-                "reduced"
+                f"img_shapes {of_first} are of the layers of one picture, which are made together and are no one grid"
             )
         _, height, width = of_first[0]
         return int(height), int(width)

@@ -373,7 +373,7 @@ class NetworkReducer:
             log.warning(
                 "%d of %d self-attention layers of %s no longer have the processor of apply_ailurus and run as they "
                 "are now, on %s: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace "
-                "processors. Call apply_ailurus again",
+                "processors. Call apply_ailurus again. Pipelines with perturbed attention replace them in every call",
                 len(lost),
                 len(layers),
                 type(self.network).__name__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +56,8 @@ def replayed_jointly(
     text: Tensor | None = None
     for block, args, kwargs in calls:
         if text is not None and _text_of(args, kwargs) is None:
-            # From here on in one sequence.
-            tokens, text = order.join(text, tokens), None
+            # From here on in one sequence. What stands after the image is among its tokens.
+            tokens, text = dataclasses.replace(order, references=0).join(text, tokens), None
         args, kwargs = with_argument(args, kwargs, 0, "hidden_states", tokens)
         if text is not None:
             args, kwargs = with_argument(args, kwargs, 1, "encoder_hidden_states", text)

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .backend import PLAIN_PROCESSORS
+from .backend import CROSS_PROCESSORS, PLAIN_PROCESSORS
 from .calls import argument_names
 from .frames import Frames
 from .networks import DiffusionNetwork, declaration_of
@@ -69,6 +69,13 @@ class Stack:
 
 # Where BasicTransformerBlock takes its attention mask.
 BLOCK_MASK_POSITION = list(inspect.signature(BasicTransformerBlock.forward).parameters).index("attention_mask") - 1
+
+
+# What is said of a stack, by name, that is left whole for a processor.
+CROSS_ATTENTION_ON = (
+    "%s runs on all tokens, as its cross-attention is on %s, which may keep where each of them attends to: use "
+    "scope='attention'"
+)
 
 
 def find_stacks(network: nn.Module) -> list[Stack]:
@@ -150,6 +157,15 @@ def _attention_names(block: nn.Module) -> tuple[str, ...]:
 def takes_mask(layer: AttentionLayer) -> bool:
     """Whether a layer of self-attention is known to run the whole batch and to take a bias on its keys as a mask."""
     return type(layer.processor) in PLAIN_PROCESSORS or isinstance(layer.processor, RebuildableProcessor)
+
+
+def other_cross_processor(stacks: Iterable[Stack]) -> str | None:
+    """The class of a processor of cross-attention that may not take representatives as its queries; None: of none."""
+    layers = (block.attn2 for stack in stacks for block in stack.blocks if isinstance(block, BasicTransformerBlock))
+    for processor in (layer.processor for layer in layers if layer is not None):
+        if type(processor) not in CROSS_PROCESSORS and not isinstance(processor, RebuildableProcessor):
+            return type(processor).__name__
+    return None
 
 
 def frames_of(stack: Stack) -> Frames | None:

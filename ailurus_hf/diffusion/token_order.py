@@ -16,6 +16,8 @@ class TokenOrder:
 
     Args:
         text_first: whether text tokens stand before the image's. With no text tokens it makes no difference.
+        references: with text_first, how many tokens of reference images stand after the image's. They are no tokens of
+            the image here, and go with the text's.
 
     Example:
         >>> text, image = torch.zeros(1, 2, 4), torch.ones(1, 3, 4)
@@ -24,9 +26,15 @@ class TokenOrder:
     """
 
     text_first: bool = False
+    references: int = 0
 
     def split(self, tokens: Tensor, num_image_tokens: int) -> tuple[Tensor, Tensor]:
         """Text and image of Tensor[B, T + N, ...]."""
+        if self.references:
+            # Counted from the end: where the text is apart, nothing stands before the image.
+            end = tokens.shape[1] - self.references
+            image = tokens[:, end - num_image_tokens : end]
+            return torch.cat([tokens[:, : end - num_image_tokens], tokens[:, end:]], 1), image
         if self.text_first:
             num_text_tokens = tokens.shape[1] - num_image_tokens
             return tokens[:, :num_text_tokens], tokens[:, num_text_tokens:]
@@ -34,12 +42,15 @@ class TokenOrder:
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """Tensor[B, T, ...] and Tensor[B, N, ...] as one sequence."""
+        if self.references:
+            before = text.shape[1] - self.references
+            return torch.cat([text[:, :before], image, text[:, before:]], 1)
         return torch.cat([text, image] if self.text_first else [image, text], 1)
 
     def key_bias(self, clusters: TokenClusters, num_text_tokens: int) -> Tensor:
         """Log counts of the image's representatives and zeros for the text, Tensor[B, T + M]."""
         if self.text_first:
-            return clusters.log_counts(prefix=num_text_tokens)
+            return clusters.log_counts(prefix=num_text_tokens - self.references, suffix=self.references)
         return clusters.log_counts(suffix=num_text_tokens)
 
 

@@ -30,7 +30,7 @@ from .networks import DiffusionNetwork, OwnProcessor
 from .reducer import NetworkReducer
 from .replay import call_without_tokens, replayed_jointly
 from .rotary import Rotary, at_centroids
-from .stacks import self_attentions, takes_mask
+from .stacks import CROSS_ATTENTION_ON, other_cross_processor, self_attentions, takes_mask
 from .token_order import IMAGE_FIRST, TokenOrder
 
 # The arguments of blocks that hold a rotary embedding of their tokens.
@@ -142,10 +142,14 @@ class TransformerReducer(NetworkReducer):
             if not running.whole:
                 return
         self._refuse_reduced(call, scope, running.whole)
+        running.order = self.token_order_of(call)
+        if getattr(self.read_grid, "references", False):
+            references = int(call.latents.shape[1]) - math.prod(grid)
+            running.order = dataclasses.replace(running.order, references=references)
         text = call.argument("encoder_hidden_states")
         if isinstance(self.own, OwnProcessor) and not torch.compiler.is_compiling():
-            self.text_tokens = text.shape[1] if isinstance(text, Tensor) else 0
-        running.order = self.token_order_of(call)
+            # All that stay as they are.
+            self.text_tokens = (text.shape[1] if isinstance(text, Tensor) else 0) + running.order.references
         forward.stack = running
 
     def token_order_of(self, call: NetworkCall) -> TokenOrder:
@@ -170,7 +174,9 @@ class TransformerReducer(NetworkReducer):
             return None
         others = [layer for layer in self_attentions(self.stacks).values() if not takes_mask(layer)]
         if not others:
-            return None
+            if (other := other_cross_processor(self.stacks)) is not None:
+                self.say_once(CROSS_ATTENTION_ON, "the network", other)
+            return None if other is None else f"left whole: {other}"
         other = type(others[0].processor).__name__
         self.say_once(
             "runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs the "
@@ -254,7 +260,7 @@ class TransformerReducer(NetworkReducer):
             return tokens
         running.others, image = running.token_order.split(tokens, num_tokens)
         if not torch.compiler.is_compiling():
-            self.text_tokens = running.others.shape[1]
+            self.text_tokens = max(self.text_tokens or 0, running.others.shape[1])
         return image
 
     def _note_embedding(self, running: StackState, block: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -23,7 +23,7 @@ from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState, key_bias
 from .reducer import NetworkReducer
 from .replay import call_without_tokens
-from .stacks import BLOCK_MASK_POSITION, Stack, self_attentions, takes_mask
+from .stacks import BLOCK_MASK_POSITION, CROSS_ATTENTION_ON, Stack, other_cross_processor, self_attentions, takes_mask
 
 
 class UNetReducer(NetworkReducer):
@@ -76,6 +76,13 @@ class UNetReducer(NetworkReducer):
         if not torch.compiler.is_compiling():
             self.last_levels[stack.name] = level
         running = StackState(stack, grid, scope, self.numbers[stack.name], reached=True)
+        again = not forward.arrive_at(stack) or (forward.share_cfg and hidden_states.shape[0] % 2 == 1)
+        if again and self._reduced_to(forward, running) < height * width:
+            raise AiluRusError(
+                f"{stack.name} of {type(self.network).__name__} is called with {hidden_states.shape[0]} images, a part "
+                "of its batch: in such parts, as enable_free_noise_split_inference makes them, one would get the "
+                f"clusters of another. Leave that out, or set min_tokens above {height * width}"
+            )
         checkpoints = torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False)
         if scope == "attention":
             # Its processor asks for the clusters of the stack that is running.
@@ -116,7 +123,7 @@ class UNetReducer(NetworkReducer):
             forward.stack = None
 
     def _other_processor(self, stack: Stack) -> str | None:
-        """The class of a processor in the stack that AiluRus does not know to take the bias."""
+        """The class of a processor in the stack that AiluRus does not know to take the bias, or representatives."""
         for layer in self_attentions([stack]).values():
             if not takes_mask(layer):
                 other = type(layer.processor).__name__
@@ -127,7 +134,10 @@ class UNetReducer(NetworkReducer):
                     other,
                 )
                 return other
-        return None
+        cross = other_cross_processor([stack])
+        if cross is not None:
+            self.say_once(CROSS_ATTENTION_ON, stack.name, cross)
+        return cross
 
     # projections="all"
 

@@ -122,11 +122,13 @@ REFUSED_CALLS = [
     ("LTX-Video", {"attention_kwargs": {"grid": (3, 6, 4)}}, r"\(3, 4, 6\), got \(3, 6, 4\)"),
     ("Flux.2", {"kv_cache_mode": "extract"}, "kv_cache_mode='extract'"),
     ("Kandinsky 5", {"sparse_params": {"to_fractal": False}}, "sparse_params"),
-    ("Qwen-Image", {"img_shapes": [[(1, 8, 12), (1, 8, 12)]] * 2}, "reference images"),
+    ("Qwen-Image", {"img_shapes": [[(1, 8, 12), (1, 8, 12)]] * 2}, "192 tokens, but the network is called with 96"),
+    ("Qwen-Image", {"img_shapes": [[(1, 8, 12)], [(1, 12, 8)]]}, "the same for all images"),
+    ("Qwen ControlNet", {"img_shapes": [[(1, 4, 12), (1, 4, 12)]] * 2}, "must be of one image"),
     ("Qwen-Image", {"controlnet_block_samples": [torch.ones(2, 96, 16)]}, "controlnet_block_samples"),
-    # The edited picture beside the one that is made, as its pipeline for editing gives them.
+    # Its pipelines give no picture beside the one that is made.
     (
-        "LongCat-Image",
+        "Ovis-Image",
         {"img_ids": torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(12))},
         "reference",
     ),

@@ -15,6 +15,8 @@ EULER = FlowMatchEulerDiscreteScheduler
 # Rows and columns of pictures and videos: at a VAE that makes eight pixels one, and at one that makes two one.
 SIDES, SMALL = {"height": 64, "width": 96}, {"height": 2 * LATENTS[0], "width": 2 * LATENTS[1]}
 PICTURE = {"height": 128, "width": 192}
+# In place of an input that a pipeline does not take.
+LEFT_OUT = object()
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ def image_encoder():
     return {"image_encoder": CLIPVisionModelWithProjection(config).eval(), "feature_extractor": extractor}
 
 
-def photographs(batch):
+def photographs(batch, sides=SMALL):
     """As PIL images, which pipelines scale to the size that their encoder takes."""
-    return [Image.fromarray((255 * each).byte().permute(1, 2, 0).numpy()) for each in picture(batch)]
+    return [Image.fromarray((255 * each).byte().permute(1, 2, 0).numpy()) for each in picture(batch, sides)]
 
 
 def sparse_conditions():
@@ -309,19 +311,24 @@ KINDS = {
 
 def make_every_pipeline(name):
     """The pipeline of a kind by its name."""
-    kind = KINDS[name]
-    network = make_network(kind.network or name) if kind.fields is None else changed(name, kind.fields)
-    made = getattr(diffusers, kind.pipeline)
-    names = list(inspect.signature(made.__init__).parameters)[1:]
-    held = "transformer" if "transformer" in names else "unet"
-    empty = {
-        n: None for n in names if inspect.signature(made.__init__).parameters[n].default is inspect.Parameter.empty
-    }
-    pipe = made(**{**empty, **kind.parts(), held: network})
-    pipe.set_progress_bar_config(disable=True)
+    pipe = make_kind(KINDS[name], name)
     if name == "LongCat-Image":
         # In place of its text encoder.
         pipe._encode_prompt = lambda words: text(len(words), 1 if words[0] == "a" else 9)
+    return pipe
+
+
+def make_kind(kind, name):
+    """The pipeline of a kind. name: of its network, where the kind has none."""
+    name = kind.network or name
+    network = make_network(name) if kind.fields is None else changed(name, kind.fields)
+    made = getattr(diffusers, kind.pipeline)
+    parameters = inspect.signature(made.__init__).parameters
+    names = list(parameters)[1:]
+    held = "transformer" if "transformer" in names else "unet"
+    empty = {each: None for each in names if parameters[each].default is inspect.Parameter.empty}
+    pipe = made(**{**empty, **kind.parts(), held: network})
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -335,11 +342,20 @@ def changed(name, fields):
 
 def generate_any(pipe, name, seed=0, batch=1, steps=3, **kwargs):
     """Latents of pictures or videos, of seeds that follow one another."""
+    # DiT's gives pictures alone.
+    output_type = "np" if name == "DiT" else "latent"
+    return generate_kind(pipe, KINDS[name], seed, batch, steps, output_type=output_type, **kwargs)
+
+
+def generate_kind(pipe, kind, seed=0, batch=1, steps=3, **kwargs):
+    """As generate_any, with the inputs of a kind; those that are LEFT_OUT are not given."""
     # For what a VAE gives.
     torch.manual_seed(seed)
     generators = [torch.Generator().manual_seed(seed + n) for n in range(batch)]
-    inputs = {**KINDS[name].inputs(batch), "num_inference_steps": steps, **kwargs}
-    # DiT's gives pictures alone.
-    inputs["output_type"] = "np" if name == "DiT" else "latent"
-    made = pipe(**inputs, generator=generators, return_dict=False)
-    return torch.as_tensor(made[0] if isinstance(made, tuple) else made)
+    # Some take a list for several videos, also where it holds one.
+    generator = generators if batch > 1 else generators[0]
+    inputs = {"num_inference_steps": steps, "generator": generator, "output_type": "latent", "return_dict": False}
+    inputs = {**inputs, **kind.inputs(batch), **kwargs}
+    made = pipe(**{name: value for name, value in inputs.items() if value is not LEFT_OUT})
+    # Some give latents in their output whatever return_dict says.
+    return torch.as_tensor(made if torch.is_tensor(made) else made[0])
