@@ -63,6 +63,8 @@ class DiffusionNetwork:
         unmerge_before: path of the module that needs all tokens again; None: they are back after the last block.
         unmerge_before_each: paths of lists of modules, of which each needs all tokens as one block gave them, as in
             ControlNets.
+        by_token: arguments of its blocks that hold one value for all tokens of the image, and others for those of
+            reference images, Tensor[B, L].
         refuses: raises AiluRusError on calls that cannot follow merged tokens.
         guides_by_halves: False where the pipelines guide by a second call of the network, and not by a batch of two
             halves.
@@ -85,6 +87,7 @@ class DiffusionNetwork:
     gives_image_first: bool = False
     unmerge_before: str | None = None
     unmerge_before_each: tuple[str, ...] = ()
+    by_token: tuple[str, ...] = ()
     refuses: Callable[[NetworkCall], None] | None = None
     guides_by_halves: bool = True
     flops: Callable[[Any, int, int, int, int, int], float] = field(default=block_flops)

@@ -133,7 +133,7 @@ JOINT = (
         token_order=TEXT_FIRST,
         attention=OwnProcessor(QwenProcessor, (QwenDoubleStreamAttnProcessor2_0,), "attention_kwargs"),
         unmerge_before="norm_out",
-        refuses=refusals.refuse_two_timesteps,
+        by_token=("modulate_index",),
         guides_by_halves=False,
         flops=joint_block_flops,
     ),

@@ -58,15 +58,6 @@ def refuse_kept_references(call: NetworkCall) -> None:
         )
 
 
-def refuse_two_timesteps(call: NetworkCall) -> None:
-    """Where Qwen-Image's tokens of reference images have another timestep."""
-    if getattr(call.network, "zero_cond_t", False):
-        raise AiluRusError(
-            "a network with zero_cond_t has another timestep for reference images' tokens, which cannot follow merged "
-            "tokens"
-        )
-
-
 def refuse_several_images(call: NetworkCall) -> None:
     """Where Z-Image is called with reference images."""
     if call.argument("siglip_feats") is not None or call.argument("image_noise_mask") is not None:

@@ -155,10 +155,6 @@ def test_networks_that_set_tokens_apart_are_refused():
         network.register_to_config(**{field: value})
         with pytest.raises(AiluRusError, match="merged tokens"):
             predict(network, name, sample(name))
-    network = apply_ailurus(make_network("Qwen-Image"), **SETTINGS)
-    network.zero_cond_t = True
-    with pytest.raises(AiluRusError, match="zero_cond_t"):
-        predict(network, "Qwen-Image", sample("Qwen-Image"))
 
 
 def test_images_of_several_sizes_are_refused():

@@ -276,6 +276,13 @@ EDITS = {
     "Qwen Edit Plus": Kind(
         "QwenImageEditPlusPipeline", lambda batch: qwen(batch, image=photographs(2, PICTURE)), of_qwen, "Qwen-Image"
     ),
+    "Qwen Edit 2511": Kind(
+        "QwenImageEditPlusPipeline",
+        lambda batch: qwen(batch, image=photographs(2, PICTURE)),
+        of_qwen,
+        "Qwen-Image",
+        {"zero_cond_t": True},
+    ),
     "Qwen Edit inpaint": Kind(
         "QwenImageEditInpaintPipeline",
         lambda batch: {**qwen_edit(batch), "mask_image": mask(1, PICTURE), "strength": 0.6},
