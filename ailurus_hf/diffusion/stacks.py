@@ -159,11 +159,17 @@ def takes_mask(layer: AttentionLayer) -> bool:
     return type(layer.processor) in PLAIN_PROCESSORS or isinstance(layer.processor, RebuildableProcessor)
 
 
-def other_cross_processor(stacks: Iterable[Stack]) -> str | None:
-    """The class of a processor of cross-attention that may not take representatives as its queries; None: of none."""
-    layers = (block.attn2 for stack in stacks for block in stack.blocks if isinstance(block, BasicTransformerBlock))
+def other_cross_processor(stacks: Iterable[Stack], known: tuple[type, ...] = ()) -> str | None:
+    """The class of a processor of cross-attention that may not take representatives as its queries; None: of none.
+
+    Args:
+        known: those that may, beside diffusers' plain ones.
+    """
+    blocks = (block for stack in stacks for block in stack.blocks)
+    names = {"attn1": "attn2", "self_attention": "cross_attention"}
+    layers = (getattr(block, names.get(next(iter(_attention_names(block)), ""), ""), None) for block in blocks)
     for processor in (layer.processor for layer in layers if layer is not None):
-        if type(processor) not in CROSS_PROCESSORS and not isinstance(processor, RebuildableProcessor):
+        if type(processor) not in (*CROSS_PROCESSORS, *known) and not isinstance(processor, RebuildableProcessor):
             return type(processor).__name__
     return None
 

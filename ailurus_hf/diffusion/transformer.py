@@ -168,15 +168,17 @@ class TransformerReducer(NetworkReducer):
         return min(self.num_clusters(forward, part) for part in each) == math.prod(running.grid)
 
     def _runs_whole(self, scope: str) -> str | None:
-        if isinstance(self.own, OwnProcessor):
-            return "processor lost" if self.without_processor() else None
+        own = isinstance(self.own, OwnProcessor)
+        if own and self.without_processor():
+            return "processor lost"
         if scope == "attention":
             return None
-        others = [layer for layer in self_attentions(self.stacks).values() if not takes_mask(layer)]
+        others = [layer for layer in self_attentions(self.stacks).values() if not own and not takes_mask(layer)]
         if not others:
-            if (other := other_cross_processor(self.stacks)) is not None:
-                self.say_once(CROSS_ATTENTION_ON, "the network", other)
-            return None if other is None else f"left whole: {other}"
+            cross = other_cross_processor(self.stacks, getattr(self.own, "stands_in_for", ()))
+            if cross is not None:
+                self.say_once(CROSS_ATTENTION_ON, "it", cross)
+            return None if cross is None else f"left whole: {cross}"
         other = type(others[0].processor).__name__
         self.say_once(
             "runs on all tokens, as its self-attention is on %s, of which AiluRus does not know whether it runs the "

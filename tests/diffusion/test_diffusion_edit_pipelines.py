@@ -274,6 +274,23 @@ def test_processors_that_keep_where_tokens_attend_to_see_all_of_them(name, caplo
     assert "LEDITSCrossAttnProcessor" in caplog.text and "scope='attention'" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["Wan", "SkyReels-V2", "LTX-Video", "Kandinsky 5"])
+def test_the_same_in_networks_with_processors_of_their_own(name, caplog):
+    network, x = make_network(name), sample(name)
+    plain = predict(network, name, x)
+    reduced = predict(apply_ailurus(network, **SETTINGS), name, x)
+    block = reducers_of(network)[0][1].stacks[0].blocks[1]
+    layer = block.cross_attention if name == "Kandinsky 5" else block.attn2
+    layer.processor = type("Keeps", (type(layer.processor),), {})()
+    for scope in ("blocks", "attention"):
+        whole = predict(apply_ailurus(network, **SETTINGS, scope=scope), name, x)
+        assert (distance(whole, plain) <= 1e-5) == (scope == "blocks") and distance(reduced, plain) > 1e-3
+    assert (
+        "its cross-attention is on Keeps" in caplog.text
+        and "Keeps" not in ailurus_status(network).locations[0].restored
+    )
+
+
 def test_the_documents_name_every_pipeline_that_was_run():
     page = (Path(__file__).parents[2] / "docs/supported-models.md").read_text()
     assert [kind.pipeline for kind in (*KINDS.values(), *ALL.values()) if f"`{kind.pipeline}`" not in page] == []
