@@ -54,7 +54,9 @@ class DiffusionNetwork:
         blocks: for "tokens", the paths of its lists of blocks, in the order in which they run. A block takes
             `hidden_states` first; its self-attention is `attn1`, or `attn` and `attn2`.
         patch: rows and columns of the latents that are one token; None: the config's `patch_size`.
-        grid: makes what reads the grid of a call; by default the sides of the latents over the patch size.
+        grid: makes what reads the grid of a call; by default the sides of the latents over the patch size. Where its
+            attribute `references` is True, tokens of packed latents, Tensor[B, L, C], after those of the grid are of
+            reference images, which stay as they are.
         token_order: where image and text tokens stand in attention: IMAGE_ONLY, IMAGE_FIRST or TEXT_FIRST; or what
             reads it from a call, where it differs from image to image.
         attention: "mask" where blocks take `attention_mask`, Tensor[B, 1, M], and hand it to self-attention, as
