@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.attention_processor import (
@@ -65,7 +65,10 @@ def modules_of(target: Any) -> list[tuple[str, nn.Module]]:
         pipeline: Any = target
         return [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
     if not isinstance(target, nn.Module):
-        raise UnsupportedModelError(f"{type(target).__name__} is no network: give a diffusers pipeline or network")
+        instead = "a diffusers pipeline or network"
+        if isinstance(target, ModularPipeline):
+            instead = "its transformer or unet, and call it in a block with denoising(pipe.transformer, pipe.scheduler)"
+        raise UnsupportedModelError(f"{type(target).__name__} is no network: give {instead}")
     return [("", target)]
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.modular_pipelines import FluxAutoBlocks
 from diffusers.pipelines.ledits_pp.pipeline_leditspp_stable_diffusion import LEDITSCrossAttnProcessor
 from diffusion_models import NETWORKS, SETTINGS, latents, make_network, predict
 from diffusion_ways import duplicated, far_apart, in_both_scopes, sample
 from edit_pipelines import EDITS, VIDEOS, make_edit
-from every_pipeline import KINDS, changed, generate_any, generate_kind, make_every_pipeline
-from tiny_network import packed
+from every_pipeline import EULER, KINDS, PICTURE, changed, generate_any, generate_kind, make_every_pipeline
+from tiny_network import packed, text
 from traces import traces
 
-from ailurus_hf import AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
+from ailurus_hf import AiluRusError, UnsupportedModelError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion import denoising
 from ailurus_hf.diffusion.apply import reducers_of
 
@@ -299,6 +300,29 @@ def test_the_same_in_networks_with_processors_of_their_own(name, caplog):
         "its cross-attention is on Keeps" in caplog.text
         and "Keeps" not in ailurus_status(network).locations[0].restored
     )
+
+
+def test_the_network_of_a_modular_pipeline():
+    blocks = FluxAutoBlocks()
+    for part in ("text_encoder", "decode"):
+        blocks.sub_blocks.pop(part)
+    pipe = blocks.init_pipeline()
+    pipe.update_components(transformer=make_network("Flux"), scheduler=EULER())
+    network, scheduler = pipe.transformer, pipe.scheduler
+    inputs = {"prompt_embeds": text(1), "pooled_prompt_embeds": text(1, 9)[:, 0], "num_inference_steps": 4, **PICTURE}
+    run = lambda: pipe(**inputs, generator=torch.Generator().manual_seed(0), output="latents")  # noqa: E731
+    plain = run()
+    with pytest.raises(UnsupportedModelError, match=r"FluxModularPipeline.*give its transformer or unet"):
+        apply_ailurus(pipe, **SETTINGS)
+    apply_ailurus(network, **SETTINGS, full_every=2)
+    with pytest.raises(AiluRusError, match="with denoising"):
+        run()
+    for way, clusterings in (({"refresh_every": 2}, 2), ({"full_every": 2}, 2)):
+        apply_ailurus(network, **SETTINGS, **way)
+        with denoising(network, scheduler):
+            assert distance(run(), plain) > 1e-3
+        assert ailurus_status(network).locations[0].clusterings == clusterings
+    assert torch.equal((remove_ailurus(network), run())[1], plain)
 
 
 def test_the_documents_name_every_pipeline_that_was_run():
