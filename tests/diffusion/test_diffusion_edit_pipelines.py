@@ -19,6 +19,7 @@ from traces import traces
 from ailurus_hf import AiluRusError, UnsupportedModelError, ailurus_status, apply_ailurus, remove_ailurus
 from ailurus_hf.diffusion import denoising
 from ailurus_hf.diffusion.apply import reducers_of
+from benchmarks.harness import model_flops
 
 # diffusers' Euler scheduler, with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -244,6 +245,17 @@ def test_full_steps_keep_what_tokens_add_beside_reference_images(name):
         again = predicted(network, name, x, timestep=torch.full((len(x),), 5 + 1e-6))
     assert distance(full, plain) <= 1e-5 and distance(again, plain) <= 1e-3
     assert distance(predicted(apply_ailurus(network, **SETTINGS), name, x), plain) > 1e-2
+
+
+@on_networks_with_references
+def test_what_is_saved_beside_reference_images_is_counted(name):
+    network, name = network_with_references(name)
+    x = sample(name)[:1]
+    plain = model_flops(lambda: predicted(network, name, x))
+    apply_ailurus(network, **SETTINGS)
+    saved = plain - model_flops(lambda: predicted(network, name, x))
+    location = ailurus_status(network).locations[0]
+    assert saved == location.flops - location.reduced_flops > 0
 
 
 def test_a_given_grid_is_of_all_image_tokens():
