@@ -51,6 +51,13 @@ WAYS = {
 # Attention alone is the same from pipeline to pipeline, but for reference images and ControlNets: one of each network.
 OF_EACH_NETWORK = {ALL[name].network: name for name in RUN}.values()
 IN_ATTENTION = [n for n in RUN if n in OF_EACH_NETWORK or n in CONTROLLED or any(e in n for e in ("Edit", "Kontext"))]
+ALIKE = ("Wan V2V", "Lucy Edit", "CogVideoX Fun", "SDXL ControlNet", "SDXL ControlNet Union inpaint", "Qwen Edit Plus")
+NOT_IN = {
+    "blocks": CONTROLLED,
+    "attention": set(RUN) - set(IN_ATTENTION),
+    # Some that differ from others in their conditions alone.
+    "full steps": (*CONTROLLED, *ALIKE),
+}
 EDITORS = [f"qwenimage.pipeline_qwenimage_{name}" for name in ("edit", "edit_plus", "edit_inpaint", "layered")]
 
 
@@ -89,15 +96,7 @@ def networks(pipe):
     return [part for part in parts if part is not None]
 
 
-@pytest.mark.parametrize(
-    "name, way",
-    [
-        (n, way)
-        for n in RUN
-        for way in WAYS
-        if n in (IN_ATTENTION if way == "attention" else set(RUN) - set(CONTROLLED))
-    ],
-)
+@pytest.mark.parametrize("name, way", [(n, way) for n in RUN for way in WAYS if n not in NOT_IN[way]])
 def test_a_generation_on_and_off(name, way, caplog):
     pipe, plain, plain_of_two = pipeline_and_plain(name)
     before = [traces(part) for part in networks(pipe)]

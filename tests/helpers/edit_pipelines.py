@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import diffusers
 import torch
-from diffusion_models import make_vae, scheduler, text
+from diffusion_models import scheduler, text
+from edit_unets import UNET_EDITS, mask, of
 from edit_videos import VIDEOS
 from every_pipeline import (
     EULER,
     LEFT_OUT,
     PICTURE,
     SIDES,
-    SMALL,
     Kind,
     changed,
     controlled,
@@ -19,46 +19,22 @@ from every_pipeline import (
     deep_vae,
     float_mask,
     guided,
-    image_encoder,
     klein,
     make_kind,
     masked,
     of_flow,
-    of_stable_diffusion,
     photographs,
-    picture,
     pooled,
     qwen,
     qwen_vae,
-    unets,
     whole_mask,
     z_image,
 )
 
 
-def mask(batch, sides):
-    """The right half."""
-    white = torch.zeros(batch, 1, sides["height"], sides["width"])
-    white[..., sides["width"] // 2 :] = 1
-    return white
-
-
-def of(sides, batch, *names):
-    """The same picture as so many inputs; "mask_image" and "control_mask": a mask."""
-    return {name: mask(batch, sides) if "mask" in name else picture(batch, sides) for name in names}
-
-
 def unpooled(batch, **more):
     """Flux's pipelines without guidance by a second call."""
     return {"prompt_embeds": text(batch), "pooled_prompt_embeds": text(batch, 9)[:, 0], **more}
-
-
-def small(*names, **more):
-    return lambda batch: guided(batch, **of(SMALL, batch, *names), **more)
-
-
-def xl(*names, **more):
-    return lambda batch: pooled(batch, guidance_scale=3.0, **of(SMALL, batch, *names), **more)
 
 
 def flux(*names, **more):
@@ -89,12 +65,6 @@ def z_of(*names, **more):
     return lambda batch: {**z_image(batch), **of(PICTURE, batch, *names), **more}
 
 
-def vae_of_upscaler():
-    vae = make_vae()
-    vae.register_to_config(scaling_factor=0.08333)
-    return vae
-
-
 def wide_flow():
     """Its latents have 16 channels."""
     torch.manual_seed(1)
@@ -110,94 +80,12 @@ class Pictures:
     image_processor = None
 
 
-def of_xl():
-    return {**unets(), "add_watermarker": False}
-
-
 def of_qwen():
     return {"scheduler": EULER(), "vae": qwen_vae()}
 
 
 EDITS = {
-    # UNets
-    "SD img2img": Kind("StableDiffusionImg2ImgPipeline", small("image", strength=0.6), of_stable_diffusion, "UNet"),
-    "SD inpaint": Kind(
-        "StableDiffusionInpaintPipeline",
-        small("image", "mask_image", strength=0.6, **SMALL),
-        of_stable_diffusion,
-        "UNet",
-    ),
-    "SD inpaint 9": Kind(
-        "StableDiffusionInpaintPipeline",
-        small("image", "mask_image", **SMALL),
-        of_stable_diffusion,
-        "UNet",
-        {"in_channels": 9},
-    ),
-    "SD InstructPix2Pix": Kind(
-        "StableDiffusionInstructPix2PixPipeline", small("image"), of_stable_diffusion, "UNet", {"in_channels": 8}
-    ),
-    "SD upscale": Kind(
-        "StableDiffusionUpscalePipeline",
-        lambda batch: guided(batch, image=picture(batch, {"height": 8, "width": 12})),
-        lambda: {**unets(), "vae": vae_of_upscaler(), "low_res_scheduler": diffusers.DDPMScheduler()},
-        "UNet",
-        {"in_channels": 7, "num_class_embeds": 1000},
-    ),
-    "SD depth2img": Kind(
-        "StableDiffusionDepth2ImgPipeline",
-        lambda batch: guided(batch, **of(SMALL, batch, "image"), depth_map=picture(batch)[:, 0], strength=0.6),
-        unets,
-        "UNet",
-        {"in_channels": 5},
-    ),
-    "SD variation": Kind(
-        "StableDiffusionImageVariationPipeline",
-        lambda batch: {"image": photographs(batch), "guidance_scale": 3.0, **SMALL},
-        lambda: {**of_stable_diffusion(), **image_encoder()},
-        "UNet",
-    ),
-    "LCM img2img": Kind(
-        "LatentConsistencyModelImg2ImgPipeline",
-        lambda batch: {"prompt_embeds": text(batch), **of(SMALL, batch, "image"), "original_inference_steps": 20},
-        lambda: {**of_stable_diffusion(), "scheduler": diffusers.LCMScheduler()},
-        "UNet",
-        {"time_cond_proj_dim": 8},
-    ),
-    "SD ControlNet img2img": Kind(
-        "StableDiffusionControlNetImg2ImgPipeline",
-        small("image", "control_image", strength=0.6, **SMALL),
-        lambda: controlled("ControlNet", of_stable_diffusion),
-        "UNet",
-    ),
-    "SD ControlNet inpaint": Kind(
-        "StableDiffusionControlNetInpaintPipeline",
-        small("image", "control_image", "mask_image", strength=0.6, **SMALL),
-        lambda: controlled("ControlNet", of_stable_diffusion),
-        "UNet",
-    ),
-    "SDXL img2img": Kind("StableDiffusionXLImg2ImgPipeline", xl("image", strength=0.6), of_xl, "SDXL UNet"),
-    "SDXL refiner": Kind("StableDiffusionXLImg2ImgPipeline", xl("image", denoising_start=0.5), of_xl, "SDXL UNet"),
-    "SDXL inpaint": Kind(
-        "StableDiffusionXLInpaintPipeline", xl("image", "mask_image", strength=0.6, **SMALL), of_xl, "SDXL UNet"
-    ),
-    "SDXL InstructPix2Pix": Kind(
-        "StableDiffusionXLInstructPix2PixPipeline", xl("image", **SMALL), of_xl, "SDXL UNet", {"in_channels": 8}
-    ),
-    "SDXL ControlNet Union img2img": Kind(
-        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
-        lambda batch: pooled(
-            batch,
-            image=picture(batch),
-            control_image=[picture(batch)],
-            control_mode=[1],
-            strength=0.6,
-            guidance_scale=3.0,
-            **SMALL,
-        ),
-        lambda: controlled("ControlNet Union", of_xl),
-        "SDXL UNet",
-    ),
+    **UNET_EDITS,
     # Flux
     "Flux img2img": Kind("FluxImg2ImgPipeline", flux("image", strength=0.6), of_flow, "Flux"),
     "Flux inpaint": Kind("FluxInpaintPipeline", flux("image", "mask_image", strength=0.6), of_flow, "Flux"),
