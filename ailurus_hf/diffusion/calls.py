@@ -59,6 +59,12 @@ class NetworkCall:
         """The timestep, None where it is not given."""
         return self.argument("timestep") if "timestep" in self.names else self.argument("t")
 
+    @property
+    def timesteps_of_tokens(self) -> Tensor | None:
+        """The timesteps, Tensor[B, N], where there is one for each token or frame; None where each image has one."""
+        timestep = self.timestep
+        return timestep if isinstance(timestep, Tensor) and timestep.ndim > 1 and timestep.shape[1] > 1 else None
+
 
 def argument_names(network: nn.Module) -> list[str]:
     """The names of a forward's arguments, in order."""

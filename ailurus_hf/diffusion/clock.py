@@ -387,7 +387,8 @@ def _told_by_timesteps(state: Generation | None, value: float) -> Generation:
 
 
 def _value_of(timestep: Timestep) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+    # Of timesteps for each token, those of a given first frame are 0 in every step.
+    return float(timestep.max() if isinstance(timestep, Tensor) else timestep)
 
 
 def index_among(timesteps: object, timestep: object) -> int | None:

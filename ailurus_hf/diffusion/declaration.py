@@ -67,6 +67,8 @@ class DiffusionNetwork:
             ControlNets.
         by_token: arguments of its blocks that hold one value for all tokens of the image, and others for those of
             reference images, Tensor[B, L].
+        modulation: the argument of its blocks that holds something for each token, Tensor[B, N, ...], where the network
+            is called with a timestep for each, Tensor[B, N]. A cluster gets the mean of its tokens'.
         refuses: raises AiluRusError on calls that cannot follow merged tokens.
         guides_by_halves: False where the pipelines guide by a second call of the network, and not by a batch of two
             halves.
@@ -90,6 +92,7 @@ class DiffusionNetwork:
     unmerge_before: str | None = None
     unmerge_before_each: tuple[str, ...] = ()
     by_token: tuple[str, ...] = ()
+    modulation: str | None = None
     refuses: Callable[[NetworkCall], None] | None = None
     guides_by_halves: bool = True
     flops: Callable[[Any, int, int, int, int, int], float] = field(default=block_flops)

@@ -173,7 +173,7 @@ VIDEO = (
         grid=partial(LatentGrid, axes=3, kwargs="attention_kwargs"),
         attention=OwnProcessor(WanProcessor, (WanAttnProcessor,), "attention_kwargs", rotary_of_centroids),
         unmerge_before="norm_out",
-        refuses=refusals.refuse_timesteps_of_tokens,
+        modulation="temb",
         guides_by_halves=False,
         flops=wan_block_flops,
     ),
@@ -192,7 +192,7 @@ VIDEO = (
         grid=SidesGrid,
         attention=OwnProcessor(LTXProcessor, (LTXVideoAttnProcessor,), "attention_kwargs", rotary_of_coordinates),
         unmerge_before="norm_out",
-        refuses=refusals.refuse_timesteps_of_tokens,
+        modulation="temb",
         flops=wan_block_flops,
     ),
     DiffusionNetwork(

@@ -48,6 +48,7 @@ class StackState:
         key_bias: log counts, Tensor[B, 1, M], for blocks that take an attention mask.
         rotary: the rotary embedding of text and representatives.
         order: where image and text tokens stand in attention, in transformers.
+        modulation: what blocks get for each token, and for each representative in its place.
         others: the tokens beside the image's in the sequence that the first block gets, None where it has none.
     """
 
@@ -66,6 +67,7 @@ class StackState:
     rotary: Rotary | None = None
     order: TokenOrder | None = None
     others: Tensor | None = None
+    modulation: tuple[Tensor, Tensor] | None = None
 
     @property
     def token_order(self) -> TokenOrder:

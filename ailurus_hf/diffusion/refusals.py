@@ -4,20 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import AiluRusError
 from .calls import NetworkCall
-
-
-def refuse_timesteps_of_tokens(call: NetworkCall) -> None:
-    """Where each token has a timestep of its own."""
-    timestep, batch = call.argument("timestep"), call.latents.shape[0]
-    if isinstance(timestep, Tensor) and timestep.ndim > 1 and timestep.shape[1] > 1:
-        raise AiluRusError(
-            f"a timestep for each token, {tuple(timestep.shape)}, cannot follow merged tokens: give one a video, "
-            f"({batch},), as Wan 2.1, the 14B models of Wan 2.2 and text-to-video with LTX take it"
-        )
 
 
 def refuse_diffusion_forcing(call: NetworkCall) -> None:
@@ -27,7 +15,11 @@ def refuse_diffusion_forcing(call: NetworkCall) -> None:
     if call.argument("enable_diffusion_forcing") or frames > 1:
         what = "enable_diffusion_forcing" if frames == 1 else f"causal attention by {frames} frames"
         raise AiluRusError(f"{what} sets frames apart, and merged tokens may be of several: call the network without")
-    refuse_timesteps_of_tokens(call)
+    if (timesteps := call.timesteps_of_tokens) is not None:
+        raise AiluRusError(
+            f"timesteps {tuple(timesteps.shape)} are of single frames, and merged tokens may be of several: give one a "
+            f"video, ({call.latents.shape[0]},)"
+        )
 
 
 def refuse_replaced_tokens(call: NetworkCall) -> None:

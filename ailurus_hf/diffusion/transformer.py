@@ -27,6 +27,7 @@ from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState
 from .joint import JointProcessor, JointReduction
 from .networks import DiffusionNetwork, OwnProcessor
+from .of_tokens import of_representatives
 from .reducer import NetworkReducer
 from .replay import call_without_tokens, replayed_jointly
 from .rotary import Rotary, at_centroids
@@ -253,23 +254,8 @@ class TransformerReducer(NetworkReducer):
             return None
         if first:
             args, kwargs = with_argument(args, kwargs, 0, "hidden_states", self.start(forward, running, tokens))
-        args, kwargs = self._of_representatives(running, block, args, kwargs)
+        args, kwargs = of_representatives(self.declared, self.block_arguments[type(block)], running, args, kwargs)
         return self.with_bias(running, block, args, kwargs)
-
-    def _of_representatives(
-        self, running: StackState, block: nn.Module, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict]:
-        """A block's arguments with something for each representative, where there is something for each token."""
-        names, order = self.block_arguments[type(block)], running.token_order
-        for name in self.declared.by_token:
-            given = {**dict(zip(names, args)), **kwargs}.get(name)
-            if given is not None:
-                assert running.start is not None
-                others, image = order.split(given, math.prod(running.grid))
-                # The same for each token of the image.
-                given = order.join(others, image[:, : running.start.shape[1]])
-                args, kwargs = with_argument(args, kwargs, names.index(name), name, given)
-        return args, kwargs
 
     def _image_tokens(self, running: StackState, tokens: Tensor) -> Tensor:
         """The image's of the tokens that the first block gets; the others in their sequence are kept beside them."""
@@ -327,7 +313,10 @@ class TransformerReducer(NetworkReducer):
         assert running.kept is not None
         again.order, again.others = running.order, running.others
         tokens = self.start(forward, again, running.kept)
-        calls = [(block, *self._of_representatives(again, block, args, kw)) for block, args, kw in running.calls]
+        calls = [
+            (block, *of_representatives(self.declared, self.block_arguments[type(block)], again, args, kwargs))
+            for block, args, kwargs in running.calls
+        ]
         tokens = replayed_jointly(calls, tokens, running.token_order, self.declared.gives_image_first)
         assert again.start is not None
         return again.token_order.split(tokens, again.start.shape[1])[1] - again.start

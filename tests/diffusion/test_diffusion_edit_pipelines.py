@@ -29,8 +29,6 @@ REFUSED = {
     "Flux.2 Klein KV": "Flux2KVAttnProcessor",
     "Qwen Layered": "layers of one picture",
     "Z-Image Omni": "reference images beside one",
-    "Wan 2.2 5B I2V": r"a timestep for each token, \(1, 72\)",
-    "LTX I2V": r"a timestep for each token, \(2, 72\)",
     "LTX condition": "video_coords.*LTXConditionPipeline",
     "HunyuanVideo I2V, replaced": "token_replace",
     "SkyReels-V2 diffusion forcing": "enable_diffusion_forcing",

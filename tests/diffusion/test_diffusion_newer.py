@@ -1,6 +1,8 @@
 """What is special about the networks after Flux and Wan: positions, padded texts, text and image in one sequence,
 ControlNets, and what cannot follow."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
@@ -92,6 +94,57 @@ def test_tokens_are_merged_in_blocks_of_one_sequence(name, location):
     assert not torch.allclose(predict(network, name, x), predict(remove_ailurus(network), name, x), rtol=1e-3)
 
 
+# A timestep for each token
+
+
+def of_a_given_first_frame(batch, num_tokens=48):
+    """The first of three frames is given, as in image-to-video."""
+    return torch.tensor([0, 500, 500]).repeat_interleave(num_tokens // 3).repeat(batch, 1)
+
+
+@pytest.mark.parametrize("name", ["Wan", "LTX-Video"])
+def test_tokens_are_merged_with_their_timesteps(name):
+    network = make_network(name)
+    NETWORKS[name].no_positions(network)
+    shape, times = NETWORKS[name].small
+    doubled = duplicated(latents(shape), times)
+    timesteps = of_a_given_first_frame(len(doubled))
+    plain = predict(network, name, doubled, timesteps)
+    # The cells of k-means do not lie on the duplicates.
+    apply_ailurus(network, **SETTINGS, clustering="density_peaks")
+    reduced = predict(network, name, doubled, timesteps)
+    torch.testing.assert_close(reduced, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    of_one = predict(network, name, doubled, 500)
+    assert not torch.allclose(reduced, of_one, rtol=1e-2, atol=1e-2 * plain.abs().max().item())
+
+
+def test_steps_are_told_by_the_timesteps_of_tokens_that_are_made():
+    network, x, seen = apply_ailurus(make_network("Wan"), **SETTINGS, unreduced_first_steps=1), sample("Wan"), []
+    for timestep in (900, 600, 300, 900):
+        predict(network, "Wan", x, of_a_given_first_frame(2, 72).clamp(max=timestep // 2))
+        seen.append(ailurus_status(network).locations[0].num_clusters)
+    assert seen == [72, 18, 18, 72]
+
+
+@pytest.mark.parametrize("name, blocks", [("Wan", "blocks"), ("LTX-Video", "transformer_blocks")])
+def test_a_cluster_of_several_timesteps_gets_the_mean_of_what_blocks_make_of_them(name, blocks):
+    network, x, given = apply_ailurus(make_network(name), **SETTINGS), sample(name), []
+    last = getattr(network, blocks)[-1]
+    names = list(inspect.signature(last.forward).parameters)
+    for before_merging in (True, False):
+        last.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append({**dict(zip(names, args)), **kwargs}["temb"]),
+            prepend=before_merging,
+            with_kwargs=True,
+        )
+    timesteps = torch.randint(0, 900, (2, 72), generator=torch.manual_seed(0))
+    assert predict(network, name, x, timesteps).isfinite().all()
+    (of_tokens, of_clusters), assignment = given, ailurus_status(network).last_clusters.assignment
+    for number in (0, of_clusters.shape[1] - 1):
+        want = of_tokens[1, assignment[1] == number].mean(0)
+        torch.testing.assert_close(of_clusters[1, number], want, rtol=1e-5, atol=1e-5)
+
+
 # ControlNets
 
 
@@ -116,8 +169,7 @@ def test_a_control_gives_all_tokens_what_each_block_gave(name):
 
 REFUSED_CALLS = [
     ("SkyReels-V2", {"enable_diffusion_forcing": True}, "enable_diffusion_forcing"),
-    ("SkyReels-V2", {"timestep": torch.full((2, 3), 5)}, r"timestep for each token, \(2, 3\)"),
-    ("LTX-Video", {"timestep": torch.full((2, 72), 5)}, r"timestep for each token, \(2, 72\)"),
+    ("SkyReels-V2", {"timestep": torch.full((2, 3), 5)}, r"timesteps \(2, 3\) are of single frames.*\(2,\)"),
     ("LTX-Video", {"video_coords": torch.zeros(2, 3, 72)}, "video_coords"),
     ("LTX-Video", {"attention_kwargs": {"grid": (3, 6, 4)}}, r"\(3, 4, 6\), got \(3, 6, 4\)"),
     ("Flux.2", {"kv_cache_mode": "extract"}, "kv_cache_mode='extract'"),

@@ -1,0 +1,48 @@
+"""What transformer blocks get for each token beside the tokens, made into something for each representative."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..clusters import TokenClusters
+from .calls import with_argument
+from .declaration import DiffusionNetwork
+from .forward_state import StackState
+
+
+def of_representatives(
+    declared: DiffusionNetwork, names: list[str], running: StackState, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    """A block's arguments with something for each representative, where there is something for each token.
+
+    Args:
+        names: those of the block's arguments.
+    """
+    given = {**dict(zip(names, args)), **kwargs}
+    for name in declared.by_token:
+        if given.get(name) is not None:
+            args, kwargs = with_argument(args, kwargs, names.index(name), name, _of_image(running, given[name]))
+    modulation, call = declared.modulation, running.call
+    if modulation is not None and call is not None and call.timesteps_of_tokens is not None:
+        means = _means(running, given[modulation])
+        args, kwargs = with_argument(args, kwargs, names.index(modulation), modulation, means)
+    return args, kwargs
+
+
+def _of_image(running: StackState, of_tokens: Tensor) -> Tensor:
+    """With what is the same for all tokens of the image once a representative; Tensor[B, L]."""
+    assert running.start is not None
+    order = running.token_order
+    others, image = order.split(of_tokens, math.prod(running.grid))
+    return order.join(others, image[:, : running.start.shape[1]])
+
+
+def _means(running: StackState, of_tokens: Tensor) -> Tensor:
+    """The means of each cluster's, Tensor[B, N, ...] to [B, M, ...]; made once, as all blocks get the same."""
+    if running.modulation is None or running.modulation[0] is not of_tokens:
+        assert isinstance(running.clusters, TokenClusters)
+        means = running.clusters.merge(of_tokens.flatten(2)).unflatten(2, of_tokens.shape[2:])
+        running.modulation = of_tokens, means
+    return running.modulation[1]
