@@ -314,6 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": rows_as_measured("cpu/clustering_cost-fp32", clustering_cost.COLUMNS),
     "overhead": rows_as_measured("cpu/clustering_overhead-fp32", clustering_overhead.COLUMNS),
     "Ward now": rows_as_measured("cpu/ward_moving-fp32", clusterings.COLUMNS),
+    "levels": rows_as_measured("cpu/ward_levels_camvid-fp32", segmenter_quality.COLUMNS),
     "Ward in time": rows_as_measured("cpu/presets_camvid-fp32", segmenter_quality.COLUMNS),
     "clusters of CamVid": rows_as_measured("cpu/clusterings_smooth-fp32", clusterings.COLUMNS),
     "clusters at the size of detection": rows_as_measured("cpu/clusterings_detection-fp32", clusterings.COLUMNS),
