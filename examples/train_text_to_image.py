@@ -64,7 +64,7 @@ from text_to_image_stages import (
 )
 from torch import Tensor, nn
 from torch import distributed as dist
-from training import Stopwatch, process_rank
+from training import Stopwatch, mean_decay, process_rank
 
 log = logging.getLogger("train")
 
@@ -112,7 +112,7 @@ def train(stage: Any, name: str, minutes: float, args: argparse.Namespace) -> No
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        decay = min(args.ema, (1 + step) / (10 + step))
+        decay = mean_decay(args.ema, step)
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(trained.values()), 1 - decay)
 

@@ -87,11 +87,16 @@ def process_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def running_mean(model: nn.Module, decay: float) -> AveragedModel:
-    """Of the model's weights, updated step by step; over few steps at first, so that the start is soon forgotten."""
+def mean_decay(most: float, step: int) -> float:
+    """How much a running mean of weights keeps at a step; little at first, so that the start is soon forgotten."""
+    return min(most, (1 + step) / (10 + step))
 
-    def mean(kept: Tensor, new: Tensor, steps: Tensor) -> Tensor:
-        return torch.lerp(new, kept, min(decay, (2 + steps.item()) / (11 + steps.item())))
+
+def running_mean(model: nn.Module, decay: float) -> AveragedModel:
+    """Of the model's weights, updated step by step; over few steps at first."""
+
+    def mean(kept: Tensor, new: Tensor, steps_before: Tensor) -> Tensor:
+        return torch.lerp(new, kept, mean_decay(decay, 1 + int(steps_before)))
 
     return AveragedModel(model, avg_fn=mean).requires_grad_(False)
 

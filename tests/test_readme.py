@@ -33,6 +33,7 @@ def test_its_claim_is_measured() -> None:
     whole, fast = after_1[0.45], after_1[0.3]
     claim = README.partition("**")[2].partition("**")[0].replace("\n", " ")
     assert f"{whole['speed_up']:.1f} times as fast on 45 % of its tokens and loses nothing" in claim
+    assert f"{plain['miou']:.1f} mIoU" in claim and "as on all tokens" in claim
     assert whole["lost_is"] != "a loss" and f"{whole['miou']:.1f} mIoU" in claim and str(result["images"]) in claim
     assert f"{whole['ms']:.0f} ms instead of {plain['ms']:.0f} ms" in claim and result["device"].startswith("AMD EPYC")
     assert f"On 30 % it is {fast['speed_up']:.1f} times as fast and loses {fast['lost']:.1f}" in claim

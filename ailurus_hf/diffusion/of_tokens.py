@@ -20,14 +20,14 @@ def of_representatives(
     Args:
         names: those of the block's arguments.
     """
-    given = {**dict(zip(names, args)), **kwargs}
-    for name in declared.by_token:
-        if given.get(name) is not None:
-            args, kwargs = with_argument(args, kwargs, names.index(name), name, _of_image(running, given[name]))
-    modulation, call = declared.modulation, running.call
-    if modulation is not None and call is not None and call.timesteps_of_tokens is not None:
-        means = _means(running, given[modulation])
-        args, kwargs = with_argument(args, kwargs, names.index(modulation), modulation, means)
+    made = dict.fromkeys(declared.by_token, _of_image)
+    if declared.modulation is not None and running.call is not None and running.call.timesteps_of_tokens is not None:
+        made[declared.modulation] = _means
+    # Of most networks, none.
+    for name, make in made.items():
+        given = {**dict(zip(names, args)), **kwargs}.get(name)
+        if given is not None:
+            args, kwargs = with_argument(args, kwargs, names.index(name), name, make(running, given))
     return args, kwargs
 
 

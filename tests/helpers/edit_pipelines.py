@@ -65,6 +65,10 @@ def z_of(*names, **more):
     return lambda batch: {**z_image(batch), **of(PICTURE, batch, *names), **more}
 
 
+def sigma(batch):
+    return {**masked(batch, whole_mask), "negative_prompt": None, "use_resolution_binning": False, **PICTURE}
+
+
 def wide_flow():
     """Its latents have 16 channels."""
     torch.manual_seed(1)
@@ -84,6 +88,8 @@ def of_qwen():
     return {"scheduler": EULER(), "vae": qwen_vae()}
 
 
+# Flux's latents, and those of a picture beside them.
+CONTROL = {"in_channels": 32, "out_channels": 16}
 EDITS = {
     **UNET_EDITS,
     # Flux
@@ -96,22 +102,20 @@ EDITS = {
         "Flux",
         {"in_channels": 16 + 16 + 256, "out_channels": 16},
     ),
-    "Flux Control": Kind(
-        "FluxControlPipeline", flux_alone("control_image"), of_flow, "Flux", {"in_channels": 32, "out_channels": 16}
-    ),
+    "Flux Control": Kind("FluxControlPipeline", flux_alone("control_image"), of_flow, "Flux", CONTROL),
     "Flux Control img2img": Kind(
         "FluxControlImg2ImgPipeline",
         flux_alone("image", "control_image", strength=0.6),
         of_flow,
         "Flux",
-        {"in_channels": 32, "out_channels": 16},
+        CONTROL,
     ),
     "Flux Control inpaint": Kind(
         "FluxControlInpaintPipeline",
         flux_alone("image", "control_image", "mask_image", strength=0.6),
         of_flow,
         "Flux",
-        {"in_channels": 32, "out_channels": 16},
+        CONTROL,
     ),
     "Flux Kontext": Kind("FluxKontextPipeline", flux("image", max_area=128 * 192, _auto_resize=False), of_flow, "Flux"),
     "Flux Kontext inpaint": Kind(
@@ -214,23 +218,13 @@ EDITS = {
     "Chroma img2img": Kind("ChromaImg2ImgPipeline", chroma("image", strength=0.6), of_flow, "Chroma"),
     "PixArt Sigma": Kind(
         "PixArtSigmaPipeline",
-        lambda batch: {
-            **masked(batch, whole_mask),
-            "negative_prompt": None,
-            "use_resolution_binning": False,
-            **PICTURE,
-        },
+        sigma,
         lambda: {"scheduler": scheduler(), "vae": deep_vae()},
         "PixArt",
     ),
     "PixArt Sigma PAG": Kind(
         "PixArtSigmaPAGPipeline",
-        lambda batch: {
-            **masked(batch, whole_mask),
-            "negative_prompt": None,
-            "use_resolution_binning": False,
-            **PICTURE,
-        },
+        sigma,
         lambda: {"scheduler": scheduler(), "vae": deep_vae(), "pag_applied_layers": "blocks.1"},
         "PixArt",
     ),
