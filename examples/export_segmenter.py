@@ -113,7 +113,7 @@ of the evaluations made during the first two runs was kept, on these same images
 on two CPU cores; all seeds are 0. The photographs are seen twice enlarged (2700 tokens instead of 690: CamVid's poles,
 signs and people are smaller than a patch); the image processor of this folder does that. The first two runs were
 interrupted and resumed with other settings a few times before the scripts' defaults were what they are: a run of your
-own will differ a little. Fine-tuning is plain, on all tokens, and stops after one epoch: further epochs score less.
+own will differ a little. Fine-tuning is plain, on all tokens.
 
 ## Origin and license
 
