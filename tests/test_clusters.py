@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ailurus_hf import AiluRusError, TokenClusters
+from ailurus_hf.clusters import stable_argsort
 
 
 @pytest.fixture
@@ -46,3 +47,24 @@ def test_wrong_shapes_are_named(clusters):
         clusters.merge(torch.randn(2, 6, 5))
     with pytest.raises(AiluRusError, match=r"unmerge expects a tensor of shape \(2, 4, C\), got \(1, 4, 5\)"):
         clusters.unmerge(torch.randn(1, 4, 5))
+
+
+class Sorted(torch.nn.Module):
+    """Tokens in ascending and in descending order of their values."""
+
+    def forward(self, values):
+        return stable_argsort(values), stable_argsort(values, descending=True)
+
+
+def test_an_exported_sort_keeps_equal_values_in_order_without_a_stable_sort():
+    """OpenVINO's stable sort takes time with the square of the tokens."""
+    values = torch.randint(4, (2, 50), generator=torch.Generator().manual_seed(0)).float()
+    values[0, 7::3] = torch.inf
+    program = torch.export.export(Sorted(), (values[:1],))
+    assert {str(node.target) for node in program.graph.nodes if "sort" in str(node.target)} <= {
+        "aten.sort.default",
+        "aten.argsort.default",
+    }
+    for row in values.split(1):
+        for got, want in zip(program.module()(row), Sorted()(row), strict=True):
+            assert torch.equal(got, want)
