@@ -2,7 +2,7 @@
 
 ToMA: the share of tokens kept; around self-attention alone, or also around cross-attention and MLP ("all"). SiTo: the
 share left out. ClusCa and DeepCache: each how many steps are full. FirstBlockCache: its threshold. Control: whole
-blocks as ours, on tokens drawn at random.
+blocks as ours, on tokens drawn at random, or for speed alone on the first ones.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch import nn
 
 from ailurus_hf import AiluRusDiffusionConfig, remove_ailurus
 from ailurus_hf.diffusion.apply import install
+from ailurus_hf.diffusion.stacks import find_stacks
 
 from ..peers.clusca import ClusCa
 from ..peers.controls import random_centers
 from ..peers.sito import SiTo
+from ..peers.slicing import slice_layers
 from ..peers.step_cache import deep_cache, first_block_cache
 from ..peers.toma import ToMA
 
@@ -64,6 +66,11 @@ def _random(network: Any, tokens: int, keep: float) -> Callable[[], Any]:
     return lambda: remove_ailurus(network)
 
 
+def _slicing(network: Any, tokens: int, keep: float) -> Callable[[], None]:
+    blocks = [block for stack in find_stacks(network) for block in stack.blocks]
+    return slice_layers(blocks, {size: round(keep * size) for size in (tokens, tokens // 4)}).remove
+
+
 ATTENTION, ALL = ("attn", "attn1"), ("attn", "attn1", "attn2", "ff")
 UNETS, TRANSFORMERS = ("UNets",), ("transformers",)
 PEERS: dict[str, DiffusionPeer] = {
@@ -83,6 +90,7 @@ PEERS: dict[str, DiffusionPeer] = {
         for threshold in (0.05, 0.1, 0.2)
     },
     **{f"random representatives {keep}": DiffusionPeer(partial(_random, keep=keep)) for keep in (0.5, 0.25)},
+    **{f"slicing {keep}": DiffusionPeer(partial(_slicing, keep=keep), UNETS) for keep in (0.5, 0.25)},
 }
 
 

@@ -5,9 +5,11 @@
     python -m benchmarks.vision.compiled_speed --tiny               # a dry run in seconds: measures and saves nothing
     python -m benchmarks.vision.compiled_speed --precision bf16 --device cuda
 
-Every contender is one graph (fullgraph) on the same weights. Compile time is that of the first call, with no cache of
-earlier runs. UNets: `python -m benchmarks.diffusion_speed --compile`. Random weights but for the Segmenter: speed does
-not depend on them; cosines to the plain model's prediction are of random images, a lower bound.
+Every contender is one graph (fullgraph) on the same weights. "Of slicing": the time of the same layers on the first M
+tokens (nothing clustered, merged or weighted) over ours; what that leaves of the share is the machine's. Compile time
+is that of the first call, with no cache of earlier runs. UNets: `python -m benchmarks.diffusion_speed --compile`.
+Random weights but for the Segmenter: speed does not depend on them; cosines to the plain model's prediction are of
+random images, a lower bound.
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusConfig, SegmenterForSemanticSegmentation, ailurus_status, apply_ailurus
 from ailurus_hf.evaluation.timing import wait_for
+from ailurus_hf.status import LocationStatus
+from ailurus_hf.vision.discovery import find_encoders
 
 from ..harness import DTYPES, SPEED_COLUMNS, environment, interleaved, log, markdown, model_flops, save
+from ..peers.slicing import slice_layers
 from . import families_speed, vit_speed
 from .segmenter_quality import SHIPPED
 
@@ -38,6 +43,7 @@ COLUMNS = {
     "model": "model",
     "clustering": "clustering",
     **SPEED_COLUMNS,
+    "share_of_slicing": "of slicing|{:.3f}",
     "plain_compile_s": "compiling plain|{:.0f} s",
     "compile_s": "reduced|{:.0f} s",
     "cosine": "cosine|{:.3f}",
@@ -116,7 +122,10 @@ def measure(
         reduced = apply_ailurus(sharing_weights(plain), AiluRusConfig(**geometry.fields, clustering=clustering))
         eager = geometry.prediction(reduced(images[0]))
         row = {"model": name, "clustering": clustering, "precision": precision, **geometry.fields}
-        row["ideal"] = full / (full - ailurus_status(reduced).saved_flops)
+        status = ailurus_status(reduced)
+        row["ideal"] = full / (full - status.saved_flops)
+        if "slicing" not in contenders:
+            _compiled(sliced(sharing_weights(plain), status.locations[0]), images, contenders, "slicing", backend)
         output, row["compile_s"] = _compiled(reduced, images, contenders, clustering, backend)
         after = geometry.prediction(output)
         row["plain_compile_s"] = plain_compile
@@ -129,7 +138,17 @@ def measure(
         row |= {"plain_ms": 1e3 * seconds["plain"], "reduced_ms": 1e3 * seconds[row["clustering"]]}
         row["speed_up"] = row["plain_ms"] / row["reduced_ms"]
         row["share_of_ideal"] = row["speed_up"] / row["ideal"]
+        row["share_of_slicing"] = seconds["slicing"] / seconds[row["clustering"]]
     return rows
+
+
+def sliced(model: nn.Module, like: LocationStatus) -> nn.Module:
+    """The model with the layers of its encoder after a location on the first tokens, as many as there are clusters."""
+    (found,) = find_encoders(model)
+    layers = found.layers[like.location :]
+    assert like.num_tokens is not None and like.num_clusters is not None
+    slice_layers(layers, {like.num_tokens: like.num_clusters}, found.prefix)
+    return model
 
 
 def sharing_weights(model: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:

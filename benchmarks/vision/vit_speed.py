@@ -25,10 +25,10 @@ from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusConfig, ailurus_status, apply_ailurus
 from ailurus_hf.clustering import ClusterFunction, get_clustering
-from ailurus_hf.hooks import Hooks
 from ailurus_hf.vision.discovery import find_encoders
 
 from ..harness import DTYPES, SPEED_COLUMNS, environment, interleaved, log, markdown, model_flops, save
+from ..peers.slicing import slice_layers
 
 GEOMETRIES = {
     "ViT-L/16 640": (640, 400, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}),
@@ -81,10 +81,8 @@ def measure(
         return model
 
     sliced = twin()
-    first = 1 + num_clusters
-    Hooks().pre_forward(
-        find_encoders(sliced)[0].layers[location], lambda layer, args, kwargs: ((args[0][:, :first],), kwargs)
-    )
+    layers = find_encoders(sliced)[0].layers[location:]
+    slice_layers(layers, {tokens.shape[1]: num_clusters}, prefix=1, pad=False)
     contenders: dict[str, Callable[[int], Any]] = {
         "plain": lambda n: plain(images[n % len(images)]),
         "slicing": lambda n: sliced(images[n % len(images)]),

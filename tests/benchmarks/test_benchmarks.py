@@ -10,6 +10,7 @@ import torch
 from model_parts import DECODER, SIZES, segmenter
 from models import images, make_model, run
 from PIL import Image
+from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusError, SegmenterImageProcessor, ailurus_status
 from ailurus_hf.evaluation.loading import load_model
@@ -17,6 +18,7 @@ from benchmarks import harness, methods, report
 from benchmarks.clustering import cluster_pictures, clustering_cost
 from benchmarks.harness import datasets
 from benchmarks.peers.controls import grid_pooling, random_centers
+from benchmarks.peers.slicing import slice_layers
 from benchmarks.training import finetune_speed
 from benchmarks.vision import (
     compiled_speed,
@@ -73,9 +75,27 @@ def test_speed_of_compiled_models(monkeypatch):
     for row in rows:
         assert row["ideal"] > 1 and row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["ideal"])
         assert row["cosine"] < 1 and row["cosine_eager"] == pytest.approx(1) and row["compile_s"] > 0
+        assert row["share_of_slicing"] > 0
     model = make_model("ViTForImageClassification")
     twin = compiled_speed.sharing_weights(model)
     assert twin is not model and all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_layers_on_the_first_tokens(pad):
+    """The control for speed: each layer gets the class token and the first tokens, whatever the others are."""
+    model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=64)).eval()
+    pixels, seen = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []
+    with torch.no_grad():
+        plain = model(pixels).last_hidden_state
+        hooks = slice_layers(model.layers[1:], {16: 4, 9: 1}, prefix=1, pad=pad)
+        for layer in model.layers:
+            layer.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        sliced = model(pixels).last_hidden_state
+        hooks.remove()
+        assert torch.equal(model(pixels).last_hidden_state, plain)
+    assert seen[:3] == [17, 5, 5] and sliced.shape[1] == (17 if pad else 5)
+    assert not torch.allclose(sliced[:, :5], plain[:, :5])
 
 
 def test_a_dry_run_of_every_kind_of_compiled_model(monkeypatch, capsys):
