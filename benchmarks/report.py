@@ -27,7 +27,7 @@ from .gpu.rows import ROWS
 from .gpu.worker import finer
 from .harness import RESULTS, ROOT, markdown, measured_columns
 from .harness.bootstrap import BY_CHANCE
-from .training import finetune_quality, finetune_speed, trained_models
+from .training import finetune_quality, finetune_speed, pretrain_quality, pretrain_speed, trained_models
 from .video import controlvideo_speed, video_quality
 from .vision import (
     autotune_sweep,
@@ -298,6 +298,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion": rows_as_measured("cpu/diffusion_speed_sd15-fp32", diffusion_speed.COLUMNS),
     "diffusion in half precision": rows_as_measured("cpu/diffusion_speed_sd15-bf16", diffusion_speed.COLUMNS),
     "settings in half precision": rows_as_measured("cpu/diffusion_speed_methods_sd15-bf16", diffusion_speed.COLUMNS),
+    "large ones compiled in half precision": rows_as_measured("cpu/compiled_speed_large-bf16", compiled_speed.COLUMNS),
     "compiled diffusion": rows_as_measured("cpu/diffusion_speed_sd15_compiled-fp32", diffusion_speed.COLUMNS),
     "compiled diffusion in half precision": rows_as_measured(
         "cpu/diffusion_speed_sd15_compiled-bf16", diffusion_speed.COLUMNS
@@ -325,6 +326,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "a wider Segmenter": rows_as_measured("cpu/segmenter_quality_s_like-fp32", segmenter_quality.COLUMNS),
     "fine tuning in turns": rows_as_measured("cpu/tab5_training_camvid-bf16", finetune_speed.COLUMNS),
     "fine tuning": rows_as_measured("cpu/tab5_finetuning-bf16", finetune_quality.COLUMNS),
+    "pretraining in turns": rows_as_measured("cpu/pretrain_speed-bf16", pretrain_speed.COLUMNS),
+    "pretraining": rows_as_measured("cpu/pretrain_quality-bf16", pretrain_quality.COLUMNS),
     "quality": quality_table,
     "equal speed": equal_speed_table,
 }

@@ -8,7 +8,7 @@ from cli_models import run_json
 
 from ailurus_hf.cli import export, main
 from ailurus_hf.clustering import get_clustering
-from ailurus_hf.clusters import TokenClusters
+from ailurus_hf.clusters import TokenClusters, stable_argsort
 
 REDUCED = ["--keep-ratio", "0.5", "--cluster-location", "1"]
 
@@ -32,21 +32,28 @@ def test_a_file_that_gives_the_models_outputs(suffix: str, models: Path, capsys:
 
 
 class Assignments(torch.nn.Module):
-    """From images to the clusters of their pixels, by what sorts, scatters and counts past 255."""
+    """From images to the clusters of their pixels, by what sorts, scatters and counts past 255; and to orders of values
+    many of which are equal."""
+
+    OUTPUTS = ("ward", "density_peaks", "pairs", "ascending", "descending")
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens = pixels.flatten(2).transpose(1, 2)
-        made = [get_clustering(name)(tokens, (20, 18), 300) for name in ("ward", "density_peaks", "pairs")]
-        return tuple(clusters.assignment for clusters in made)
+        made = [get_clustering(name)(tokens, (20, 18), 300) for name in self.OUTPUTS[:3]]
+        values = tokens[..., 0].round()
+        orders = [stable_argsort(values), stable_argsort(values, descending=True)]
+        return (*(clusters.assignment for clusters in made), *orders)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of the exporters' own code
-def test_openvino_sorts_scatters_and_counts_as_torch_does() -> None:
+@pytest.mark.parametrize("suffix", [".xml", ".onnx"])
+def test_openvino_sorts_scatters_and_counts_as_torch_does(suffix: str) -> None:
     pytest.importorskip("openvino")
-    pixels, path = torch.randn(3, 8, 20, 18, generator=torch.Generator().manual_seed(0)), Path("clusters.xml")
-    export.WRITERS["openvino"](Assignments(), pixels[:1], path, ["ward", "density_peaks", "pairs"], True)
-    for want, got in zip(Assignments()(pixels), export.READERS["openvino"](path)(pixels), strict=True):
-        assert torch.equal(want, got)
+    pixels, path = torch.randn(3, 8, 20, 18, generator=torch.Generator().manual_seed(0)), Path(f"clusters{suffix}")
+    export.WRITERS[export.FORMATS[suffix]](Assignments(), pixels[:1], path, Assignments.OUTPUTS, True)
+    got = export.READERS["openvino"](path)(pixels)
+    for name, want, each in zip(Assignments.OUTPUTS, Assignments()(pixels), got, strict=True):
+        assert torch.equal(want, each), name
 
 
 class Means(torch.nn.Module):

@@ -32,6 +32,8 @@ from pretrain_masked import MaskedPretraining, Reduction, order_by_cells, small_
 from train_segmenter import set_position_grid  # noqa: E402
 from widen_segmenter import widened  # noqa: E402
 
+from benchmarks.training import pretrain_quality, pretrain_speed  # noqa: E402
+
 
 def run(script, *args):
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
@@ -220,6 +222,35 @@ def test_pretraining_reduced_from_the_command_line(camvid, tmp_path, monkeypatch
     pretrain_masked.main()
     report = json.loads((tmp_path / "pretraining.json").read_text())
     assert report["steps"] == 2 and report["minutes"] > 0 and report["args"]["ailurus"] == [1, 12]
+
+
+def test_time_of_pretraining_reduced_and_plain(camvid):
+    plain, reduced = pretrain_speed.measure(camvid, [64], 1, ["0,1"], steps=1, repeats=1)
+    assert (plain["share_of_plain"], plain["num_clusters"], reduced["num_clusters"]) == (1, None, 1)
+    assert reduced["share_of_plain"] == reduced["seconds"] / plain["seconds"]
+
+
+def test_runs_from_pretraining_are_compared_by_seed(tmp_path):
+    def pretrained(name, ailurus, steps):
+        (tmp_path / name).mkdir()
+        report = {"steps": steps, "loss": 0.6, "args": {"ailurus": ailurus}}
+        (tmp_path / name / "pretraining.json").write_text(json.dumps(report))
+        return str(tmp_path / name)
+
+    def run_from(init, seed, miou):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        metrics = {"args": {"init": init, "seed": seed}, "history": [{"miou": 1.0}, {"miou": miou, "images": 80}]}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        return folder
+
+    plain, reduced, longer = pretrained("a", None, 10), pretrained("b", [1, 12], 10), pretrained("c", [1, 12], 12)
+    given = [(None, 0, 20.0), (reduced, 0, 29.0), (reduced, 1, 35.0), (plain, 0, 30.0), (plain, 1, 32.0)]
+    rows = pretrain_quality.gathered([run_from(*each) for each in [*given, (longer, 1, 30.0), (longer, 2, 70.0)]])
+    assert [row["pretraining"] for row in rows] == ["plain", "none", "reduced", "reduced"]
+    assert [row["behind"] for row in rows] == [None, 10, -1, 2]  # of the seeds that both have
+    assert [row["miou"] for row in rows] == [31, 20, 32, 50] and [row["spread"] for row in rows] == [2, None, 6, 40]
+    assert [row.get("steps") for row in rows] == [10, None, 10, 12] and rows[2]["num_clusters"] == 12
 
 
 @pytest.mark.parametrize(
