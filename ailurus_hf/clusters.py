@@ -179,10 +179,13 @@ def _argsort_by_unique_numbers(values: Tensor, descending: bool) -> Tensor:
     """The same by sorts that need not be stable.
 
     ONNX has no others, and OpenVINO's stable one takes a hundred times as long (2700 tokens, 2026.4). OpenVINO keeps
-    whole numbers in 32 bits, so the square of N has to fit.
+    whole numbers in 32 bits, so the square of N has to fit; TensorRT sorts and sums no whole numbers, so that they are
+    floats where these are exact.
     """
+    count = values.shape[1]
+    dtype = torch.float32 if count**2 <= 2**24 else torch.long
     ordered, index = values.sort(dim=1, descending=descending)
     is_other = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
-    rank = torch.zeros_like(index).scatter(1, index, is_other.cumsum(1, dtype=torch.long))
-    unique = rank * values.shape[1] + torch.arange(values.shape[1], device=values.device)
+    rank = torch.zeros_like(index, dtype=dtype).scatter(1, index, is_other.cumsum(1, dtype=dtype))
+    unique = rank * count + torch.arange(count, dtype=dtype, device=values.device)
     return unique.sort(dim=1).indices
