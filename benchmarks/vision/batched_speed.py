@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--tiny", action="store_true", help="tiny models, and no result file: does everything run?")
+    parser.add_argument("--name", default="batched_speed", help="of the batches' result file (default: %(default)s)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     files = [str(path) for path in sorted(args.images.iterdir()) if path.suffix == ".jpg"][: args.limit]
@@ -220,7 +221,7 @@ def main() -> None:
             batched += measure_batch(name, geometry, args.clusterings, batch, args.repeats, args.device)
             log.info("%s", markdown(batched[-len(args.clusterings) :], COLUMNS))
             if not args.tiny:
-                save("batched_speed", batched, about)
+                save(args.name, batched, about)
         if "pipeline" in args.parts:
             parts += measure_pipeline(name, geometry, args.clusterings, files, args.repeats, args.device)
             if not args.tiny:
