@@ -1,1 +1,1 @@
-"""Fine-tuning with fewer tokens: time of a step, quality of the result; and the models that were trained here."""
+"""Fine-tuning and pretraining with fewer tokens: time of a step, quality of the result; models that were trained."""
