@@ -1,7 +1,7 @@
 """Time of masked pretraining on representatives: examples/pretrain_masked.py, plain and with --ailurus, run in turns.
 
-    python -m benchmarks.training.pretrain_speed --data CAMVID              # as wide as the shipped Segmenter, and 768
-    python -m benchmarks.training.pretrain_speed --data CAMVID --widths 192 --steps 20 --repeats 1
+    python -m benchmarks.training.pretrain_speed --data CAMVID              # as wide as the shipped Segmenter, and twice
+    python -m benchmarks.training.pretrain_speed --data CAMVID --widths 192 --reductions 2,24 --repeats 1
 
 A step has its batch of windows read and augmented in it, the encoder on the visible patches and the decoder on all.
 After layer 0 on one token nearly all of the encoder is gone: no reduction of the encoder can be faster.
@@ -73,10 +73,10 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CamVid folder")
-    parser.add_argument("--widths", type=int, nargs="+", default=[192, 768])
+    parser.add_argument("--widths", type=int, nargs="+", default=[192, 384])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--reductions", nargs="+", default=["2,24", "1,12", "0,1"], metavar="L,M")
-    parser.add_argument("--steps", type=int, default=40, help="of a run")
+    parser.add_argument("--steps", type=int, default=20, help="of a run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="pretrain_speed", help="of the result file")
     args = parser.parse_args()
