@@ -283,6 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "an exported Segmenter": rows_as_measured("cpu/exported_speed_segmenter-fp32", exported_speed.COLUMNS),
     "compiled ahead": rows_as_measured("cpu/exported_speed_aoti-fp32", exported_speed.COLUMNS),
     "batches": rows_as_measured("cpu/batched_speed-fp32", batched_speed.COLUMNS),
+    "more batches": rows_as_measured("cpu/batched_speed_more-fp32", batched_speed.COLUMNS),
     "pipeline": rows_as_measured("cpu/pipeline_parts-fp32", batched_speed.PIPELINE_COLUMNS),
     "autotune": rows_as_measured("cpu/autotune_sweep-fp32", autotune_sweep.COLUMNS),
     "on a GPU": gpu_tables,
