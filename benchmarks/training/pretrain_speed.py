@@ -1,6 +1,6 @@
 """Time of masked pretraining on representatives: examples/pretrain_masked.py, plain and with --ailurus, run in turns.
 
-    python -m benchmarks.training.pretrain_speed --data CAMVID              # as wide as the shipped Segmenter, and twice
+    python -m benchmarks.training.pretrain_speed --data CAMVID          # as wide as the shipped Segmenter, and twice
     python -m benchmarks.training.pretrain_speed --data CAMVID --widths 192 --reductions 2,24 --repeats 1
 
 A step has its batch of windows read and augmented in it, the encoder on the visible patches and the decoder on all.
