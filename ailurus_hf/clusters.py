@@ -165,14 +165,14 @@ def ranks(mask: Tensor) -> Tensor:
 
 
 def stable_argsort(values: Tensor, descending: bool = False) -> Tensor:
-    """Order of Tensor[B, N] along N, equal values by index: LongTensor[B, N]."""
+    """Order of Tensor[..., N] along N, equal values by index: LongTensor[..., N]."""
     is_onnx = torch.onnx.is_in_onnx_export()
-    if (is_exporting() or is_onnx) and values.shape[1] ** 2 <= INT32_MAX:
+    if (is_exporting() or is_onnx) and values.shape[-1] ** 2 <= INT32_MAX:
         return _argsort_by_unique_numbers(values, descending)
     if is_onnx:
         # The exporter knows no stable sort.
-        return values.sort(dim=1, descending=descending).indices
-    return values.argsort(dim=1, descending=descending, stable=True)
+        return values.sort(descending=descending).indices
+    return values.argsort(descending=descending, stable=True)
 
 
 def _argsort_by_unique_numbers(values: Tensor, descending: bool) -> Tensor:
@@ -182,10 +182,10 @@ def _argsort_by_unique_numbers(values: Tensor, descending: bool) -> Tensor:
     whole numbers in 32 bits, so the square of N has to fit; TensorRT sorts and sums no whole numbers, so that they are
     floats where these are exact.
     """
-    count = values.shape[1]
+    count = values.shape[-1]
     dtype = torch.float32 if count**2 <= 2**24 else torch.long
-    ordered, index = values.sort(dim=1, descending=descending)
-    is_other = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
-    rank = torch.zeros_like(index, dtype=dtype).scatter(1, index, is_other.cumsum(1, dtype=dtype))
+    ordered, index = values.sort(descending=descending)
+    is_other = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0))
+    rank = torch.zeros_like(index, dtype=dtype).scatter(-1, index, is_other.cumsum(-1, dtype=dtype))
     unique = rank * count + torch.arange(count, dtype=dtype, device=values.device)
-    return unique.sort(dim=1).indices
+    return unique.sort().indices

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_num_clusters
-from ..clusters import TokenClusters
+from ..clusters import TokenClusters, stable_argsort
 from ..precision import without_autocast
 from .neighbors import DIRECT_DISTANCE_LIMIT, EQUALITY_TOLERANCE
 from .peaks import density_peaks
@@ -60,7 +60,7 @@ def merge_clusters(
     itself = torch.eye(count, dtype=torch.bool, device=tokens.device)
     apart = _distances(centroids)
     lam = max(1, min(num_spatial_neighbors or count - 1, count - 1))
-    near = apart.masked_fill(itself, math.inf).argsort(dim=-1, stable=True)[..., :lam]
+    near = stable_argsort(apart.masked_fill(itself, math.inf))[..., :lam]
     index, by_index = near.sort(dim=-1)
     sigma = _distances(means).gather(2, index) / math.sqrt(channels)
     s = (1 - alpha) * (by_index + 1) / lam + alpha if num_spatial_neighbors else 1.0

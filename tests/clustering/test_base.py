@@ -10,10 +10,11 @@ import torch
 from models import images, make_model, predict
 
 from ailurus_hf import AiluRusConfig, AiluRusError, TokenClusters, ailurus_status, apply_ailurus, clustering
-from ailurus_hf.choices import CLUSTERING_CLASSES
+from ailurus_hf.choices import CLUSTERING_CLASSES, clustering_names
 from ailurus_hf.cli import build_parser
 from ailurus_hf.clustering import Clustering, DensityPeaks, get_clustering, register_clustering
 from ailurus_hf.clustering.budget import ByContent
+from ailurus_hf.clustering.local_kmeans import grid_cells
 
 GRID = (4, 6)
 NAME = "ViTModel"
@@ -152,3 +153,27 @@ def test_settings_reach_the_clustering_and_its_joins():
         for settings in ({}, {"num_spatial_neighbors": 3, "alpha": 0.1})
     ]
     assert not torch.equal(*joined)
+
+
+class Reduced(torch.nn.Module):
+    """From tokens to how they are clustered, or to how clusters of a grid's cells are joined."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, tokens):
+        if self.name in clustering_names():
+            return get_clustering(self.name)(tokens, (8, 8), 32).assignment
+        cells = TokenClusters.from_assignment(grid_cells((8, 8), 32, tokens.device).start[None], 32)
+        return getattr(clustering, self.name)(cells, cells.merge(tokens), tokens, (8, 8), 16).assignment
+
+
+@pytest.mark.parametrize("name", [*clustering_names(), "merge_clusters", "join_regions", "join_clusters"])
+def test_exported_programs_hold_no_stable_sort(name):
+    """OpenVINO's takes time with the square of what it sorts, and ONNX has none."""
+    tokens = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(Reduced(name), (tokens,))
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    assert not [node for graph in graphs for node in graph.nodes if "sort.stable" in str(node.target)]
+    assert torch.equal(program.module()(tokens), Reduced(name)(tokens))
