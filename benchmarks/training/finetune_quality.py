@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..harness import environment, markdown, save
+from .seeds import mean_behind, spread
 
 COLUMNS = {
     "method": "method",
@@ -82,14 +83,13 @@ def _of_way(runs: list[dict[str, Any]], plain: dict[int, float]) -> dict[str, An
     """One row of the runs that differ in their seeds; plain: mIoU of the plain run of each seed."""
     scores = [run["miou"] for run in runs]
     row = {**runs[0], "runs": len(runs), "seconds": min(run["seconds"] for run in runs)}
-    row["spread"] = max(scores) - min(scores) if len(runs) > 1 else None
+    row["spread"] = spread(scores)
     row["seed"] = [run["seed"] for run in runs]
     for key, lost in (("miou", "lost"), ("plain_miou", "plain_lost")):
         row[lost] = None
         if row[key] is not None:
             row[key] = statistics.fmean(run[key] for run in runs)
-            losses = [plain[run["seed"]] - run[key] for run in runs if run["seed"] in plain]
-            row[lost] = statistics.fmean(losses) if losses else None
+            row[lost] = mean_behind(plain, ((run["seed"], run[key]) for run in runs))
     return row
 
 

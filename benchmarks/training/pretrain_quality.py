@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..harness import environment, markdown, save
+from .seeds import mean_behind, spread
 
 COLUMNS = {
     "pretraining": "pretraining",
@@ -37,20 +38,20 @@ COLUMNS = {
 
 def gathered(folders: list[Path]) -> list[dict[str, Any]]:
     """A row for each folder that runs began from, plain first."""
-    runs: dict[str | None, dict[int, dict[str, Any]]] = defaultdict(dict)
+    scores: dict[str | None, dict[int, float]] = defaultdict(dict)
+    images: dict[str | None, int] = {}
     for folder in folders:
         metrics = json.loads((folder / "metrics.json").read_text())
-        runs[metrics["args"]["init"]][metrics["args"]["seed"]] = metrics["history"][-1]
-    rows = [{**_of_pretraining(init), **_of_runs(of_seed)} for init, of_seed in runs.items()]
-    plain = next((of_seed for row, of_seed in zip(rows, runs.values(), strict=True) if _is_plain(row)), {})
-    for row, of_seed in zip(rows, runs.values(), strict=True):
-        behind = [plain[seed]["miou"] - run["miou"] for seed, run in of_seed.items() if seed in plain]
-        row["behind"] = statistics.fmean(behind) if behind and not _is_plain(row) else None
-    return sorted(rows, key=lambda row: not _is_plain(row))
-
-
-def _is_plain(row: dict[str, Any]) -> bool:
-    return row["pretraining"] == "plain"
+        init, last = metrics["args"]["init"], metrics["history"][-1]
+        scores[init][metrics["args"]["seed"]], images[init] = last["miou"], last["images"]
+    rows = {init: {**_of_pretraining(init), "images": images[init]} for init in scores}
+    plain = next((scores[init] for init, row in rows.items() if row["pretraining"] == "plain"), {})
+    for init, row in rows.items():
+        values = list(scores[init].values())
+        row |= {"runs": len(values), "seeds": list(scores[init])}
+        row |= {"miou": statistics.fmean(values), "spread": spread(values)}
+        row["behind"] = None if scores[init] is plain else mean_behind(plain, scores[init].items())
+    return sorted(rows.values(), key=lambda row: row["pretraining"] != "plain")
 
 
 def _of_pretraining(init: str | None) -> dict[str, Any]:
@@ -60,17 +61,6 @@ def _of_pretraining(init: str | None) -> dict[str, Any]:
     reduction = report["args"]["ailurus"]
     about = {"pretraining": "reduced" if reduction else "plain", "steps": report["steps"], "loss": report["loss"]}
     return {**about, **dict(zip(("location", "num_clusters"), reduction or (), strict=False))}
-
-
-def _of_runs(of_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    scores = [run["miou"] for run in of_seed.values()]
-    return {
-        "images": next(iter(of_seed.values()))["images"],
-        "runs": len(scores),
-        "seeds": list(of_seed),
-        "miou": statistics.fmean(scores),
-        "spread": max(scores) - min(scores) if len(scores) > 1 else None,
-    }
 
 
 def main() -> None:
