@@ -20,6 +20,7 @@ from shape_models import make_flow_scheduler, make_scheduler, make_tokenizer
 from shape_scenes import SIDE, Scene, draw, edges, random_scene
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def scene_batch(rng: np.random.Generator, number: int, side: int = SIDE) -> tuple[list[Scene], Tensor, Tensor]:
@@ -186,18 +187,23 @@ class Flowing(OnLatents):
         # At half size the positions would be those of a window in the middle: all pictures are whole.
         super().__init__(vae, text_encoder, make_flow_scheduler(), args, half_share=0.0)
         self.transformer = transformer
+        # The forward and not the module, which the pipeline runs, too: with other sizes it would be compiled again.
+        self.forward_of_transformer = torch.compile(transformer.forward) if args.compile else transformer.forward
         # The pipeline of SD3 reads it.
         vae.register_to_config(shift_factor=0.0)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], masks: Tensor) -> Tensor:
         encoded = self.text_encoder(self.token_ids(captions), output_hidden_states=True)
         text, pooled = encoded.hidden_states[-2], encoded.text_embeds
-        return self.transformer(
-            noisy,
-            encoder_hidden_states=torch.cat([text, text], -1),
-            pooled_projections=torch.cat([pooled, pooled], -1),
-            timestep=timesteps,
-        ).sample
+        # On a CPU, the gradient of SDPA's other kernel takes the longest.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.forward_of_transformer(
+                noisy,
+                encoder_hidden_states=torch.cat([text, text], -1),
+                pooled_projections=torch.cat([pooled, pooled], -1),
+                timestep=timesteps,
+                return_dict=False,
+            )[0]
 
     def noised(self, latents: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents and noise are joined by a line, along which the network predicts the way; its middle is seen most.
