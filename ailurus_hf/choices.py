@@ -12,6 +12,7 @@ Reduce = Literal["qkv", "kv"]
 Projections = Literal["all", "merged"]
 ClusterPer = Literal["resolution", "stack"]
 FrameClusters = Literal["each", "joint"]
+NetworkKind = Literal["unet", "transformer"]
 Kernel = Literal["torch", "triton"]
 
 # The clusterings that come with the package. `clustering_names()` has the registered ones, too.
@@ -20,6 +21,7 @@ RESTORES: tuple[str, ...] = get_args(Restore)
 RESTORES_AT: tuple[str, ...] = get_args(RestoreAt)
 SCOPES: tuple[str, ...] = get_args(Scope)
 FRAMES: tuple[str, ...] = get_args(FrameClusters)
+NETWORK_KINDS: tuple[NetworkKind, ...] = get_args(NetworkKind)
 KERNELS: tuple[str, ...] = get_args(Kernel)
 
 # Filled by `register_clustering`: every clustering's class by its name.

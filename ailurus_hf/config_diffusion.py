@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_at_least, check_ratios
-from .choices import ClusterPer, FrameClusters, Projections, Reduce, Scope
+from .choices import NETWORK_KINDS, ClusterPer, FrameClusters, NetworkKind, Projections, Reduce, Scope
 from .config_base import Config, check_clustering, rounded_share
 from .errors import AiluRusError
 from .level import Level
-from .presets import DIFFUSION_PRESETS, DiffusionPreset
+from .presets import DIFFUSION_PRESETS, TRANSFORMER_PRESETS, DiffusionPreset
 
 if TYPE_CHECKING:
     from .clustering import Clustering
@@ -38,8 +38,8 @@ class AiluRusDiffusionConfig(Config):
         cluster_location: of transformers on patches (PixArt, DiT, SD3, Flux, Wan), L: tokens are clustered and merged
             at the output of the L-th block, 0: at the first one's input. That is the noisy latents and little else, and
             one block more is a small share of all of them: 1 is the default. In UNets convolutions come first.
-        cluster_per: "resolution" (its first stack clusters, once a step, and the later ones take that assignment) or
-            "stack" (each clusters its own tokens: nearer to the unreduced network, for one more clustering a stack).
+        cluster_per: "stack" (each clusters its own tokens) or "resolution" (its first stack clusters, once a step, and
+            the later ones take that assignment: fewer clusterings, and farther from the unreduced network).
         projections: with scope="blocks", "all" (the linear maps into and out of a stack run on all N tokens, so that
             what sets a token apart from its cluster passes them) or "merged" (on M: faster; it passes around the stack
             only). Transformers on patches have no such maps.
@@ -86,7 +86,7 @@ class AiluRusDiffusionConfig(Config):
     query_ratio: float | None = None
     levels: Mapping[int, Level] | None = None
     cluster_location: int = 1
-    cluster_per: ClusterPer = "resolution"
+    cluster_per: ClusterPer = "stack"
     projections: Projections = "all"
     refresh_every: int = 1
     full_every: int | None = None
@@ -102,7 +102,7 @@ class AiluRusDiffusionConfig(Config):
     check_finite: bool = False
 
     @classmethod
-    def preset(cls, name: DiffusionPreset, **overrides: Any) -> AiluRusDiffusionConfig:
+    def preset(cls, name: DiffusionPreset, network: NetworkKind = "unet", **overrides: Any) -> AiluRusDiffusionConfig:
         """Settings that were measured, as a start: SD 1.5 at 512² in half precision (docs/results.md, "settings in half
         precision") for time, a small Stable Diffusion for how near its pictures are ("pictures from text").
 
@@ -110,9 +110,15 @@ class AiluRusDiffusionConfig(Config):
             name: "fast": whole blocks on a quarter of the tokens, 1.69x, 26.5 dB from the plain pictures.
                 "balanced": keys and values alone in the largest grid, blocks in the next, 1.48x, 33.1 dB.
                 "faithful": keys and values alone in the largest grid, by k-means, 1.35x, 43.1 dB.
+            network: "unet", or "transformer" for those on patches, of which a small one was measured (docs/results.md,
+                "pictures of a transformer"): "fast", fewer FLOPs by 2.61x, 34.4 dB from the plain pictures;
+                "balanced" 2.07x, 40.2 dB; "faithful" 1.50x, 41.5 dB. They need a pipeline or `denoising`.
             overrides: fields that replace the preset's.
         """
-        return cls._of_preset(DIFFUSION_PRESETS, name, overrides)
+        if network not in NETWORK_KINDS:
+            raise AiluRusError(f"network must be one of {', '.join(map(repr, NETWORK_KINDS))}, got {network!r}")
+        presets = TRANSFORMER_PRESETS if network == "transformer" else DIFFUSION_PRESETS
+        return cls._of_preset(presets, name, overrides)
 
     @classmethod
     def _migrated(cls, fields: dict[str, Any]) -> dict[str, Any]:

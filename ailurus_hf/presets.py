@@ -39,12 +39,11 @@ HALF: Mapping[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
 # docs/results.md, "pictures from text" and "settings in half precision".
 DIFFUSION_PRESETS: Mapping[str, Mapping[str, Any]] = {
     # "blocks of each stack 0.25"
-    "fast": {"keep_ratio": 0.25, "scope": "blocks", "cluster_per": "stack", "refresh_every": 2},
+    "fast": {"keep_ratio": 0.25, "scope": "blocks", "refresh_every": 2},
     # "keys 0.0625 at full size, blocks 0.35 at half, halves apart"
     "balanced": {
         "keep_ratio": {1: 0.0625, 2: 0.35},
         "levels": {1: {"scope": "attention", "reduce": "kv"}},
-        "cluster_per": "stack",
         "refresh_every": 2,
         "share_cfg": False,
     },
@@ -54,7 +53,16 @@ DIFFUSION_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "scope": "attention",
         "reduce": "kv",
         "clustering": "kmeans",
-        "cluster_per": "stack",
         "refresh_every": 4,
     },
+}
+
+# Of transformers on patches, which have one resolution: docs/results.md, "pictures of a transformer".
+TRANSFORMER_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # "blocks 0.0625 after layer 0, first 3 steps whole, full every 5"
+    "fast": {"keep_ratio": 0.0625, "cluster_location": 0, "unreduced_first_steps": 3, "full_every": 5},
+    # "blocks 0.0625 after layer 0, first 3 steps whole, full every 3"
+    "balanced": {"keep_ratio": 0.0625, "cluster_location": 0, "unreduced_first_steps": 3, "full_every": 3},
+    # "blocks 0.25 after layer 1, first 3 steps whole, full every 3"
+    "faithful": {"keep_ratio": 0.25, "cluster_location": 1, "unreduced_first_steps": 3, "full_every": 3},
 }

@@ -27,6 +27,7 @@ from .gpu.rows import ROWS
 from .gpu.worker import finer
 from .harness import RESULTS, ROOT, markdown, measured_columns
 from .harness.bootstrap import BY_CHANCE
+from .methods.diffusion_peers import peers_of
 from .training import finetune_quality, finetune_speed, pretrain_quality, pretrain_speed, trained_models
 from .video import controlvideo_speed, video_quality
 from .vision import (
@@ -205,22 +206,42 @@ def index() -> str:
 
 
 def pictures_table(task: str) -> Callable[[], str]:
-    """How each method changes the pictures of the trained model, and ours beside each setting of tomesd."""
+    """How each method changes the pictures of the small Stable Diffusion, and ours beside each setting of tomesd."""
 
     def table() -> str:
-        name = f"cpu/diffusion_quality_{task}-fp32"
-        result = load(name)
-        rows = result["rows"]
-        speeds = diffusion_quality.speeds_of(load("cpu/diffusion_speed_methods_sd15-bf16"))
-        against = markdown(diffusion_quality.against_tomesd(rows, speeds), diffusion_quality.AGAINST)
-        head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps.\n\n"
+        rows, speeds = load_pictures(task)["rows"], load("cpu/diffusion_speed_methods_sd15-bf16")
+        against = diffusion_quality.against_tomesd(rows, diffusion_quality.speeds_of(speeds))
         line = (
-            "\n\nEach setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of "
-            "this model and by the time of a step of SD 1.5 at 512² in half precision:\n\n"
+            "Each setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of "
+            "this model and by the time of a step of SD 1.5 at 512² in half precision:"
         )
-        return head + measured_columns(rows, diffusion_quality.COLUMNS) + line + against + "\n" + source(result, name)
+        return pictures(task, line, markdown(against, diffusion_quality.AGAINST))
 
     return table
+
+
+def pictures_of_transformer() -> str:
+    """How methods that change between steps change the pictures of the small transformer; ours beside each peer."""
+    endings = ("", "_steps", "_first_steps", "_first_steps_of_few")
+    rows = [row for ending in endings for row in load_pictures(f"sd3_text{ending}")["rows"]]
+    peers = [row["method"] for row in rows if row["method"] in peers_of("transformers")]
+    columns = {**diffusion_quality.AGAINST, "method": "peer"}
+    for name in ("full_size", "by_speed", "by_speed_psnr", "by_speed_psnr_of_all"):
+        del columns[name]
+    line = "Each peer beside ours, of all these tables, that is nearest to the plain pictures at no more FLOPs:"
+    return pictures("sd3_text_steps", line, markdown(diffusion_quality.against(peers, rows, {}), columns))
+
+
+def load_pictures(task: str) -> dict[str, Any]:
+    return load(f"cpu/diffusion_quality_{task}-fp32")
+
+
+def pictures(task: str, line: str, against: str) -> str:
+    """A table of all methods, and, under a line that says what it is, one of ours against others."""
+    result = load_pictures(task)
+    head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps."
+    table = measured_columns(result["rows"], diffusion_quality.COLUMNS)
+    return "\n\n".join([head, table, line, against]) + "\n" + source(result, f"cpu/diffusion_quality_{task}-fp32")
 
 
 def row_of(name: str, method: str, **fields: Any) -> dict[str, Any]:
@@ -308,6 +329,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "SDXL": rows_as_measured("cpu/diffusion_speed_sdxl-bf16", diffusion_speed.COLUMNS),
     "pictures from text": pictures_table("text"),
     "pictures from text and edges": pictures_table("control"),
+    "pictures of a transformer": rows_as_measured("cpu/diffusion_quality_sd3_text-fp32", diffusion_quality.COLUMNS),
+    "pictures of a transformer over steps": pictures_of_transformer,
+    "pictures of a transformer, first steps whole": rows_as_measured(
+        "cpu/diffusion_quality_sd3_text_first_steps-fp32", diffusion_quality.COLUMNS
+    ),
+    "pictures of a transformer, few tokens": rows_as_measured(
+        "cpu/diffusion_quality_sd3_text_first_steps_of_few-fp32", diffusion_quality.COLUMNS
+    ),
     "video flops": rows_as_measured("cpu/controlvideo_flops_sd15-bf16", controlvideo_speed.COLUMNS),
     "video steps of 8 frames": rows_as_measured("cpu/controlvideo_step_8x256-fp32", controlvideo_speed.COLUMNS),
     "video steps of 4 frames": rows_as_measured("cpu/controlvideo_step_4x512-bf16", controlvideo_speed.COLUMNS),

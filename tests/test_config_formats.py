@@ -18,7 +18,7 @@ from ailurus_hf import (
 )
 from ailurus_hf.clustering import DensityPeaks, KMeans, LocalKMeans, get_clustering
 from ailurus_hf.config_base import FORMAT_VERSION
-from ailurus_hf.presets import DIFFUSION_PRESETS, VISION_PRESETS
+from ailurus_hf.presets import DIFFUSION_PRESETS, TRANSFORMER_PRESETS, VISION_PRESETS
 
 # What to_dict gave in 0.1.
 PAPER_0_1 = {
@@ -286,6 +286,17 @@ def test_presets_of_diffusion(name):
     kept = config.clusters_for(4096, 1)
     assert kept == 1024 if name == "fast" else kept == 256 and not config.merges_queries(1)
     assert config.has_scope("blocks") == (name != "faithful")
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_PRESETS)
+def test_presets_of_transformers(name):
+    config = AiluRusDiffusionConfig.preset(name, network="transformer")
+    assert AiluRusDiffusionConfig.from_json(config.to_json()) == config
+    assert config.levels is None and isinstance(config.keep_ratio, float)
+    assert config != AiluRusDiffusionConfig.preset(name)
+    assert AiluRusDiffusionConfig.preset(name, "transformer", min_tokens=256).min_tokens == 256
+    with pytest.raises(AiluRusError, match="network must be one of 'unet', 'transformer', got 'dit'"):
+        AiluRusDiffusionConfig.preset(name, "dit")
 
 
 def test_levels_take_what_they_leave_out_from_the_config():

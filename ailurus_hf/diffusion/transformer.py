@@ -75,7 +75,8 @@ class TransformerReducer(NetworkReducer):
     def _check_processors(self, own: OwnProcessor) -> None:
         if self.config.levels:
             raise AiluRusError(
-                f"{type(self.network).__name__} has one resolution: leave levels out, got {self.config.levels!r}"
+                f"{type(self.network).__name__} has one resolution: leave levels out (presets: preset(name, "
+                f"network='transformer')), got {self.config.levels!r}"
             )
         for name, layer in self_attentions(self.stacks).items():
             # A subclass may do something else.

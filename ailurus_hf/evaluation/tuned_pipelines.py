@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choices import NetworkKind
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 from ..presets import DiffusionPreset
@@ -19,6 +20,7 @@ from .search import Candidate
 PRESETS: tuple[DiffusionPreset, ...] = ("fast", "balanced", "faithful")
 KEEP_RATIOS = (0.75, 0.5, 0.35, 0.25)
 REFRESH = (1, 2, 4)
+FULL_EVERY = (3, 5)
 
 
 class PipelineSubject:
@@ -69,15 +71,21 @@ class PipelineSubject:
     def first(self) -> list[Candidate]:
         """Every keep ratio, and the presets."""
         configs = [AiluRusDiffusionConfig(keep_ratio=keep, refresh_every=2) for keep in KEEP_RATIOS]
-        named = [Candidate(AiluRusDiffusionConfig.preset(name), f"preset {name!r}") for name in PRESETS]
+        network: NetworkKind = "transformer" if getattr(self.target, "transformer", None) is not None else "unet"
+        named = [Candidate(AiluRusDiffusionConfig.preset(name, network), f"preset {name!r}") for name in PRESETS]
         return [Candidate(config, label_of(config)) for config in configs] + named
 
     def variants(self, candidate: Candidate) -> list[Candidate]:
-        """Other levels, attention alone, clusters by stack, other refreshes, and first and last steps on all tokens."""
-        config, keep = candidate.config, candidate.config.keep_ratio
+        """Other levels, attention alone, clusters by resolution, other refreshes, full steps, tokens early or late."""
+        config: Any = candidate.config
+        keep = config.keep_ratio
         changes: dict[str, dict[str, Any]] = {f"refresh every {n}": {"refresh_every": n} for n in REFRESH}
-        changes |= {"attention": {"scope": "attention"}, "by stack": {"cluster_per": "stack"}}
+        alone = {"scope": "attention", "full_every": None, "extrapolate": False}
+        changes |= {"attention": alone, "by resolution": {"cluster_per": "resolution"}}
         changes |= {"first steps": {"unreduced_first_steps": 2}, "last steps": {"unreduced_last_steps": 2}}
+        changes |= {"more early": {"step_factors": (1.5, 1.0, 0.5)}, "more late": {"step_factors": (0.5, 1.0, 1.5)}}
+        if config.has_scope("blocks"):
+            changes |= {f"full every {n}": {"full_every": n} for n in FULL_EVERY}
         if isinstance(keep, float):  # only where there are most tokens, and fewer of these than of the next level's
             changes |= {
                 "one level": {"keep_ratio": {1: keep}},

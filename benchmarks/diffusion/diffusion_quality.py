@@ -5,6 +5,7 @@
     python -m benchmarks.diffusion.diffusion_quality shapes      # results, tables, and pictures side by side
     python -m benchmarks.diffusion.diffusion_quality shapes --prompts 4 --methods plain "keys 0.25"
     python -m benchmarks.diffusion.diffusion_quality shapes-sd3  # a transformer, of --network sd3
+    python -m benchmarks.diffusion.diffusion_quality examples/assets/shapes-sd3 --output pictures  # the shipped one
     python -m benchmarks.diffusion.diffusion_quality shapes --methods plain "blocks of each stack 0.25" --full-every 2 3
 
 Each method's pictures are compared with those of the unreduced model from the same seeds (the mean of each picture's
@@ -300,7 +301,11 @@ def main() -> None:
     known = {*METHODS, *METHODS_OF_TRANSFORMERS}
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help="default: all for the network")
     parser.add_argument(
-        "--full-every", nargs="+", type=int, default=[], metavar="K", help="beside them, each K-th step on all tokens"
+        "--full-every",
+        nargs="+",
+        default=[],
+        metavar="K",
+        help='beside them, each K-th step on all tokens; also "K, extrapolated"',
     )
     parser.add_argument(
         "--shown",
@@ -333,7 +338,8 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, help="from text, from text and edges (default: what the folder can do)"
     )
-    parser.add_argument("--output", type=Path, help="folder of the pictures (default: where the results go)")
+    parser.add_argument("--output", type=Path, help="folder of the pictures (default: beside the model's)")
+    parser.add_argument("--name", default="", help="ends the names of the result and of the pictures")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = Path(args.model)
@@ -347,14 +353,15 @@ def main() -> None:
         controlled = name == "control"
         task = Scenes(load(args.model, controlled), args.prompts, args.seeds, args.steps)
         measured, pictures = measure(task, with_full_steps(methods, args.full_every), args.repeats)
-        path = output / f"{folder.name}-{name}-reduced.png"
+        ending = f"_{args.name}" if args.name else ""
+        path = output / f"{folder.name}-{name}-reduced{ending}.png"
         sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)
         log.info("wrote %s", path)
         others = [method for method in methods if method not in {"plain", *OURS, *OURS_OF_TRANSFORMERS}]
         compared = markdown(against(others, measured, speeds), {**AGAINST, "method": "peer"})
         print(f"\n{name}\n\n{measured_columns(measured, COLUMNS)}\n\n{compared}")
         kind = "sd3_" * is_transformer
-        save(f"diffusion_quality_{kind}{name}", measured, {**environment(torch.device("cpu"), "fp32"), **about})
+        save(f"diffusion_quality_{kind}{name}{ending}", measured, {**environment(torch.device("cpu"), "fp32"), **about})
 
 
 if __name__ == "__main__":

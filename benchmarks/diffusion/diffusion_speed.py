@@ -312,7 +312,11 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", type=int, help="image sides in pixels, multiples of 64")
     parser.add_argument("--methods", nargs="+", default=SHOWN, choices=METHODS, metavar="METHOD")
     parser.add_argument(
-        "--full-every", nargs="+", type=int, default=[], metavar="K", help="beside them, each K-th step on all tokens"
+        "--full-every",
+        nargs="+",
+        default=[],
+        metavar="K",
+        help='beside them, each K-th step on all tokens; also "K, extrapolated"',
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="2 is one image with guidance")

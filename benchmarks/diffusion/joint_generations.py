@@ -26,10 +26,12 @@ from ailurus_hf import ailurus_status
 from ailurus_hf.diffusion import denoising
 
 from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save, switched
-from ..methods.diffusion import METHODS_OF_TRANSFORMERS, switch_on
+from ..methods.diffusion import METHODS_OF_TRANSFORMERS, needs_pipeline, switch_on, with_full_steps
 from .joint_speed import MODELS, inputs, make, num_tokens
 
-METHODS = tuple(name for name in METHODS_OF_TRANSFORMERS if not name.startswith("FirstBlockCache"))
+METHODS = tuple(
+    name for name in METHODS_OF_TRANSFORMERS if not name.startswith("FirstBlockCache") and not needs_pipeline(name)
+)
 SHOWN = (
     "plain",
     "ToMA 0.5",
@@ -109,14 +111,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--methods", nargs="+", default=SHOWN, choices=METHODS, metavar="METHOD")
+    parser.add_argument(
+        "--full-every",
+        nargs="+",
+        default=[],
+        metavar="K",
+        help='beside ours, each K-th step on all tokens; also "K, extrapolated"',
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", type=torch.device)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     network, rows = make(args.model, args.layers, args.device, DTYPES[args.dtype]), []
+    methods = with_full_steps(args.methods, args.full_every)
     for size in args.size:
-        new = measure(network, args.model, size, args.methods, args.steps, args.repeats, args.device)
+        new = measure(network, args.model, size, methods, args.steps, args.repeats, args.device)
         log.info(markdown(new, COLUMNS))
         rows += new
     save("joint_generations", rows, environment(args.device, args.dtype))

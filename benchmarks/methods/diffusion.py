@@ -1,9 +1,10 @@
 """The registry of methods for diffusion: by name, what reduces the networks of a pipeline, or one network alone.
 
 "Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart:
-each stack clusters its own tokens, every second step where nothing else is said. "k-means": over the whole image, every
-fourth step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
-cross-attention and MLP too. The peers written from their papers are in diffusion_peers.py.
+each stack clusters its own tokens, every second step where nothing else is said; else the first stack of a resolution
+clusters for the later ones, in every step. "k-means": over the whole image, every fourth step. "Halves apart": with and
+without the prompt, each has its own clusters. "All": tomesd merges cross-attention and MLP too. The peers written from
+their papers are in diffusion_peers.py.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ TOMESD: dict[str, dict[str, Any]] = {
 TODO = {"ToDo 2": 2, "ToDo 4": 4}
 
 KEYS = {"scope": "attention", "reduce": "kv"}
+RESOLUTIONS = {"cluster_per": "resolution"}
 STACKS = {"cluster_per": "stack", "refresh_every": 2}
 MIXED = {"levels": {1: {"scope": "attention", "reduce": "kv"}}, **STACKS}
 # Keys far apart on the grid may share a cluster: self-attention looks everywhere, so their position matters little.
@@ -51,17 +53,17 @@ OURS: dict[str, dict[str, Any]] = {
     **{
         f"{name} {keep}": {"keep_ratio": keep, **fields}
         for name, (keeps, fields) in {
-            "attention": ((0.5, 0.25), {"scope": "attention"}),
-            "keys": ((0.5, 0.25), KEYS),
+            "attention": ((0.5, 0.25), {"scope": "attention", **RESOLUTIONS}),
+            "keys": ((0.5, 0.25), {**KEYS, **RESOLUTIONS}),
             "keys of each stack": ((0.25, 0.125), {**KEYS, **STACKS}),
-            "blocks": ((0.5, 0.35, 0.25, 0.125), {}),
-            "blocks, every 4 steps": ((0.5, 0.35, 0.25, 0.125), {"refresh_every": 4}),
+            "blocks": ((0.5, 0.35, 0.25, 0.125), RESOLUTIONS),
+            "blocks, every 4 steps": ((0.5, 0.35, 0.25, 0.125), {"refresh_every": 4, **RESOLUTIONS}),
             "blocks of each stack": ((0.5, 0.25), STACKS),
         }.items()
         for keep in keeps
     },
     **{
-        f"blocks {keep}, {name}": {"keep_ratio": keep, **fields}
+        f"blocks {keep}, {name}": {"keep_ratio": keep, **RESOLUTIONS, **fields}
         for name, fields in {
             "merged projections": {"projections": "merged"},
             "density peaks": {"clustering": "density_peaks"},
@@ -119,11 +121,36 @@ OURS_OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
         f"attention {keep} after layer 1": {"keep_ratio": keep, "scope": "attention", "cluster_location": 1}
         for keep in (0.5, 0.25)
     },
+    **{
+        f"blocks {keep} after layer {layer}": {"keep_ratio": keep, "cluster_location": layer}
+        for keep in (0.125, 0.0625)
+        for layer in (0, 1)
+    },
+    **{
+        f"blocks {keep} after layer {layer}, first 3 steps whole": {
+            "keep_ratio": keep,
+            "cluster_location": layer,
+            "unreduced_first_steps": 3,
+        }
+        for keep, layer in ((0.25, 1), (0.0625, 1), (0.0625, 0))
+    },
+    **{
+        f"blocks 0.25 after layer 1, {name}": {"keep_ratio": 0.25, "cluster_location": 1, **fields}
+        for name, fields in {
+            "Ward": {"clustering": "ward"},
+            "density peaks": {"clustering": "density_peaks"},
+            "first 4 steps whole": {"unreduced_first_steps": 4},
+            "last 4 steps whole": {"unreduced_last_steps": 4},
+            "more early": {"step_factors": (2, 1, 0.5)},
+            "more late": {"step_factors": (0.5, 1, 2)},
+        }.items()
+    },
 }
 METHODS = ("plain", *TOMESD, *TODO, *peers_of("UNets"), *OURS)
 METHODS_OF_TRANSFORMERS = ("plain", *peers_of("transformers"), *OURS_OF_TRANSFORMERS)
-# Ends the name of a method of ours whose every k-th step runs on all tokens; k follows.
+# Ends the name of a method of ours whose every k-th step runs on all tokens; k follows, and what may end it then.
 FULL_EVERY = ", full every "
+EXTRAPOLATED = ", extrapolated"
 
 
 def networks_of(target: Any) -> list[nn.Module]:
@@ -151,9 +178,16 @@ def switch_on(name: str, target: Any, latent_tokens: int, **more: Any) -> Callab
         offs = [PEERS[name].on(network, latent_tokens) for network in networks_of(target)]
         return lambda: [off() for off in offs]
     ours, _, every = name.partition(FULL_EVERY)
-    full = {"full_every": int(every)} if every else {}
+    steps = every.removesuffix(EXTRAPOLATED)
+    full = {"full_every": int(steps), "extrapolate": steps != every} if every else {}
     apply_ailurus(target, **{**(OURS | OURS_OF_TRANSFORMERS)[ours], **full, **more})
     return lambda: remove_ailurus(target)
+
+
+def needs_pipeline(name: str) -> bool:
+    """Whether a method of ours has to know how many steps a generation has, so that a network alone cannot take it."""
+    fields = (OURS | OURS_OF_TRANSFORMERS).get(name.partition(FULL_EVERY)[0], {})
+    return bool({"unreduced_last_steps", "step_factors"} & fields.keys())
 
 
 def counts_steps(name: str) -> bool:
@@ -161,8 +195,11 @@ def counts_steps(name: str) -> bool:
     return FULL_EVERY in name or (name in PEERS and PEERS[name].remembers)
 
 
-def with_full_steps(methods: Sequence[str], every: Sequence[int]) -> list[str]:
-    """The methods, and after each of ours that reduces whole blocks the same with every k-th step on all tokens."""
+def with_full_steps(methods: Sequence[str], every: Sequence[str]) -> list[str]:
+    """The methods, and after each of ours that reduces whole blocks the same with every k-th step on all tokens.
+
+    every: k each, as a user gives it: "3", or "3, extrapolated".
+    """
     named, ours = [], OURS | OURS_OF_TRANSFORMERS
     for name in methods:
         reduces_blocks = name in ours and AiluRusDiffusionConfig(**ours[name]).has_scope("blocks")

@@ -1,4 +1,4 @@
-"""Caches over steps alone, without token reduction: DeepCache for UNets, FirstBlockCache for transformers.
+"""Caches over steps alone, without token reduction: DeepCache for UNets, FirstBlockCache and reuse for transformers.
 
 DeepCache (Ma et al. 2024, arXiv 2312.00858), uniform, at its outermost skip connection: every `every`-th step runs
 whole, and the steps between compute the first convolution, the last layer of the last up block and what follows; what
@@ -7,6 +7,10 @@ comes to that layer from below is that of the last whole step.
 FirstBlockCache is diffusers' own: a step whose first block changes what it adds by less than `threshold` adds what all
 later blocks added before. Its last block has to return text as well, which SD3's does not: it gets its own back, which
 nothing reads.
+
+Reuse is the same by a fixed rhythm, the control of ours with as many full steps: between two of them tokens add what
+all blocks but the first added in the last one, and nothing corrects that. Of the blocks that return text and image, as
+SD3's do.
 """
 
 from __future__ import annotations
@@ -73,6 +77,32 @@ def first_block_cache(transformer: Any, threshold: float) -> Callable[[], None]:
         hooks.remove()
 
     return off
+
+
+def reuse(transformer: Any, every: int) -> Callable[[], None]:
+    """On a transformer as SD3's; returns the call that undoes it."""
+    hooks, (second, *between, last) = Hooks(), list(transformer.transformer_blocks)[1:]
+    kept: dict[str, Tensor] = {}
+    steps = Steps(transformer, hooks, kept.clear)
+
+    def passes(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if steps.number % every == 0:
+            if "before" not in kept:
+                kept["before"] = kwargs["hidden_states"]
+            return original(*args, **kwargs)
+        return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+
+    def adds(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if steps.number % every == 0:
+            text, out = original(*args, **kwargs)
+            kept["added"] = out - kept.pop("before")
+            return text, out
+        return None, kwargs["hidden_states"] + kept["added"]
+
+    for block in (second, *between):
+        hooks.replace_method(block, "forward", passes)
+    hooks.replace_method(last, "forward", adds)
+    return hooks.remove
 
 
 def _with_text(

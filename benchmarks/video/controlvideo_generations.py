@@ -36,7 +36,7 @@ CONTENT = 0.05
 
 def presets_and_full_steps(**fields: Any) -> dict[str, Switch]:
     """Methods that differ over the steps of a generation. fields: of all of them."""
-    blocks: dict[str, Any] = {"keep_ratio": 0.25, "cluster_per": "stack"}
+    blocks: dict[str, Any] = {"keep_ratio": 0.25}
     drawn_on = {"full_every": 4, "extrapolate": True}
     return {
         **{f"preset {name}": ours(**{**preset, **fields}) for name, preset in DIFFUSION_PRESETS.items()},

@@ -56,6 +56,11 @@ def ours(**fields: Any) -> Switch:
     return on
 
 
+def by_resolution(**fields: Any) -> Switch:
+    """Ours where the first stack of a resolution clusters for the later ones."""
+    return ours(cluster_per="resolution", **fields)
+
+
 def with_tomesd(**settings: Any) -> Switch:
     """Per frame, in UNet and ControlNet; the frames' merged tokens are joined."""
     return lambda pipe, frames, latent_tokens: merged_by_tomesd([pipe.unet, pipe.controlnet], **settings)
@@ -89,10 +94,10 @@ METHODS: dict[str, Switch] = {
 }
 for ratio in (0.5, 0.25, 0.125):
     for way in ("each", "joint"):
-        METHODS[f"{way} {ratio}"] = ours(keep_ratio=ratio, frames=way)
-METHODS["each 0.25, merged projections"] = ours(keep_ratio=0.25, frames="each", projections="merged")
-METHODS["joint 0.25, merged projections"] = ours(keep_ratio=0.25, frames="joint", projections="merged")
-METHODS["each 0.25, attention"] = ours(keep_ratio=0.25, frames="each", scope="attention")
+        METHODS[f"{way} {ratio}"] = by_resolution(keep_ratio=ratio, frames=way)
+METHODS["each 0.25, merged projections"] = by_resolution(keep_ratio=0.25, frames="each", projections="merged")
+METHODS["joint 0.25, merged projections"] = by_resolution(keep_ratio=0.25, frames="joint", projections="merged")
+METHODS["each 0.25, attention"] = by_resolution(keep_ratio=0.25, frames="each", scope="attention")
 
 COLUMNS = {
     "frames": "frames",

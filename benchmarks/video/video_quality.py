@@ -40,7 +40,7 @@ from examples.shape_scenes import SIDE, Scene, draw, edge_adherence, edges, rand
 
 from ..harness import environment, interleaved, log, markdown, model_flops, save, switched
 from .controlvideo_generations import beside_plain, presets_and_full_steps
-from .controlvideo_speed import Switch, ours, vidtome, with_tomesd
+from .controlvideo_speed import Switch, by_resolution, ours, vidtome, with_tomesd
 
 Video = list[Image.Image]
 
@@ -58,26 +58,27 @@ METHODS: dict[str, Switch] = {
     "tomesd 0.75, all": with_tomesd(ratio=0.75, max_downsample=2, merge_crossattn=True, merge_mlp=True),
     "VidToMe": vidtome,
     **{
-        f"{way} {keep}": ours(keep_ratio=keep, frames=way, min_tokens=MIN_TOKENS)
+        f"{way} {keep}": by_resolution(keep_ratio=keep, frames=way, min_tokens=MIN_TOKENS)
         for keep in (0.5, 0.25, 0.125)
         for way in ("each", "joint")
     },
     **{
-        f"{way} 0.25, {name}": ours(keep_ratio=0.25, frames=way, min_tokens=MIN_TOKENS, **fields)
+        f"{way} 0.25, {name}": by_resolution(keep_ratio=0.25, frames=way, min_tokens=MIN_TOKENS, **fields)
         for name, fields in {
             "every 4 steps": {"refresh_every": 4},
             "first 2 steps whole": {"unreduced_first_steps": 2},
             "merged projections": {"projections": "merged"},
             "attention": {"scope": "attention"},
-            "each stack": {"cluster_per": "stack"},
         }.items()
         for way in ("each", "joint")
+    },
+    **{
+        f"{way} 0.25, each stack": ours(keep_ratio=0.25, frames=way, min_tokens=MIN_TOKENS) for way in ("each", "joint")
     },
     **{
         f"{way}, keys {keys} at full size, blocks 0.25 at half": ours(
             keep_ratio={1: keys, 2: 0.25},
             levels={1: {"scope": "attention", "reduce": "kv"}},
-            cluster_per="stack",
             frames=way,
             min_tokens=MIN_TOKENS,
         )

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusion_models import UNET, UP
 from traces import traces
 
 from ailurus_hf import ailurus_status, apply_ailurus
+from ailurus_hf.diffusion.reducer import reducers_of
 from benchmarks import harness
 from benchmarks.diffusion import diffusion_speed
 from benchmarks.methods import diffusion as diffusion_methods
@@ -172,10 +174,20 @@ def test_full_steps_beside_the_methods_that_take_them(monkeypatch):
     monkeypatch.setitem(diffusion_speed.MODELS, "sd15", fields)
     unet = diffusion_speed.make_unet("sd15", torch.device("cpu"), torch.float32)
     before = traces(unet)
-    methods = diffusion_methods.with_full_steps(["plain", "keys 0.25", "blocks 0.25"], [2, 4])
+    methods = diffusion_methods.with_full_steps(["plain", "keys 0.25", "blocks 0.25"], ["2", "4"])
     assert methods == ["plain", "keys 0.25", "blocks 0.25", "blocks 0.25, full every 2", "blocks 0.25, full every 4"]
     rows = diffusion_speed.measure("sd15", 256, methods[2:], 1, unet=unet, steps=4)
     assert traces(unet) == before
     ideal = {row["method"]: row.get("ideal") for row in rows}
     always, second, fourth = (1 - 1 / ideal[name] for name in methods[2:])
     assert 0 < second < 0.5 * always < fourth < 0.75 * always
+
+
+def test_full_steps_can_be_extrapolated():
+    unet = UNet2DConditionModel(**UNET, **UP, attention_head_dim=2)
+    (name,) = diffusion_methods.with_full_steps(["blocks 0.25"], ["3, extrapolated"])[1:]
+    for method, extrapolate in ((name, True), ("blocks 0.25, full every 3", False)):
+        off = diffusion_methods.switch_on(method, unet, 32 * 32, min_tokens=1)
+        ((_, reducer),) = reducers_of(unet)
+        assert reducer.config.full_every == 3 and reducer.config.extrapolate == extrapolate
+        off()

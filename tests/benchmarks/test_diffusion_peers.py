@@ -8,9 +8,11 @@ from diffusers import UNet2DConditionModel
 from diffusion_models import UNET, UP, latents, make_sd3, predict, sharpen
 from torch import nn
 from traces import traces
+from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
 
+from ailurus_hf import AiluRusError
 from ailurus_hf.hooks import Hooks
-from benchmarks.methods.diffusion import METHODS_OF_TRANSFORMERS, OURS_OF_TRANSFORMERS, switch_on
+from benchmarks.methods.diffusion import METHODS_OF_TRANSFORMERS, OURS_OF_TRANSFORMERS, needs_pipeline, switch_on
 from benchmarks.methods.diffusion_peers import PEERS, peers_of
 from benchmarks.peers import clusca, sito, step_cache, toma
 from benchmarks.peers.steps import Steps, replace_forward
@@ -221,6 +223,22 @@ def test_first_block_cache_skips_all_but_the_first_block():
     off()
 
 
+def test_reuse_adds_what_all_but_the_first_block_added_in_the_last_full_step():
+    network = make("SD3")
+    first, second, last = (seen_by(network.transformer_blocks[n].ff.net[0].proj) for n in (0, 1, -1))
+    blocks, ins, outs = network.transformer_blocks, [], []
+    blocks[1].register_forward_pre_hook(lambda m, args, kwargs: ins.append(kwargs["hidden_states"]), with_kwargs=True)
+    blocks[-1].register_forward_hook(lambda m, args, out: outs.append(out[1]))
+    off = step_cache.reuse(network, 3)
+    generate(network, "SD3", steps=5)
+    assert len(first) == 5 and len(second) == len(last) == 2
+    added = [out - before for before, out in zip(ins, outs, strict=True)]
+    for step, full in enumerate((0, 0, 0, 3, 3)):
+        torch.testing.assert_close(added[step], added[full], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(added[0], added[3], atol=1e-3) and not torch.equal(outs[1], outs[0])
+    off()
+
+
 KINDS = {"UNet": "UNets", "SD3": "transformers"}
 
 
@@ -244,12 +262,16 @@ def test_every_peer_begins_each_generation_anew_and_is_undone(name):
 
 
 def test_every_method_of_transformers_runs_and_is_undone():
-    network = make("SD3")
-    before, plain = traces(network), generate(network, "SD3", steps=1)[0]
+    pipe, network = make_transformer_pipeline("SD3"), make("SD3")
+    pipe.register_modules(transformer=network)
+    before, plain = traces(network), generate_with_guidance(pipe, steps=5)
     assert set(METHODS_OF_TRANSFORMERS) == {"plain", *peers_of("transformers"), *OURS_OF_TRANSFORMERS}
     for method in OURS_OF_TRANSFORMERS:
-        off = switch_on(method, network, TOKENS, min_tokens=TOKENS)
-        assert not torch.equal(generate(network, "SD3", steps=1)[0], plain), method
+        if needs_pipeline(method):
+            with pytest.raises(AiluRusError, match="needs a pipeline"):
+                switch_on(method, network, TOKENS)
+        off = switch_on(method, pipe, TOKENS, min_tokens=1)
+        assert not torch.equal(generate_with_guidance(pipe, steps=5), plain), method
         off()
         assert traces(network) == before, method
-    assert torch.equal(generate(network, "SD3", steps=1)[0], plain)
+    assert torch.equal(generate_with_guidance(pipe, steps=5), plain)

@@ -136,8 +136,11 @@ def test_status_says_what_happened(name):
     grids = {p.num_tokens for p in status.locations}
     assert grids == {math.prod(grid) for grid in NETWORKS[name].grids}
     assert all(p.num_clusters == p.num_tokens // 4 and 0.3 < p.flops_saved < 1 for p in status.locations)
+    assert {p.clusterings for p in status.locations} == {1}
+    apply_ailurus(network, **SETTINGS, cluster_per="resolution")
+    predict(network, name, sample(name))
     # Once a resolution; all other stacks of it take that assignment.
-    assert sum(p.clusterings for p in status.locations) == len(grids)
+    assert sum(p.clusterings for p in ailurus_status(network).locations) == len(grids)
     assert status.last_clusters.num_tokens == max(grids)
     assert status.to_dict()["config"]["keep_ratio"] == SETTINGS["keep_ratio"]
     assert name != "UNetMotionModel" or not any("motion" in p.where for p in status.locations)
@@ -269,14 +272,14 @@ def test_tokens_are_clustered_at_the_output_of_a_block(name, scope):
 
 def test_each_stack_clusters_its_own_tokens():
     network, x = make_network("UNet"), sample("UNet")
-    by_resolution = predict(apply_ailurus(network, **SETTINGS), "UNet", x)
-    by_stack = predict(apply_ailurus(network, **SETTINGS, cluster_per="stack"), "UNet", x)
+    by_resolution = predict(apply_ailurus(network, **SETTINGS, cluster_per="resolution"), "UNet", x)
+    by_stack = predict(apply_ailurus(network, **SETTINGS), "UNet", x)
     assert all(location.clusterings == location.forwards == 1 for location in ailurus_status(network).locations)
     every = [record.last_clusters for record in reducers_of(network)[0][1].records.values()]
     first, *_, last = (clusters for clusters in every if clusters.num_tokens == math.prod(LATENTS))
     assert not torch.equal(first.assignment, last.assignment)
     assert not torch.allclose(by_stack, by_resolution)
-    apply_ailurus(network, **SETTINGS, cluster_per="stack", refresh_every=2)
+    apply_ailurus(network, **SETTINGS, refresh_every=2)
     with torch.no_grad(), denoising(network):
         for timestep in (9, 8, 7):
             network(x, timestep, **NETWORKS["UNet"].conditions(2))

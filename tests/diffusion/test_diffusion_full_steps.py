@@ -75,7 +75,7 @@ def test_the_same_where_projections_are_merged(name):
 @pytest.mark.parametrize("name", ["UNet", "PixArt", "Flux", "Wan"])
 @pytest.mark.parametrize(
     "way",
-    [{"cluster_per": "stack", "refresh_every": 2}, {"extrapolate": True, "clustering": "density_peaks"}],
+    [{"cluster_per": "resolution", "refresh_every": 2}, {"extrapolate": True, "clustering": "density_peaks"}],
     ids=["each stack", "extrapolated"],
 )
 def test_the_same_in_other_ways(name, way):

@@ -10,6 +10,7 @@ from diffusion_models import make_pipeline
 from models import images, make_model, predict
 from torch import nn
 from traces import traces
+from transformer_pipelines import make_transformer_pipeline
 
 from ailurus_hf import (
     AiluRusConfig,
@@ -228,11 +229,33 @@ def test_a_pipeline_is_searched_over_levels_and_steps():
     subject = PipelineSubject(make_pipeline(StableDiffusionPipeline), ["a street"], {}, None)
     first = next(each for each in subject.first() if each.config.keep_ratio == 0.5)
     labels = {each.label for each in usable(subject.target, subject.variants(first))}
-    for change in ("keep_ratio {1: 0.5}", "keep_ratio {1: 0.5, 2: 1.0}", "scope attention", "cluster_per stack"):
+    for change in ("keep_ratio {1: 0.5}", "keep_ratio {1: 0.5, 2: 1.0}", "scope attention", "cluster_per resolution"):
         assert f"{change}, refresh_every 2" in labels
-    for change in ("unreduced_first_steps 2", "unreduced_last_steps 2"):
+    for change in ("unreduced_first_steps 2", "unreduced_last_steps 2", "full_every 3"):
         assert f"refresh_every 2, {change}" in labels
+    assert "refresh_every 2, step_factors (0.5, 1.0, 1.5)" in labels
     assert "refresh_every 4" in labels
+
+
+def test_full_steps_are_left_out_of_variants_of_attention_alone():
+    subject = PipelineSubject(make_pipeline(StableDiffusionPipeline), ["a street"], {}, None)
+    full = AiluRusDiffusionConfig(scope="attention", levels={1: {"scope": "blocks"}}, full_every=3, extrapolate=True)
+    candidates = [
+        AiluRusDiffusionConfig(scope="attention"),
+        AiluRusDiffusionConfig(full_every=3, extrapolate=True),
+        full,
+    ]
+    ways = [{each.way for each in subject.variants(Candidate(config, ""))} for config in candidates]
+    assert [{"full every 5"} <= each for each in ways] == [False, True, True]
+    assert "attention" in ways[1] and "attention" in ways[2]
+
+
+@pytest.mark.parametrize("name", ["SD3", "PixArt"])
+def test_a_pipeline_of_a_transformer_is_searched_over_its_presets(name):
+    pipe = make_transformer_pipeline(name)
+    subject = PipelineSubject(pipe, ["a street"], {}, None)
+    labels = {each.label for each in usable(pipe, subject.first())}
+    assert {"preset 'fast'", "preset 'balanced'", "preset 'faithful'"} <= labels
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,12 @@ PIPELINES = {f.__name__: f for f in (text_to_image, sdxl, image_to_image, inpain
 
 
 def clusterings(pipe):
-    """How often each resolution of the UNet was clustered, largest first."""
+    """How often each of the UNet's stacks of a resolution clustered, all as often; the largest resolution first."""
     found = {}
     for location in ailurus_status(pipe).locations:
         if location.where.startswith("unet"):
-            found[location.num_tokens] = found.get(location.num_tokens, 0) + location.clusterings
-    return [found[tokens] for tokens in sorted(found, reverse=True)]
+            found.setdefault(location.num_tokens, set()).add(location.clusterings)
+    return [number for tokens in sorted(found, reverse=True) for (number,) in [found[tokens]]]
 
 
 def ours(caplog):

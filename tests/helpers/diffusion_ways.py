@@ -15,7 +15,7 @@ WAYS = {
     "attention": {"scope": "attention"},
     "keys and values": {"scope": "attention", "reduce": "kv", "clustering": "kmeans"},
     "density peaks": {"clustering": "density_peaks"},
-    "each stack": {"cluster_per": "stack"},
+    "each resolution": {"cluster_per": "resolution"},
 }
 on_every_network = pytest.mark.parametrize("name", NETWORKS)
 # Those that full_every can keep what the last block gave of.
@@ -24,7 +24,7 @@ on_networks_with_full_steps = pytest.mark.parametrize("name", [name for name in 
 on_both = pytest.mark.parametrize("name", ["SD3.5", "Flux"])
 in_both_scopes = pytest.mark.parametrize("scope", ["blocks", "attention"])
 # A transformer has no projections around its one stack.
-OF_UNETS = ("merged projections", "each stack")
+OF_UNETS = ("merged projections", "each resolution")
 OF_EACH_KIND = ("UNet", "SDXL UNet", "ControlNet", "PixArt", "SD3.5", "Flux", "Wan", "Z-Image", "CogVideoX")
 EVERY = bool(os.environ.get("AILURUS_TEST_EVERY"))
 
