@@ -188,16 +188,17 @@ class Flowing(OnLatents):
         super().__init__(vae, text_encoder, make_flow_scheduler(), args, half_share=0.0)
         self.transformer = transformer
         # The forward and not the module, which the pipeline runs, too: with other sizes it would be compiled again.
-        self.forward_of_transformer = torch.compile(transformer.forward) if args.compile else transformer.forward
+        self.compiled = torch.compile(transformer.forward) if args.compile else None
         # The pipeline of SD3 reads it.
         vae.register_to_config(shift_factor=0.0)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], masks: Tensor) -> Tensor:
         encoded = self.text_encoder(self.token_ids(captions), output_hidden_states=True)
         text, pooled = encoded.hidden_states[-2], encoded.text_embeds
+        forward = self.compiled or self.transformer
         # On a CPU, the gradient of SDPA's other kernel takes the longest.
         with sdpa_kernel(SDPBackend.MATH):
-            return self.forward_of_transformer(
+            return forward(
                 noisy,
                 encoder_hidden_states=torch.cat([text, text], -1),
                 pooled_projections=torch.cat([pooled, pooled], -1),
