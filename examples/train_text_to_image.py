@@ -302,7 +302,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=(32, 96, 128), help="of the UNet, multiples of 32")
     parser.add_argument("--width", type=int, default=128, help="of SD3's transformer, a multiple of 32")
     parser.add_argument("--layers", type=int, default=8, help="of SD3's transformer")
-    parser.add_argument("--compile", action="store_true", help="SD3's transformer: a step takes 0.6 of the time")
+    parser.add_argument(
+        "--compile", action="store_true", help="SD3's transformer: the first step waits, all are shorter"
+    )
     parser.add_argument("--text-width", type=int, default=128)
     parser.add_argument("--vae-width", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)

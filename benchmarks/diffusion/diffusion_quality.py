@@ -53,6 +53,7 @@ from ..methods.diffusion import (
     OURS,
     OURS_OF_TRANSFORMERS,
     TOMESD,
+    add_full_every,
     switch_on,
     with_full_steps,
 )
@@ -300,13 +301,7 @@ def main() -> None:
     )
     known = {*METHODS, *METHODS_OF_TRANSFORMERS}
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help="default: all for the network")
-    parser.add_argument(
-        "--full-every",
-        nargs="+",
-        default=[],
-        metavar="K",
-        help='beside them, each K-th step on all tokens; also "K, extrapolated"',
-    )
+    add_full_every(parser)
     parser.add_argument(
         "--shown",
         nargs="+",

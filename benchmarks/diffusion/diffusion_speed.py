@@ -35,7 +35,7 @@ from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
 from ailurus_hf.evaluation.timing import wait_for
 
 from ..harness import DTYPES, environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
-from ..methods.diffusion import METHODS, OURS, counts_steps, switch_on, with_full_steps
+from ..methods.diffusion import METHODS, OURS, add_full_every, counts_steps, switch_on, with_full_steps
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -311,13 +311,7 @@ def main() -> None:
     parser.add_argument("--model", default="sd15", choices=MODELS)
     parser.add_argument("--size", nargs="+", type=int, help="image sides in pixels, multiples of 64")
     parser.add_argument("--methods", nargs="+", default=SHOWN, choices=METHODS, metavar="METHOD")
-    parser.add_argument(
-        "--full-every",
-        nargs="+",
-        default=[],
-        metavar="K",
-        help='beside them, each K-th step on all tokens; also "K, extrapolated"',
-    )
+    add_full_every(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="2 is one image with guidance")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)

@@ -26,7 +26,13 @@ from ailurus_hf import ailurus_status
 from ailurus_hf.diffusion import denoising
 
 from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save, switched
-from ..methods.diffusion import METHODS_OF_TRANSFORMERS, needs_pipeline, switch_on, with_full_steps
+from ..methods.diffusion import (
+    METHODS_OF_TRANSFORMERS,
+    add_full_every,
+    needs_pipeline,
+    switch_on,
+    with_full_steps,
+)
 from .joint_speed import MODELS, inputs, make, num_tokens
 
 METHODS = tuple(
@@ -111,13 +117,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--methods", nargs="+", default=SHOWN, choices=METHODS, metavar="METHOD")
-    parser.add_argument(
-        "--full-every",
-        nargs="+",
-        default=[],
-        metavar="K",
-        help='beside ours, each K-th step on all tokens; also "K, extrapolated"',
-    )
+    add_full_every(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", type=torch.device)

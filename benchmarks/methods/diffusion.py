@@ -9,6 +9,7 @@ their papers are in diffusion_peers.py.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -193,6 +194,12 @@ def needs_pipeline(name: str) -> bool:
 def counts_steps(name: str) -> bool:
     """Whether a method does in a step what depends on which step of a generation it is, and gains over steps alone."""
     return FULL_EVERY in name or (name in PEERS and PEERS[name].remembers)
+
+
+def add_full_every(parser: argparse.ArgumentParser) -> None:
+    """The option whose values `with_full_steps` takes."""
+    words = 'beside ours, each K-th step on all tokens; also "K, extrapolated"'
+    parser.add_argument("--full-every", nargs="+", default=[], metavar="K", help=words)
 
 
 def with_full_steps(methods: Sequence[str], every: Sequence[str]) -> list[str]:

@@ -81,14 +81,13 @@ def first_block_cache(transformer: Any, threshold: float) -> Callable[[], None]:
 
 def reuse(transformer: Any, every: int) -> Callable[[], None]:
     """On a transformer as SD3's; returns the call that undoes it."""
-    hooks, (second, *between, last) = Hooks(), list(transformer.transformer_blocks)[1:]
+    hooks, (_, *between, last) = Hooks(), list(transformer.transformer_blocks)
     kept: dict[str, Tensor] = {}
     steps = Steps(transformer, hooks, kept.clear)
 
     def passes(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if steps.number % every == 0:
-            if "before" not in kept:
-                kept["before"] = kwargs["hidden_states"]
+            kept.setdefault("before", kwargs["hidden_states"])
             return original(*args, **kwargs)
         return kwargs["encoder_hidden_states"], kwargs["hidden_states"]
 
@@ -99,7 +98,7 @@ def reuse(transformer: Any, every: int) -> Callable[[], None]:
             return text, out
         return None, kwargs["hidden_states"] + kept["added"]
 
-    for block in (second, *between):
+    for block in between:
         hooks.replace_method(block, "forward", passes)
     hooks.replace_method(last, "forward", adds)
     return hooks.remove

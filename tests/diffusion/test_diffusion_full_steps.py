@@ -76,7 +76,7 @@ def test_the_same_where_projections_are_merged(name):
 @pytest.mark.parametrize(
     "way",
     [{"cluster_per": "resolution", "refresh_every": 2}, {"extrapolate": True, "clustering": "density_peaks"}],
-    ids=["each stack", "extrapolated"],
+    ids=["each resolution", "extrapolated"],
 )
 def test_the_same_in_other_ways(name, way):
     check(name, **way)
