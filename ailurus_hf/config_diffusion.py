@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_at_least, check_ratios
-from .choices import NETWORK_KINDS, ClusterPer, FrameClusters, NetworkKind, Projections, Reduce, Scope
+from .choices import NETWORK_KINDS, Between, ClusterPer, FrameClusters, NetworkKind, Projections, Reduce, Scope
 from .config_base import Config, check_clustering, rounded_share
 from .errors import AiluRusError
 from .level import Level
@@ -50,8 +50,13 @@ class AiluRusDiffusionConfig(Config):
             much more or less its representative adds now than then (in full steps the blocks run on representatives,
             too). For whole blocks, in pipelines of diffusers and within `denoising`; not compiled as a whole, and not
             beside a cache of diffusers. 1: every step runs on all tokens. None: none do for this.
-        extrapolate: with full_every, what sets tokens apart from their representatives is drawn on in a straight line
-            through the last two full steps, as TaylorSeer (arXiv:2503.06923) draws on features.
+        between: with full_every, what stacks run on in the steps between: "representatives", or "nothing": stacks are
+            skipped, and a token adds what was kept alone, of whole blocks at the keep ratios below 1. That is a cache
+            over steps and no token reduction; where it is nearer than representatives are, the tables say (presets of
+            transformers). Not with projections="merged".
+        extrapolate: with full_every, what was kept (beside representatives, what sets tokens apart from them) is drawn
+            on in a straight line through the last two full steps, once these are full_every steps apart, as TaylorSeer
+            (arXiv:2503.06923) draws on features.
         step_factors: in so many equal parts of a generation's steps, what keep_ratio is multiplied by (up to 1):
             (2, 1, 0.5) keeps most tokens early. Needs a pipeline, which knows how many steps there are. With full_every
             it changes in full steps.
@@ -90,6 +95,7 @@ class AiluRusDiffusionConfig(Config):
     projections: Projections = "all"
     refresh_every: int = 1
     full_every: int | None = None
+    between: Between = "representatives"
     extrapolate: bool = False
     step_factors: tuple[float, ...] | None = None
     block_factors: tuple[float, ...] | None = None
@@ -185,6 +191,10 @@ class AiluRusDiffusionConfig(Config):
                 )
         elif self.extrapolate:
             raise AiluRusError("extrapolate draws on from steps on all tokens: give full_every, got None")
+        elif self.between == "nothing":
+            raise AiluRusError("between='nothing' adds what steps on all tokens kept: give full_every, got None")
+        if self.between == "nothing" and self.projections == "merged":
+            raise AiluRusError("between='nothing' skips blocks alone: use projections='all', got 'merged'")
 
     def clusters_for(self, num_tokens: int, level: int, factor: float = 1.0) -> int:
         """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced.

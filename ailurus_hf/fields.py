@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .choices import ClusteringName, ClusterPer, FrameClusters, Projections, Reduce, Restore, RestoreAt, Scope
+from .choices import Between, ClusteringName, ClusterPer, FrameClusters, Projections, Reduce, Restore, RestoreAt, Scope
 
 if TYPE_CHECKING:
     from .clustering import Clustering
@@ -42,6 +42,7 @@ class AiluRusDiffusionFields(TypedDict, total=False):
     projections: Projections
     refresh_every: int
     full_every: int | None
+    between: Between
     extrapolate: bool
     step_factors: tuple[float, ...] | None
     block_factors: tuple[float, ...] | None

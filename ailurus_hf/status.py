@@ -53,6 +53,13 @@ class Record:
         """What ran on all tokens ran on clusters, too."""
         self.again[num_tokens, num_clusters] += 1
 
+    def skipped(self, num_tokens: int) -> None:
+        """Its blocks did not run."""
+        self.forwards += 1
+        self.sizes[num_tokens, 0] += 1
+        self.last_tokens, self.last_clusters_count = num_tokens, 0
+        self.last_clusters = self.last_grid = None
+
     def unreduced(self, num_tokens: int) -> None:
         if torch.compiler.is_compiling():
             return
@@ -84,7 +91,7 @@ class LocationStatus:
 
     where: the encoder's class; location: L; restored: where all tokens are back.
     num_tokens, num_clusters: N (M of the location before, where there is one) and M of the last forward, None before
-    the first.
+    the first. M is 0 in a step between two full ones in which nothing runs.
     forwards, clusterings: counts since it was switched on (compiled forwards are not counted).
     flops, reduced_flops: of the transformer layers for one image, without and with reduction, up to the encoder's next
         location; at its first one also of those that run on all tokens. None before the first forward. Of the last

@@ -4,6 +4,7 @@ Autoencoding, then Denoising (a UNet) and Controlling (its ControlNet), or Flowi
 """
 
 import argparse
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -53,6 +54,11 @@ class Autoencoding(nn.Module):
         posterior = self.vae.encode(windows).latent_dist
         decoded = self.vae.decode(posterior.sample(generator)).sample
         return F.l1_loss(decoded, windows) + F.mse_loss(decoded, windows) + 1e-6 * posterior.kl().mean()
+
+
+def compiled_forward(network: nn.Module, args: argparse.Namespace) -> Callable[..., Any] | None:
+    """The forward and not the module, which the pipeline runs, too: with its sizes it would be compiled again."""
+    return torch.compile(network.forward, dynamic=False) if args.compile else None
 
 
 class OnLatents(nn.Module):
@@ -124,9 +130,10 @@ class Denoising(OnLatents):
         self.unet = unet
         # On a CPU, in training, SDPA is the slower of the two.
         unet.set_attn_processor(AttnProcessor())
+        self.compiled = compiled_forward(unet, args)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: list[str], masks: Tensor) -> Tensor:
-        return self.unet(noisy, timesteps, self.encode(captions)).sample
+        return (self.compiled or self.unet)(noisy, timesteps, self.encode(captions)).sample
 
     def encode(self, captions: list[str]) -> Tensor:
         return self.text_encoder(self.token_ids(captions)).last_hidden_state
@@ -188,8 +195,7 @@ class Flowing(OnLatents):
         # At half size the positions would be those of a window in the middle: all pictures are whole.
         super().__init__(vae, text_encoder, make_flow_scheduler(), args, half_share=0.0)
         self.transformer = transformer
-        # The forward and not the module, which the pipeline runs, too: with other sizes it would be compiled again.
-        self.compiled = torch.compile(transformer.forward) if args.compile else None
+        self.compiled = compiled_forward(transformer, args)
         # The pipeline of SD3 reads it.
         vae.register_to_config(shift_factor=0.0)
 

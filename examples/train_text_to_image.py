@@ -303,7 +303,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128, help="of SD3's transformer, a multiple of 32")
     parser.add_argument("--layers", type=int, default=8, help="of SD3's transformer")
     parser.add_argument(
-        "--compile", action="store_true", help="SD3's transformer: the first step waits, all are shorter"
+        "--compile", action="store_true", help="what denoises: the first step of each size waits, all are shorter"
     )
     parser.add_argument("--text-width", type=int, default=128)
     parser.add_argument("--vae-width", type=int, default=16)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..choices import FRAMES, SCOPES
+from ..choices import BETWEEN, FRAMES, SCOPES
 from ..presets import DIFFUSION_PRESETS
 from .arguments import COMPILE_CLUSTERING, add_clustering, add_config, add_model, add_preset, given_clustering, positive
 
@@ -34,6 +34,7 @@ AILURUS_FIELDS = (
     "compile_clustering",
     "refresh_every",
     "full_every",
+    "between",
     "extrapolate",
     "unreduced_first_steps",
     "unreduced_last_steps",
@@ -95,7 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("compile-clustering", **COMPILE_CLUSTERING)
     add("refresh-every", type=positive, metavar="N", help="steps that share an assignment")
     add("full-every", type=positive, metavar="K", help="every K-th step on all tokens; those between build on it")
-    extrapolated = "with --full-every: what sets tokens apart is drawn on in a line through the last two full steps"
+    add("between", choices=BETWEEN, help="with --full-every: what blocks run on in the steps between")
+    extrapolated = "with --full-every: what was kept is drawn on in a line through the last two full steps"
     add("extrapolate", action="store_true", default=None, help=extrapolated)
     add("unreduced-first-steps", type=int, metavar="N", help="steps on all tokens at the beginning")
     add("unreduced-last-steps", type=int, metavar="N", help="steps on all tokens at the end")

@@ -249,12 +249,12 @@ class Clock:
         return step >= self.config.unreduced_first_steps
 
     def _is_built_on(self, generation: Generation) -> bool:
-        """Whether a step on representatives follows a full one; with `extrapolate`, whether any does."""
+        """Whether a step that builds on it follows a full one."""
         config, following = self.config, generation.step + 1
         steps = None if generation.schedule is None else len(generation.schedule)
         if steps is not None and following >= steps - config.unreduced_last_steps:
             return False
-        return config.extrapolate or following >= config.unreduced_first_steps
+        return following >= config.unreduced_first_steps
 
     def _factor(self, generation: Generation | None) -> float:
         """What the keep ratio of this step is multiplied by."""

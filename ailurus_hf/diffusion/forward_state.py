@@ -40,6 +40,7 @@ class StackState:
         number: in the order in which they run, of the stack or, in transformers on patches, of the reduced block.
         reached: whether the first block to be reduced was reached.
         whole: whether it runs on all tokens, and what it adds is kept.
+        skipped: whether its blocks do not run, and its tokens add what was kept.
         calls: its blocks' calls then.
         call: of the network, where a rotary embedding depends on its arguments.
         clusters: of the tokens, once they are merged; with scope="attention" None, as each layer asks for them.
@@ -58,6 +59,7 @@ class StackState:
     number: int = 0
     reached: bool = False
     whole: bool = False
+    skipped: bool = False
     calls: list[BlockCall] = dataclasses.field(default_factory=list)
     call: NetworkCall | None = None
     clusters: Clusters | None = None

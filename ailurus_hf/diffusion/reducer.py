@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from .forward_state import Forwards, ForwardState, StackState, key_bias
 from .frames import Clusters, JointClusters
 from .networks import DiffusionNetwork
 from .processor import AiluRusProcessor, Assigned, SharedClusters
-from .replay import replayed
+from .replay import passed_on, replayed
 from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, self_attentions, takes_mask
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class NetworkReducer:
         processor: what self-attention runs on, where it runs on one of ours; `previous_processors` is what it ran on
         before.
         last_levels: of each stack's grid, in the last forward.
+        gives_text: by classes of blocks that may be skipped, whether they return text beside the image.
         left_whole: why stacks, by name, ran on all tokens in the last forward, where it was not for their size.
         text_tokens: in joint attention, in the last forward; None elsewhere.
     """
@@ -74,6 +75,7 @@ class NetworkReducer:
         self.processor: Processor | None = None
         self.previous_processors: dict[str, Processor] = {}
         self.last_levels: dict[str, int] = {}
+        self.gives_text: dict[type, bool] = {}
         self.left_whole: dict[str, str] = {}
         self.text_tokens: int | None = None
         self._names = argument_names(network)
@@ -153,6 +155,27 @@ class NetworkReducer:
             if name in self.previous_processors and not self.owns(layer.processor)
         ]
 
+    def skip_between(self, blocks: Iterable[nn.Module]) -> None:
+        """Has blocks not run in the steps between, where nothing shall."""
+        if self.config.between == "nothing":
+            for block in blocks:
+                self.hooks.replace_method(block, "forward", partial(self.run_or_skip, type(block)))
+
+    def run_or_skip(self, kind: type, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A block of this class: what it gives, or, where its stack is skipped, what it was given."""
+        if self.is_skipping():
+            return passed_on(args, kwargs, self.gives_text[kind], self.declared.gives_image_first)
+        output = forward(*args, **kwargs)
+        if kind not in self.gives_text:
+            self.gives_text[kind] = isinstance(output, tuple)
+        return output
+
+    @eager_in_compiled_blocks
+    def is_skipping(self) -> bool:
+        """Whether the stack that is running is skipped."""
+        running = None if self.forwards.current is None else self.forwards.current.stack
+        return running is not None and running.skipped
+
     # A forward begins and ends
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -190,8 +213,22 @@ class NetworkReducer:
             return
         if output is None:
             self.clock.forget()
-        elif forward is not None and forward.most_unreduced and not forward.assignments:
+            return
+        self._check_levels()
+        if forward is not None and forward.most_unreduced and not forward.assignments:
             self._say_that_nothing_was_reduced(forward.most_unreduced)
+
+    def _check_levels(self) -> None:
+        """Raises AiluRusError where keep_ratio is by levels, and the network has none of them."""
+        ratios, levels = self.config.keep_ratio, set(self.last_levels.values())
+        if not isinstance(ratios, Mapping) or not levels:
+            return
+        named = ratios.keys() | {n for n, level in (self.config.levels or {}).items() if level.keep_ratio is not None}
+        if not levels & named:
+            raise AiluRusError(
+                f"keep_ratio is given for the levels {sorted(named)}, but {type(self.network).__name__} has tokens at "
+                f"{sorted(levels)} alone, and none would be reduced: give it for one of these, or one number for all"
+            )
 
     def refuse(self, call: NetworkCall) -> None:
         """Raises AiluRusError on a call that cannot follow merged tokens, whatever is reduced in it."""
@@ -232,6 +269,22 @@ class NetworkReducer:
         if forward.additions is None or forward.reduce or running.scope != "blocks":
             return False
         return self._reduced_to(forward, running) < math.prod(running.grid)
+
+    def runs_nothing(self, forward: ForwardState, running: StackState) -> bool:
+        """Whether a stack that would run on representatives shall not run at all, as what it adds was kept.
+
+        What a full step did not reach, as skip-layer guidance leaves it out, is not kept; it runs on all tokens.
+        """
+        if self.config.between != "nothing" or running.scope != "blocks" or not forward.reduce:
+            return False
+        if self._reduced_to(forward, running) == math.prod(running.grid):
+            return False
+        running.skipped = forward.additions is not None and forward.additions.has(running.stack.name)
+        if running.skipped:
+            self.records[running.stack.name].skipped(math.prod(running.grid))
+        else:
+            self.leave(forward, running.stack, math.prod(running.grid))
+        return True
 
     def assign(self, forward: ForwardState, running: StackState, tokens: Tensor) -> Clusters:
         """The forward's clusters of a stack's grid, made from Tensor[B, N, C] if it has none."""
@@ -297,6 +350,14 @@ class NetworkReducer:
         assert running.kept is not None and running.start is not None
         return running.kept + self.gained(running, representatives - running.start)
 
+    def with_kept(self, running: StackState) -> Tensor:
+        """All tokens after a stack that was skipped: each adds what was kept."""
+        additions = self.running().additions
+        assert running.kept is not None and additions is not None
+        added = additions.apart(running.stack.name)
+        assert added is not None
+        return running.kept + added
+
     def gained(self, running: StackState, gained: Tensor) -> Tensor:
         """What all tokens add where representatives gained Tensor[B, M, C]."""
         assert running.clusters is not None
@@ -308,13 +369,17 @@ class NetworkReducer:
     def keep(self, running: StackState, added: Tensor) -> None:
         """After a stack that ran on all tokens and added Tensor[B, N, C] to them: on representatives, too."""
         forward = self.running()
+        if self.config.between == "nothing":
+            assert forward.additions is not None
+            forward.additions.keep(running.stack.name, added)
+            return
         again = StackState(running.stack, running.grid, running.scope, running.number, reached=True, call=running.call)
         state = dataclasses.replace(forward, reduce=True, recomputing=True, stack=again)
         with self.forwards.resumed(state):
             gained = self.replay(state, again, running)
         assert forward.additions is not None and again.clusters is not None
         self.records[running.stack.name].ran_again(math.prod(running.grid), self.num_clusters(state, again))
-        forward.additions.keep(running.stack.name, added - again.clusters.unmerge(gained))
+        forward.additions.keep(running.stack.name, added, again.clusters, gained)
 
     def replay(self, forward: ForwardState, again: StackState, running: StackState) -> Tensor:
         """What representatives gain in a stack that ran on all tokens, Tensor[B, M, C]; `again` gets their clusters."""

@@ -1,4 +1,7 @@
-"""Blocks that ran on all tokens run once more, on representatives: what those would have added in the same step."""
+"""Blocks that ran on all tokens run once more, on representatives: what those would have added in the same step.
+
+And blocks that do not run: what they would give if they added nothing.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,19 @@ def replayed_jointly(
         else:
             text, tokens = output
     return tokens
+
+
+def passed_on(args: tuple, kwargs: dict[str, Any], gives_text: bool, gives_image_first: bool) -> Any:
+    """What a block gives that is called so and adds nothing.
+
+    Args:
+        gives_text: whether it returns text and image, or one sequence. gives_image_first: as in `replayed_jointly`.
+    """
+    tokens = args[0] if args else kwargs["hidden_states"]
+    if not gives_text:
+        return tokens
+    text = _text_of(args, kwargs)
+    return (tokens, text) if gives_image_first else (text, tokens)
 
 
 def _text_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -96,7 +96,9 @@ def _flops_of(
     projected = clusters if not attention_alone and config.projections == "merged" else tokens
     full = [flops(block, tokens, tokens, tokens, record.attended, text) for block in stack.blocks]
     first = reducer.first_reduced(stack)
-    reduced = [flops(block, queries, clusters, others, record.attended, text) for block in stack.blocks[first:]]
+    # In a step in which nothing runs, not text either.
+    ran = stack.blocks[first:] if clusters else []
+    reduced = [flops(block, queries, clusters, others, record.attended, text) for block in ran]
     before, after = (projection_flops(stack, num_tokens) for num_tokens in (tokens, projected))
     merged_maps = after if projected == clusters else 0.0
     return sum(full) + before, sum(full[:first]) + sum(reduced) + after, sum(reduced) + merged_maps

@@ -108,6 +108,7 @@ class TransformerReducer(NetworkReducer):
             self.hooks.pre_forward(block, self.enter_block)
         if not self.config.has_scope("blocks"):
             return
+        self.skip_between(self.stack.blocks[self.first_reduced(self.stack) :])
         following = self._following()
         if not following:
             # Prepended, so that hooks that were there before see all N tokens.
@@ -143,6 +144,8 @@ class TransformerReducer(NetworkReducer):
             self.leave(forward, self.stack, math.prod(grid))
             if not running.whole:
                 return
+        elif self.runs_nothing(forward, running) and not running.skipped:
+            return
         self._refuse_reduced(call, scope, running.whole)
         running.order = self.token_order_of(call)
         if getattr(self.read_grid, "references", False):
@@ -248,10 +251,11 @@ class TransformerReducer(NetworkReducer):
         if first:
             tokens = self._image_tokens(running, args[0] if args else kwargs["hidden_states"])
             self._note_embedding(running, block, args, kwargs)
-        if running.whole:
+        if running.whole or running.skipped:
             if first:
                 running.kept = tokens
-            running.calls.append(call_without_tokens(block, args, kwargs))
+            if self.config.between == "representatives":
+                running.calls.append(call_without_tokens(block, args, kwargs))
             return None
         if first:
             args, kwargs = with_argument(args, kwargs, 0, "hidden_states", self.start(forward, running, tokens))
@@ -343,14 +347,19 @@ class TransformerReducer(NetworkReducer):
             return None
         if running.whole and running.kept is not None:
             self.keep(running, running.token_order.split(tokens, running.kept.shape[1])[1] - running.kept)
+        if running.skipped and running.kept is not None:
+            others = running.token_order.split(tokens, running.kept.shape[1])[0]
+            return self._joined(running, others, self.with_kept(running))
         if running.clusters is None or running.start is None:
             return None
         if self.declared.unmerge_before_each and tokens.shape[1] == math.prod(running.grid):
             # What a block gave before tokens were merged.
             return None
         others, representatives = running.token_order.split(tokens, running.start.shape[1])
-        restored = self.unmerged(running, representatives)
-        return restored if others.shape[1] == 0 else running.token_order.join(others, restored)
+        return self._joined(running, others, self.unmerged(running, representatives))
+
+    def _joined(self, running: StackState, others: Tensor, image: Tensor) -> Tensor:
+        return image if others.shape[1] == 0 else running.token_order.join(others, image)
 
     # For the processor
 

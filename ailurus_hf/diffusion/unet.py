@@ -46,6 +46,7 @@ class UNetReducer(NetworkReducer):
             self.hooks.post_forward(stack.norm, self.give_merged_map)
             self.hooks.post_forward(stack.module, self.unmerge_map)
             return
+        self.skip_between(stack.blocks)
         self.hooks.pre_forward(stack.blocks[0], self.merge_tokens)
         for block in stack.blocks:
             self.hooks.pre_forward(block, self.add_bias)
@@ -93,6 +94,9 @@ class UNetReducer(NetworkReducer):
         running.whole = self.keeps_additions(forward, running)
         if self.num_clusters(forward, running) == height * width and not running.whole:
             self.leave(forward, stack, height * width)
+            return None
+        if self.runs_nothing(forward, running):
+            forward.stack = running if running.skipped else None
             return None
         if (other := self._other_processor(stack)) is not None:
             self.leave(forward, stack, height * width, f"left whole: {other}")
@@ -148,7 +152,7 @@ class UNetReducer(NetworkReducer):
         if running is None or running.scope == "attention":
             return None
         tokens: Tensor = args[0] if args else kwargs["hidden_states"]
-        if running.whole:
+        if running.whole or running.skipped:
             running.kept = tokens
             return None
         return with_argument(args, kwargs, 0, "hidden_states", self.start(forward, running, tokens))
@@ -156,7 +160,7 @@ class UNetReducer(NetworkReducer):
     @eager_in_compiled_blocks
     def add_bias(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         running = self.running().stack
-        if running is not None and running.whole:
+        if running is not None and running.whole and self.config.between == "representatives":
             running.calls.append(call_without_tokens(block, args, kwargs))
         return None if running is None or running.key_bias is None else self.with_bias(running, block, args, kwargs)
 
@@ -170,6 +174,8 @@ class UNetReducer(NetworkReducer):
             assert running.kept is not None
             self.keep(running, output - running.kept)
             return None
+        if running is not None and running.skipped:
+            return self.with_kept(running)
         return None if running is None or running.clusters is None else self.unmerged(running, output)
 
     # projections="merged"

@@ -80,12 +80,15 @@ class PipelineSubject:
         config: Any = candidate.config
         keep = config.keep_ratio
         changes: dict[str, dict[str, Any]] = {f"refresh every {n}": {"refresh_every": n} for n in REFRESH}
-        alone = {"scope": "attention", "full_every": None, "extrapolate": False}
+        alone = {"scope": "attention", "full_every": None, "extrapolate": False, "between": "representatives"}
         changes |= {"attention": alone, "by resolution": {"cluster_per": "resolution"}}
         changes |= {"first steps": {"unreduced_first_steps": 2}, "last steps": {"unreduced_last_steps": 2}}
         changes |= {"more early": {"step_factors": (1.5, 1.0, 0.5)}, "more late": {"step_factors": (0.5, 1.0, 1.5)}}
         if config.has_scope("blocks"):
+            kept_alone = {"between": "nothing", "extrapolate": True}
             changes |= {f"full every {n}": {"full_every": n} for n in FULL_EVERY}
+            if config.projections == "all":
+                changes |= {f"full every {n}, nothing between": {"full_every": n, **kept_alone} for n in FULL_EVERY}
         if isinstance(keep, float):  # only where there are most tokens, and fewer of these than of the next level's
             changes |= {
                 "one level": {"keep_ratio": {1: keep}},

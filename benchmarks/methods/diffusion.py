@@ -151,7 +151,7 @@ METHODS = ("plain", *TOMESD, *TODO, *peers_of("UNets"), *OURS)
 METHODS_OF_TRANSFORMERS = ("plain", *peers_of("transformers"), *OURS_OF_TRANSFORMERS)
 # Ends the name of a method of ours whose every k-th step runs on all tokens; k follows, and what may end it then.
 FULL_EVERY = ", full every "
-EXTRAPOLATED = ", extrapolated"
+EXTRAPOLATED, NOTHING = ", extrapolated", ", nothing between"
 
 
 def networks_of(target: Any) -> list[nn.Module]:
@@ -179,8 +179,10 @@ def switch_on(name: str, target: Any, latent_tokens: int, **more: Any) -> Callab
         offs = [PEERS[name].on(network, latent_tokens) for network in networks_of(target)]
         return lambda: [off() for off in offs]
     ours, _, every = name.partition(FULL_EVERY)
-    steps = every.removesuffix(EXTRAPOLATED)
-    full = {"full_every": int(steps), "extrapolate": steps != every} if every else {}
+    full: dict[str, Any] = {}
+    if every:
+        full = {"full_every": int(every.partition(",")[0]), "extrapolate": EXTRAPOLATED in every}
+        full |= {"between": "nothing"} if NOTHING in every else {}
     apply_ailurus(target, **{**(OURS | OURS_OF_TRANSFORMERS)[ours], **full, **more})
     return lambda: remove_ailurus(target)
 
@@ -198,14 +200,14 @@ def counts_steps(name: str) -> bool:
 
 def add_full_every(parser: argparse.ArgumentParser) -> None:
     """The option whose values `with_full_steps` takes."""
-    words = 'beside ours, each K-th step on all tokens; also "K, extrapolated"'
+    words = 'beside ours, each K-th step on all tokens; also "K, extrapolated" and "K, extrapolated, nothing between"'
     parser.add_argument("--full-every", nargs="+", default=[], metavar="K", help=words)
 
 
 def with_full_steps(methods: Sequence[str], every: Sequence[str]) -> list[str]:
     """The methods, and after each of ours that reduces whole blocks the same with every k-th step on all tokens.
 
-    every: k each, as a user gives it: "3", or "3, extrapolated".
+    every: k each, as a user gives it: "3", "3, extrapolated", "3, nothing between", "3, extrapolated, nothing between".
     """
     named, ours = [], OURS | OURS_OF_TRANSFORMERS
     for name in methods:

@@ -1,9 +1,9 @@
 """The registry of others' methods for diffusion that are written here from their papers, by name.
 
 ToMA: the share of tokens kept; around self-attention alone, or also around cross-attention and MLP ("all"). SiTo: the
-share left out. ClusCa and DeepCache: each how many steps are full. FirstBlockCache: its threshold. Controls: whole
-blocks as ours, on tokens drawn at random, or for speed alone on the first ones; "reuse": as many full steps as ours,
-and nothing computed between them.
+share left out. ClusCa, DeepCache and TaylorSeer: each how many steps are full. FirstBlockCache: its threshold.
+Controls: whole blocks as ours, on tokens drawn at random, or for speed alone on the first ones; "reuse": as many full
+steps as ours, and nothing computed between them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..peers.clusca import ClusCa
 from ..peers.controls import random_centers
 from ..peers.sito import SiTo
 from ..peers.slicing import slice_layers
-from ..peers.step_cache import deep_cache, first_block_cache, reuse
+from ..peers.step_cache import deep_cache, first_block_cache, reuse, taylorseer
 from ..peers.toma import ToMA
 
 # On one network, for which the number of image tokens at full size is given; returns the call that undoes it.
@@ -61,6 +61,10 @@ def _first_block_cache(network: Any, tokens: int, threshold: float) -> Callable[
     return first_block_cache(network, threshold)
 
 
+def _taylorseer(network: Any, tokens: int, every: int) -> Callable[[], None]:
+    return taylorseer(network, every)
+
+
 def _reuse(network: Any, tokens: int, every: int) -> Callable[[], None]:
     return reuse(network, every)
 
@@ -93,6 +97,10 @@ PEERS: dict[str, DiffusionPeer] = {
             partial(_first_block_cache, threshold=threshold), TRANSFORMERS, True
         )
         for threshold in (0.05, 0.1, 0.2)
+    },
+    **{
+        f"TaylorSeer {every}": DiffusionPeer(partial(_taylorseer, every=every), TRANSFORMERS, True)
+        for every in (2, 3, 5)
     },
     **{f"reuse {every}": DiffusionPeer(partial(_reuse, every=every), TRANSFORMERS, True) for every in (2, 3, 4, 5)},
     **{f"random representatives {keep}": DiffusionPeer(partial(_random, keep=keep)) for keep in (0.5, 0.25)},

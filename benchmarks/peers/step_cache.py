@@ -1,4 +1,4 @@
-"""Caches over steps alone, without token reduction: DeepCache for UNets, FirstBlockCache and reuse for transformers.
+"""Caches over steps alone, without token reduction: DeepCache for UNets, others for transformers.
 
 DeepCache (Ma et al. 2024, arXiv 2312.00858), uniform, at its outermost skip connection: every `every`-th step runs
 whole, and the steps between compute the first convolution, the last layer of the last up block and what follows; what
@@ -6,7 +6,8 @@ comes to that layer from below is that of the last whole step.
 
 FirstBlockCache is diffusers' own: a step whose first block changes what it adds by less than `threshold` adds what all
 later blocks added before. Its last block has to return text as well, which SD3's does not: it gets its own back, which
-nothing reads.
+nothing reads. TaylorSeer (Liu et al. 2025, arXiv 2503.06923) is diffusers', too, in its lite mode: after three full
+steps every `every`-th is full, and between them the network's output is drawn on in a straight line.
 
 Reuse is the same by a fixed rhythm, the control of ours with as many full steps: between two of them tokens add what
 all blocks but the first added in the last one, and nothing corrects that. Of the blocks that return text and image, as
@@ -18,7 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import CacheMixin, FirstBlockCacheConfig, apply_first_block_cache
+import torch
+from diffusers import (
+    CacheMixin,
+    FirstBlockCacheConfig,
+    TaylorSeerCacheConfig,
+    apply_first_block_cache,
+    apply_taylorseer_cache,
+)
 from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
@@ -50,6 +58,17 @@ def deep_cache(unet: Any, every: int) -> Callable[[], None]:
 
 def first_block_cache(transformer: Any, threshold: float) -> Callable[[], None]:
     """On a transformer whose blocks are `transformer_blocks`; returns the call that undoes it."""
+    return _with_hooks_of_diffusers(transformer, apply_first_block_cache, FirstBlockCacheConfig(threshold=threshold))
+
+
+def taylorseer(transformer: Any, every: int) -> Callable[[], None]:
+    """On a transformer whose blocks are `transformer_blocks`; returns the call that undoes it."""
+    config = TaylorSeerCacheConfig(cache_interval=every, taylor_factors_dtype=torch.float32, use_lite_mode=True)
+    return _with_hooks_of_diffusers(transformer, apply_taylorseer_cache, config)
+
+
+def _with_hooks_of_diffusers(transformer: Any, apply: Callable[[Any, Any], None], config: Any) -> Callable[[], None]:
+    """A cache of diffusers on blocks and last projection, which begins anew with each generation."""
     hooks, blocks = Hooks(), list(transformer.transformer_blocks)
 
     def begin() -> None:
@@ -64,15 +83,17 @@ def first_block_cache(transformer: Any, threshold: float) -> Callable[[], None]:
     hooks.replace_method(transformer, "forward", in_context)
     if getattr(blocks[-1], "context_pre_only", False):
         hooks.replace_method(blocks[-1], "forward", _with_text)
-    before = {block: vars(block).get("forward") for block in blocks}
-    apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=threshold))
+    before = {module: vars(module).get("forward") for module in (*blocks, transformer.proj_out)}
+    apply(transformer, config)
 
     def off() -> None:
-        # diffusers' own removal leaves its registry and a `forward` on each block.
-        for block, forward in before.items():
-            del block._diffusers_hook, block.forward
+        # diffusers' own removal leaves its registry and a `forward` on each module.
+        for module, forward in before.items():
+            if vars(module).pop("_diffusers_hook", None) is None:
+                continue
+            del module.forward
             if forward is not None:
-                block.forward = forward
+                module.forward = forward
         vars(transformer).pop("_diffusers_hook", None)
         hooks.remove()
 

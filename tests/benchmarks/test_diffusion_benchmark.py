@@ -185,9 +185,11 @@ def test_full_steps_beside_the_methods_that_take_them(monkeypatch):
 
 def test_full_steps_can_be_extrapolated():
     unet = UNet2DConditionModel(**UNET, **UP, attention_head_dim=2)
-    (name,) = diffusion_methods.with_full_steps(["blocks 0.25"], ["3, extrapolated"])[1:]
-    for method, extrapolate in ((name, True), ("blocks 0.25, full every 3", False)):
+    every = ["3, extrapolated", "3, extrapolated, nothing between"]
+    drawn_on, nothing = diffusion_methods.with_full_steps(["blocks 0.25"], every)[1:]
+    for method, extrapolate in ((drawn_on, True), (nothing, True), ("blocks 0.25, full every 3", False)):
         off = diffusion_methods.switch_on(method, unet, 32 * 32, min_tokens=1)
         ((_, reducer),) = reducers_of(unet)
         assert reducer.config.full_every == 3 and reducer.config.extrapolate == extrapolate
+        assert (reducer.config.between == "nothing") == (method == nothing)
         off()

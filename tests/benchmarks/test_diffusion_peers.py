@@ -223,6 +223,21 @@ def test_first_block_cache_skips_all_but_the_first_block():
     off()
 
 
+def test_taylorseer_draws_on_the_output_in_a_straight_line():
+    network = make("SD3")
+    last, outs = seen_by(network.transformer_blocks[-1].ff.net[0].proj), []
+    network.proj_out.register_forward_hook(lambda m, args, out: outs.append(out))
+    off = step_cache.taylorseer(network, 2)
+    generate(network, "SD3", steps=6)
+    # Steps 0 to 2 and 4 are full.
+    assert len(last) == 4
+    torch.testing.assert_close(outs[3], 2 * outs[2] - outs[1])
+    torch.testing.assert_close(outs[5], outs[4] + (outs[4] - outs[2]) / 2)
+    generate(network, "SD3", steps=6)
+    assert len(last) == 8 and torch.equal(outs[6], outs[0])
+    off()
+
+
 def test_reuse_adds_what_all_but_the_first_block_added_in_the_last_full_step():
     network = make("SD3")
     first, second, last = (seen_by(network.transformer_blocks[n].ff.net[0].proj) for n in (0, 1, -1))

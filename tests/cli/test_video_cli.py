@@ -145,8 +145,8 @@ def test_options(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: li
 
 def test_full_steps_beside_a_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     call = [*MODEL, "--video", "square.mp4", "--frames", "3", "--preset", "fast", "--min-tokens", "16"]
-    options = ["--full-every", "2", "--extrapolate", "--steps", "4", "--compare", "--output", str(tmp_path / "out.gif")]
-    found = run_json(capsys, *call, *options)
+    options = ["--full-every", "2", "--extrapolate", "--between", "representatives", "--steps", "4", "--compare"]
+    found = run_json(capsys, *call, *options, "--output", str(tmp_path / "out.gif"))
     wanted = AiluRusDiffusionConfig.preset("fast", min_tokens=16, full_every=2, extrapolate=True)
     assert found["ailurus"]["config"] == wanted.to_dict() and found["speedup"] > 0
     # Steps 0 and 2 and no other make clusters.
@@ -265,6 +265,7 @@ def test_progress_with_time_left_where_someone_watches(
         ([*SHORT, "--ailurus-keep-ratio", "1.5"], "got 1.5"),
         ([*SHORT, "--ailurus-unreduced-first-steps", "-1"], "got -1"),
         ([*SHORT, "--extrapolate"], "give full_every"),
+        ([*SHORT, "--between", "nothing"], "give full_every"),
         ([*SHORT, "--no-ailurus"], "--no-ailurus and --ailurus-keep-ratio"),
         ([*MODEL, "--video", "square.mp4", "--no-ailurus", "--compare"], "--no-ailurus and --compare"),
         (["video"], "required"),

@@ -193,6 +193,16 @@ def test_a_ratio_for_each_level():
     assert {(p.num_tokens, p.num_clusters) for p in ailurus_status(network).locations} == {(63, 8), (20, 10)}
 
 
+@pytest.mark.parametrize(("name", "levels"), [("UNet", r"\[1, 2\]"), ("SD3", r"\[2\]"), ("PixArt", r"\[2\]")])
+def test_a_ratio_for_levels_that_the_network_does_not_have(name, levels):
+    network, x = make_network(name), sample(name, batch=1)
+    apply_ailurus(network, keep_ratio={8: 0.5}, levels={16: Level(keep_ratio=0.5)} if name == "UNet" else None)
+    with pytest.raises(
+        AiluRusError, match=rf"levels \[8(, 16)?\], but {type(network).__name__} has tokens at {levels}"
+    ):
+        predict(network, name, x)
+
+
 @pytest.mark.parametrize("name", ["UNet", "ControlNet", "UNetMotionModel"])
 def test_queries_are_merged_at_the_levels_that_say_so(name):
     network, x = make_network(name), sample(name)

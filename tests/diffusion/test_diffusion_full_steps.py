@@ -49,7 +49,8 @@ def check(name, **way):
     """Full steps are plain, those between nearer to it than without; another picture leaves nothing, undone all is."""
     network = make_network(name)
     plain, before = plain_run(network, name), traces(network)
-    alone = run(apply_ailurus(network, **SETTINGS, **{n: v for n, v in way.items() if n != "extrapolate"}), name)
+    every_step = {n: v for n, v in way.items() if n not in {"extrapolate", "between"}}
+    alone = run(apply_ailurus(network, **SETTINGS, **every_step), name)
     apply_ailurus(network, **SETTINGS, **way, full_every=2)
     kept = run(network, name)
     assert same(kept[::2], plain[::2]) and not same(alone[::2], plain[::2], 1e-3)
@@ -83,6 +84,15 @@ def test_the_same_in_other_ways(name, way):
 
 
 @on_networks_with_full_steps
+def test_the_same_where_nothing_runs_between(name):
+    check(name, between="nothing")
+    network = apply_ailurus(make_network(name), **SETTINGS, full_every=2, between="nothing")
+    run(network, name)
+    status = ailurus_status(network)
+    assert {p.num_clusters for p in status.locations} == {0} and not any(p.clusterings for p in status.locations)
+
+
+@on_networks_with_full_steps
 def test_identity_where_every_step_is_full_or_no_token_has_to_go(name):
     network = make_network(name)
     plain = plain_run(network, name)
@@ -113,8 +123,13 @@ def additions(network, name, **fields):
     # Hooks that were there before see all tokens.
     blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
-    run(apply_ailurus(network, **SETTINGS, **fields), name)
+    run(apply_ailurus(network, **{**SETTINGS, **fields}), name)
     return [after - before for before, after in zip(seen[::2], seen[1::2], strict=True)]
+
+
+def clusters_of_first(network):
+    reducer = reducers_of(network)[0][1]
+    return reducer.records[reducer.stacks[0].name].last_clusters
 
 
 @pytest.mark.parametrize("extrapolate", [False, True])
@@ -123,7 +138,10 @@ def test_the_correction_token_by_token(name, extrapolate):
     # Reduced in every step, each token adds what its representative adds. Nothing before the first stack is reduced,
     # and clusters are those of steps 0 and 2 in either.
     representatives = additions(make_network(name), name, refresh_every=2)
-    added = additions(make_network(name), name, full_every=2, extrapolate=extrapolate)
+    network = make_network(name)
+    added = additions(network, name, full_every=2, extrapolate=extrapolate)
+    grown, clusters = (added[2] - added[0]) / 2, clusters_of_first(network)
+    grown_alike = clusters.unmerge(clusters.merge(grown))
     want = torch.empty_like(added[3])
     for image in range(len(want)):
         for token in range(want.shape[1]):
@@ -131,10 +149,29 @@ def test_the_correction_token_by_token(name, extrapolate):
             # Steps 0 and 2 were full; this is step 3.
             kept, gained_since = of[2][0], of[3][1] - of[2][1]
             if extrapolate:
-                kept = kept + ((of[2][0] - of[2][1]) - (of[0][0] - of[0][1])) / 2
+                kept = kept + grown[image, token] - grown_alike[image, token]
             want[image, token] = kept + gained_since
     torch.testing.assert_close(added[3], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
     assert distance(added[3], added[2]) > 1e-3 and distance(added[3], representatives[3]) > 1e-3
+
+
+@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
+def test_what_is_added_where_nothing_runs_between(name, extrapolate):
+    added = additions(make_network(name), name, full_every=2, between="nothing", extrapolate=extrapolate)
+    torch.testing.assert_close(added[1], added[0])
+    want = added[2] + (added[2] - added[0]) / 2 if extrapolate else added[2]
+    torch.testing.assert_close(added[3], want)
+    assert distance(added[2], added[0]) > 1e-3
+
+
+def test_a_line_is_not_drawn_on_through_full_steps_that_are_near():
+    # Steps 0 and 1 are full ones at the beginning, 3 the first that is two steps after another.
+    way = {"full_every": 2, "between": "nothing", "unreduced_first_steps": 2}
+    for extrapolate in (False, True):
+        added = additions(make_network("PixArt"), "PixArt", **way, extrapolate=extrapolate)
+        torch.testing.assert_close(added[2], added[1])
+        assert distance(added[3], added[1]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["UNet", "SD3.5", "Flux", "Wan"])
@@ -243,7 +280,7 @@ def test_which_steps_are_full(fields, want):
         ({"full_every": 3}, 2, 2),
         ({"full_every": 3, "refresh_every": 4}, 2, 1),
         ({"full_every": 3, "unreduced_first_steps": 2}, 2, 2),
-        ({"full_every": 3, "unreduced_first_steps": 2, "extrapolate": True}, 3, 3),
+        ({"full_every": 3, "unreduced_first_steps": 2, "extrapolate": True}, 2, 2),
         ({"full_every": 2, "unreduced_last_steps": 3}, 2, 2),
     ],
 )
@@ -325,8 +362,9 @@ def test_status_counts_full_steps(name):
     assert "all tokens in 1 of 4 steps" in str(status)
 
 
-def test_blocks_compiled_one_by_one():
-    network = apply_ailurus(make_network("PixArt"), **SETTINGS, full_every=2)
+@pytest.mark.parametrize("between", ["representatives", "nothing"])
+def test_blocks_compiled_one_by_one(between):
+    network = apply_ailurus(make_network("PixArt"), **SETTINGS, full_every=2, between=between)
     want = run(network, "PixArt")
     for block in network.transformer_blocks:
         block.compile(backend="eager", dynamic=False)
@@ -354,6 +392,8 @@ def test_what_cannot_be_known_is_refused():
         ({"full_every": 0}, "full_every must be at least 1, got 0"),
         ({"full_every": 2, "scope": "attention"}, "full_every=2.*scope='blocks', got 'attention'"),
         ({"extrapolate": True}, "give full_every, got None"),
+        ({"between": "nothing"}, "give full_every, got None"),
+        ({"between": "nothing", "full_every": 2, "projections": "merged"}, "use projections='all', got 'merged'"),
     ],
 )
 def test_wrong_settings(fields, numbers):

@@ -231,7 +231,8 @@ def test_a_pipeline_is_searched_over_levels_and_steps():
     labels = {each.label for each in usable(subject.target, subject.variants(first))}
     for change in ("keep_ratio {1: 0.5}", "keep_ratio {1: 0.5, 2: 1.0}", "scope attention", "cluster_per resolution"):
         assert f"{change}, refresh_every 2" in labels
-    for change in ("unreduced_first_steps 2", "unreduced_last_steps 2", "full_every 3"):
+    nothing = "full_every 3, between nothing, extrapolate True"
+    for change in ("unreduced_first_steps 2", "unreduced_last_steps 2", "full_every 3", nothing):
         assert f"refresh_every 2, {change}" in labels
     assert "refresh_every 2, step_factors (0.5, 1.0, 1.5)" in labels
     assert "refresh_every 4" in labels
@@ -242,7 +243,7 @@ def test_full_steps_are_left_out_of_variants_of_attention_alone():
     full = AiluRusDiffusionConfig(scope="attention", levels={1: {"scope": "blocks"}}, full_every=3, extrapolate=True)
     candidates = [
         AiluRusDiffusionConfig(scope="attention"),
-        AiluRusDiffusionConfig(full_every=3, extrapolate=True),
+        AiluRusDiffusionConfig(full_every=3, extrapolate=True, between="nothing"),
         full,
     ]
     ways = [{each.way for each in subject.variants(Candidate(config, ""))} for config in candidates]
