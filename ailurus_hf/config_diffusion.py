@@ -117,8 +117,9 @@ class AiluRusDiffusionConfig(Config):
                 "balanced": keys and values alone in the largest grid, blocks in the next, 1.48x, 33.1 dB.
                 "faithful": keys and values alone in the largest grid, by k-means, 1.35x, 43.1 dB.
             network: "unet", or "transformer" for those on patches, of which a small one was measured (docs/results.md,
-                "pictures of a transformer"): "fast", fewer FLOPs by 2.61x, 34.4 dB from the plain pictures;
-                "balanced" 2.07x, 40.2 dB; "faithful" 1.50x, 41.5 dB. They need a pipeline or `denoising`.
+                "pictures of a transformer"): every fifth, third or second step, and the first three, run on all
+                tokens, and nothing runs between. "fast", fewer FLOPs by 3.30x, 39.1 dB from the plain pictures;
+                "balanced" 2.48x, 46.1 dB; "faithful" 1.81x, 52.5 dB. They need a pipeline or `denoising`.
             overrides: fields that replace the preset's.
         """
         if network not in NETWORK_KINDS:

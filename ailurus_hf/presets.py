@@ -57,12 +57,18 @@ DIFFUSION_PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# Of transformers on patches, which have one resolution: docs/results.md, "pictures of a transformer".
+KEPT_ALONE: Mapping[str, Any] = {
+    "cluster_location": 0,
+    "unreduced_first_steps": 3,
+    "between": "nothing",
+    "extrapolate": True,
+}
+# Of transformers on patches, which have one resolution: docs/results.md, "pictures of a transformer, few tokens".
 TRANSFORMER_PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # "blocks 0.0625 after layer 0, first 3 steps whole, full every 5"
-    "fast": {"keep_ratio": 0.0625, "cluster_location": 0, "unreduced_first_steps": 3, "full_every": 5},
-    # "blocks 0.0625 after layer 0, first 3 steps whole, full every 3"
-    "balanced": {"keep_ratio": 0.0625, "cluster_location": 0, "unreduced_first_steps": 3, "full_every": 3},
-    # "blocks 0.25 after layer 1, first 3 steps whole, full every 3"
-    "faithful": {"keep_ratio": 0.25, "cluster_location": 1, "unreduced_first_steps": 3, "full_every": 3},
+    # "first 3 steps whole, full every 5, extrapolated, nothing between"
+    "fast": {"full_every": 5, **KEPT_ALONE},
+    # "first 3 steps whole, full every 3, extrapolated, nothing between"
+    "balanced": {"full_every": 3, **KEPT_ALONE},
+    # "first 3 steps whole, full every 2, extrapolated, nothing between"
+    "faithful": {"full_every": 2, **KEPT_ALONE},
 }

@@ -147,7 +147,7 @@ def model_card(sizes: dict[str, float], result: dict[str, Any]) -> str:
     parts_given = ", text_encoder_3=None, tokenizer_3=None" if is_sd3 else ""
     tokens = "16 x 16 tokens" if is_sd3 else "32 x 32, 16 x 16 and 8 x 8 tokens"
     steps = "steps" if is_sd3 else "DDIM steps"
-    control = "" if is_sd3 else ", with a ControlNet on edges"
+    control = ", with a ControlNet on edges" if "control" in result else ""
     return f"""# A small Stable Diffusion{" 3" * is_sd3} for captioned shapes
 
 Text to image at {SIDE} x {SIDE} pixels{control}, in the format of diffusers; parameters: {parts}, in

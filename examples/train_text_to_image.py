@@ -207,7 +207,7 @@ def export(stage: Controlling | Flowing, folder: Path, args: argparse.Namespace)
     names = ("vae", "sd3") if isinstance(stage, Flowing) else ("vae", "unet", "controlnet")
     states = {name: torch.load(path) for name in names if (path := Path(args.output) / f"{name}.pt").exists()}
     spent = {n: {"steps": state["step"], "minutes": round(state["minutes"], 1)} for n, state in states.items()}
-    written = write_sd3(stage, folder) if isinstance(stage, Flowing) else write_unet(stage, folder)
+    written = write_sd3(stage, folder) if isinstance(stage, Flowing) else write_unet(stage, folder, args)
     result: dict[str, Any] = {"training": spent, "pictures": args.look_at}
     for name, pipe in written.items():
         result[name], _ = evaluate(pipe, args.look_at)
@@ -223,15 +223,17 @@ def export(stage: Controlling | Flowing, folder: Path, args: argparse.Namespace)
     log.info("%s: %.1f MB, %s", folder, size, result)
 
 
-def write_unet(stage: Controlling, folder: Path) -> dict[str, Any]:
-    """The pipelines of what was written."""
+def write_unet(stage: Controlling, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The pipelines of what was written; a ControlNet is, where the run trained one."""
     parts = dict(stage.pipeline().components)
     controlnet = parts.pop("controlnet")
     pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(folder)
-    controlnet.half().save_pretrained(folder / "controlnet")
     load_as_float32(folder)
     written = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    if not (Path(args.output) / "controlnet.pt").exists():
+        return {"text": written}
+    controlnet.half().save_pretrained(folder / "controlnet")
     controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
     controlled = StableDiffusionControlNetPipeline(
         **written.components, controlnet=controlnet, requires_safety_checker=False

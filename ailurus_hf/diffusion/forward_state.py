@@ -93,6 +93,7 @@ class ForwardState:
         traced: whether the compiler traces the whole forward.
         additions: with `full_every`, what stacks added in the last full step; in a full step where to keep it.
         factor: what the keep ratio is multiplied by in this step.
+        skips: whether a stack was skipped in it.
         arrived: the names of the stacks between convolutions that ran.
     """
 
@@ -106,6 +107,7 @@ class ForwardState:
     traced: bool = False
     additions: KeptAdditions | None = None
     factor: float = 1.0
+    skips: bool = False
     arrived: set[str] = dataclasses.field(default_factory=set)
 
     def arrive_at(self, stack: Stack) -> bool:

@@ -215,7 +215,7 @@ class NetworkReducer:
             self.clock.forget()
             return
         self._check_levels()
-        if forward is not None and forward.most_unreduced and not forward.assignments:
+        if forward is not None and forward.most_unreduced and not (forward.assignments or forward.skips):
             self._say_that_nothing_was_reduced(forward.most_unreduced)
 
     def _check_levels(self) -> None:
@@ -281,6 +281,7 @@ class NetworkReducer:
             return False
         running.skipped = forward.additions is not None and forward.additions.has(running.stack.name)
         if running.skipped:
+            forward.skips = True
             self.records[running.stack.name].skipped(math.prod(running.grid))
         else:
             self.leave(forward, running.stack, math.prod(running.grid))

@@ -72,6 +72,7 @@ OURS: dict[str, dict[str, Any]] = {
         }.items()
         for keep in (0.5, 0.25)
     },
+    "blocks of each stack 0.25, first 3 steps whole": {"keep_ratio": 0.25, "unreduced_first_steps": 3, **STACKS},
     **{
         f"{name}, k-means": {**fields, **ANYWHERE}
         for name, fields in {

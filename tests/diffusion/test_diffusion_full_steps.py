@@ -165,6 +165,14 @@ def test_what_is_added_where_nothing_runs_between(name, extrapolate):
     assert distance(added[2], added[0]) > 1e-3
 
 
+def test_nothing_is_said_where_blocks_were_skipped(caplog):
+    # Grids of 24 tokens are smaller than min_tokens, those of 96 are skipped.
+    network = apply_ailurus(make_network("UNet"), keep_ratio=0.5, min_tokens=90, full_every=2, between="nothing")
+    with caplog.at_level("WARNING", "ailurus_hf"):
+        run(network, "UNet")
+    assert {p.num_clusters for p in ailurus_status(network).locations} == {0, 24} and not caplog.text
+
+
 def test_a_line_is_not_drawn_on_through_full_steps_that_are_near():
     # Steps 0 and 1 are full ones at the beginning, 3 the first that is two steps after another.
     way = {"full_every": 2, "between": "nothing", "unreduced_first_steps": 2}

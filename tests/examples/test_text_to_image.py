@@ -302,3 +302,10 @@ def test_ours_is_held_against_tomesd_at_no_more_cost():
     assert (second["by_speed"], second["by_speed_psnr"]) == (ours[0], -8.0)
     assert untimed["by_flops"] == ours[2]
     assert untimed["full_size"] is untimed["by_speed"] is untimed["by_speed_psnr"] is None
+
+
+def test_a_run_without_a_controlnet_exports_none(tmp_path):
+    folder = exported(tmp_path, "--controlnet-minutes", "0")
+    assert not (folder / "controlnet").exists() and (folder / "unet").exists()
+    assert "control" not in json.loads((folder / "metrics.json").read_text())
+    assert "ControlNet" not in (folder / "README.md").read_text()
