@@ -113,9 +113,9 @@ class AiluRusDiffusionConfig(Config):
         precision") for time, a small Stable Diffusion for how near its pictures are ("pictures from text").
 
         Args:
-            name: "fast": whole blocks on a quarter of the tokens, 1.69x, 26.5 dB from the plain pictures.
-                "balanced": keys and values alone in the largest grid, blocks in the next, 1.48x, 33.1 dB.
-                "faithful": keys and values alone in the largest grid, by k-means, 1.35x, 43.1 dB.
+            name: "fast": whole blocks on a quarter of the tokens, 1.69x, 25.4 dB from the plain pictures.
+                "balanced": keys and values alone in the largest grid, blocks in the next, 1.48x, 29.5 dB.
+                "faithful": keys and values alone in the largest grid, by k-means, 1.35x, 36.2 dB.
             network: "unet", or "transformer" for those on patches, of which a small one was measured (docs/results.md,
                 "pictures of a transformer"): every fifth, third or second step, and the first three, run on all
                 tokens, and nothing runs between. "fast", fewer FLOPs by 3.30x, 39.1 dB from the plain pictures;

@@ -329,6 +329,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion at 1024": rows_as_measured("cpu/diffusion_speed_1024_sd15-fp32", diffusion_speed.COLUMNS),
     "SDXL": rows_as_measured("cpu/diffusion_speed_sdxl-bf16", diffusion_speed.COLUMNS),
     "pictures from text": pictures_table("text"),
+    "pictures from text over steps": rows_as_measured(
+        "cpu/diffusion_quality_text_steps-fp32", diffusion_quality.COLUMNS
+    ),
     "pictures from text and edges": pictures_table("control"),
     "pictures of a transformer": rows_as_measured("cpu/diffusion_quality_sd3_text-fp32", diffusion_quality.COLUMNS),
     "pictures of a transformer over steps": pictures_of_transformer,
