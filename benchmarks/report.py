@@ -22,7 +22,7 @@ from ailurus_hf.vision.model_table import supported_models
 
 from . import tables, tables_gpu
 from .clustering import clustering_cost, clustering_overhead, clusterings
-from .diffusion import diffusion_quality, diffusion_speed, joint_speed
+from .diffusion import diffusion_quality, diffusion_speed, joint_generations, joint_speed
 from .gpu.rows import ROWS
 from .gpu.worker import finer
 from .harness import RESULTS, ROOT, markdown, measured_columns
@@ -209,7 +209,7 @@ def pictures_table(task: str) -> Callable[[], str]:
     """How each method changes the pictures of the small Stable Diffusion, and ours beside each setting of tomesd."""
 
     def table() -> str:
-        rows, speeds = load_pictures(task)["rows"], load("cpu/diffusion_speed_methods_sd15-bf16")
+        rows, speeds = load(f"cpu/diffusion_quality_{task}-fp32")["rows"], load("cpu/diffusion_speed_methods_sd15-bf16")
         against = diffusion_quality.against_tomesd(rows, diffusion_quality.speeds_of(speeds))
         line = (
             "Each setting of tomesd beside ours that is nearest to the plain pictures at no more cost, by FLOPs of "
@@ -223,7 +223,7 @@ def pictures_table(task: str) -> Callable[[], str]:
 def pictures_of_transformer() -> str:
     """How methods that change between steps change the pictures of the small transformer; ours beside each peer."""
     endings = ("", "_steps", "_first_steps", "_first_steps_of_few")
-    rows = [row for ending in endings for row in load_pictures(f"sd3_text{ending}")["rows"]]
+    rows = [row for ending in endings for row in load(f"cpu/diffusion_quality_sd3_text{ending}-fp32")["rows"]]
     peers = [row["method"] for row in rows if row["method"] in peers_of("transformers")]
     timed = ("full_size", "by_speed")
     columns = {key: head for key, head in diffusion_quality.AGAINST.items() if not key.startswith(timed)}
@@ -233,13 +233,9 @@ def pictures_of_transformer() -> str:
     )
 
 
-def load_pictures(task: str) -> dict[str, Any]:
-    return load(f"cpu/diffusion_quality_{task}-fp32")
-
-
 def pictures(task: str, line: str, against: str) -> str:
     """A table of all methods, and, under a line that says what it is, one of ours against others."""
-    result = load_pictures(task)
+    result = load(f"cpu/diffusion_quality_{task}-fp32")
     head = f"{result['prompts']} prompts, {result['seeds']} seed(s) each, {result['steps']} steps."
     table = measured_columns(result["rows"], diffusion_quality.COLUMNS)
     return "\n\n".join([head, table, line, against]) + "\n" + source(result, f"cpu/diffusion_quality_{task}-fp32")
@@ -322,25 +318,27 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion in half precision": rows_as_measured("cpu/diffusion_speed_sd15-bf16", diffusion_speed.COLUMNS),
     "settings in half precision": rows_as_measured("cpu/diffusion_speed_methods_sd15-bf16", diffusion_speed.COLUMNS),
     "large ones compiled in half precision": rows_as_measured("cpu/compiled_speed_large-bf16", compiled_speed.COLUMNS),
-    "compiled diffusion": rows_as_measured("cpu/diffusion_speed_sd15_compiled-fp32", diffusion_speed.COLUMNS),
-    "compiled diffusion in half precision": rows_as_measured(
-        "cpu/diffusion_speed_sd15_compiled-bf16", diffusion_speed.COLUMNS
-    ),
+    **{
+        f"compiled diffusion{name}": rows_as_measured(
+            f"cpu/diffusion_speed_sd15_compiled-{end}", diffusion_speed.COLUMNS
+        )
+        for name, end in {"": "fp32", " in half precision": "bf16"}.items()
+    },
     "diffusion at 1024": rows_as_measured("cpu/diffusion_speed_1024_sd15-fp32", diffusion_speed.COLUMNS),
     "SDXL": rows_as_measured("cpu/diffusion_speed_sdxl-bf16", diffusion_speed.COLUMNS),
     "pictures from text": pictures_table("text"),
-    "pictures from text over steps": rows_as_measured(
-        "cpu/diffusion_quality_text_steps-fp32", diffusion_quality.COLUMNS
-    ),
     "pictures from text and edges": pictures_table("control"),
-    "pictures of a transformer": rows_as_measured("cpu/diffusion_quality_sd3_text-fp32", diffusion_quality.COLUMNS),
     "pictures of a transformer over steps": pictures_of_transformer,
-    "pictures of a transformer, first steps whole": rows_as_measured(
-        "cpu/diffusion_quality_sd3_text_first_steps-fp32", diffusion_quality.COLUMNS
-    ),
-    "pictures of a transformer, few tokens": rows_as_measured(
-        "cpu/diffusion_quality_sd3_text_first_steps_of_few-fp32", diffusion_quality.COLUMNS
-    ),
+    **{
+        name: rows_as_measured(f"cpu/diffusion_quality_{task}-fp32", diffusion_quality.COLUMNS)
+        for name, task in {
+            "pictures from text over steps": "text_steps",
+            "pictures of a transformer": "sd3_text",
+            "pictures of a transformer, first steps whole": "sd3_text_first_steps",
+            "pictures of a transformer, few tokens": "sd3_text_first_steps_of_few",
+        }.items()
+    },
+    "joint generations": rows_as_measured("cpu/joint_generations-bf16", joint_generations.COLUMNS),
     "video flops": rows_as_measured("cpu/controlvideo_flops_sd15-bf16", controlvideo_speed.COLUMNS),
     "video steps of 8 frames": rows_as_measured("cpu/controlvideo_step_8x256-fp32", controlvideo_speed.COLUMNS),
     "video steps of 4 frames": rows_as_measured("cpu/controlvideo_step_4x512-bf16", controlvideo_speed.COLUMNS),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,10 @@ from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import Forwards, ForwardState, StackState, key_bias
 from .frames import Clusters, JointClusters
 from .networks import DiffusionNetwork
+from .notices import check_levels, notice_lost_processors, say_that_nothing_was_reduced
 from .processor import AiluRusProcessor, Assigned, SharedClusters
-from .replay import passed_on, replayed
+from .replay import replayed
+from .skipping import Skipping
 from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, self_attentions, takes_mask
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,6 @@ class NetworkReducer:
         processor: what self-attention runs on, where it runs on one of ours; `previous_processors` is what it ran on
         before.
         last_levels: of each stack's grid, in the last forward.
-        gives_text: by classes of blocks that may be skipped, whether they return text beside the image.
         left_whole: why stacks, by name, ran on all tokens in the last forward, where it was not for their size.
         text_tokens: in joint attention, in the last forward; None elsewhere.
     """
@@ -71,16 +72,16 @@ class NetworkReducer:
         self.stacks = find_stacks(network)
         self.records = {stack.name: Record() for stack in self.stacks}
         self.hooks, self.forwards = Hooks(), Forwards()
+        self.skipping = Skipping(self.hooks, self.forwards, declared.gives_image_first)
         self.clock = Clock(config, type(network).__name__)
         self.processor: Processor | None = None
         self.previous_processors: dict[str, Processor] = {}
         self.last_levels: dict[str, int] = {}
-        self.gives_text: dict[type, bool] = {}
         self.left_whole: dict[str, str] = {}
         self.text_tokens: int | None = None
         self._names = argument_names(network)
-        self._lost_processors: list[str] = []
-        self._said: set[str] = set()
+        self.lost_processors: list[str] = []
+        self.said: set[str] = set()
         for stack in self.stacks:
             if self.first_reduced(stack) >= len(stack.blocks):
                 raise AiluRusError(
@@ -155,27 +156,6 @@ class NetworkReducer:
             if name in self.previous_processors and not self.owns(layer.processor)
         ]
 
-    def skip_between(self, blocks: Iterable[nn.Module]) -> None:
-        """Has blocks not run in the steps between, where nothing shall."""
-        if self.config.between == "nothing":
-            for block in blocks:
-                self.hooks.replace_method(block, "forward", partial(self.run_or_skip, type(block)))
-
-    def run_or_skip(self, kind: type, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A block of this class: what it gives, or, where its stack is skipped, what it was given."""
-        if self.is_skipping():
-            return passed_on(args, kwargs, self.gives_text[kind], self.declared.gives_image_first)
-        output = forward(*args, **kwargs)
-        if kind not in self.gives_text:
-            self.gives_text[kind] = isinstance(output, tuple)
-        return output
-
-    @eager_in_compiled_blocks
-    def is_skipping(self) -> bool:
-        """Whether the stack that is running is skipped."""
-        running = None if self.forwards.current is None else self.forwards.current.stack
-        return running is not None and running.skipped
-
     # A forward begins and ends
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -186,7 +166,7 @@ class NetworkReducer:
         if self.config.share_cfg and batch % 2:
             raise AiluRusError(f"share_cfg takes a batch as two halves, but it has {batch} images")
         if not torch.compiler.is_compiling():
-            self._notice_lost_processors()
+            notice_lost_processors(self)
             self.left_whole.clear()
         frames = frames_of(self.stacks[0])
         tick = self.clock.tick(call, self.declared.guides_by_halves, None if frames is None else frames.numbers)
@@ -214,21 +194,9 @@ class NetworkReducer:
         if output is None:
             self.clock.forget()
             return
-        self._check_levels()
+        check_levels(self)
         if forward is not None and forward.most_unreduced and not (forward.assignments or forward.skips):
-            self._say_that_nothing_was_reduced(forward.most_unreduced)
-
-    def _check_levels(self) -> None:
-        """Raises AiluRusError where keep_ratio is by levels, and the network has none of them."""
-        ratios, levels = self.config.keep_ratio, set(self.last_levels.values())
-        if not isinstance(ratios, Mapping) or not levels:
-            return
-        named = ratios.keys() | {n for n, level in (self.config.levels or {}).items() if level.keep_ratio is not None}
-        if not levels & named:
-            raise AiluRusError(
-                f"keep_ratio is given for the levels {sorted(named)}, but {type(self.network).__name__} has tokens at "
-                f"{sorted(levels)} alone, and none would be reduced: give it for one of these, or one number for all"
-            )
+            say_that_nothing_was_reduced(self, forward.most_unreduced)
 
     def refuse(self, call: NetworkCall) -> None:
         """Raises AiluRusError on a call that cannot follow merged tokens, whatever is reduced in it."""
@@ -351,14 +319,6 @@ class NetworkReducer:
         assert running.kept is not None and running.start is not None
         return running.kept + self.gained(running, representatives - running.start)
 
-    def with_kept(self, running: StackState) -> Tensor:
-        """All tokens after a stack that was skipped: each adds what was kept."""
-        additions = self.running().additions
-        assert running.kept is not None and additions is not None
-        added = additions.apart(running.stack.name)
-        assert added is not None
-        return running.kept + added
-
     def gained(self, running: StackState, gained: Tensor) -> Tensor:
         """What all tokens add where representatives gained Tensor[B, M, C]."""
         assert running.clusters is not None
@@ -370,15 +330,15 @@ class NetworkReducer:
     def keep(self, running: StackState, added: Tensor) -> None:
         """After a stack that ran on all tokens and added Tensor[B, N, C] to them: on representatives, too."""
         forward = self.running()
+        assert forward.additions is not None
         if self.config.between == "nothing":
-            assert forward.additions is not None
             forward.additions.keep(running.stack.name, added)
             return
         again = StackState(running.stack, running.grid, running.scope, running.number, reached=True, call=running.call)
         state = dataclasses.replace(forward, reduce=True, recomputing=True, stack=again)
         with self.forwards.resumed(state):
             gained = self.replay(state, again, running)
-        assert forward.additions is not None and again.clusters is not None
+        assert again.clusters is not None
         self.records[running.stack.name].ran_again(math.prod(running.grid), self.num_clusters(state, again))
         forward.additions.keep(running.stack.name, added, again.clusters, gained)
 
@@ -417,35 +377,9 @@ class NetworkReducer:
     def say_once(self, message: str, *args: Any) -> None:
         """Logs a warning, once for each message."""
         text = message % args
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self.said:
+            self.said.add(text)
             log.warning("%s: %s", type(self.network).__name__, text)
-
-    def _say_that_nothing_was_reduced(self, most: int) -> None:
-        if self.config.keep_ratio != 1 and "nothing" not in self._said:
-            self._said.add("nothing")
-            log.warning(
-                "%s ran on all tokens: its largest grid has %d of them, and those of fewer than min_tokens=%d, and "
-                "levels that keep_ratio leaves out, are left alone",
-                type(self.network).__name__,
-                most,
-                self.config.min_tokens,
-            )
-
-    def _notice_lost_processors(self) -> None:
-        lost = self.without_processor() if self.processor is not None else []
-        if lost and lost != self._lost_processors:
-            layers = self_attentions(self.stacks)
-            log.warning(
-                "%d of %d self-attention layers of %s no longer have the processor of apply_ailurus and run as they "
-                "are now, on %s: load_ip_adapter, enable_attention_slicing and fuse_qkv_projections replace "
-                "processors. Call apply_ailurus again. Pipelines with perturbed attention replace them in every call",
-                len(lost),
-                len(layers),
-                type(self.network).__name__,
-                ", ".join(sorted({type(layers[name].processor).__name__ for name in lost})),
-            )
-        self._lost_processors = lost
 
 
 def reducers_of(target: Any) -> list[tuple[str, NetworkReducer]]:

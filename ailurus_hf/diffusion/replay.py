@@ -1,7 +1,4 @@
-"""Blocks that ran on all tokens run once more, on representatives: what those would have added in the same step.
-
-And blocks that do not run: what they would give if they added nothing.
-"""
+"""Blocks that ran on all tokens run once more, on representatives: what those would have added in the same step."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ def replayed_jointly(
     """
     text: Tensor | None = None
     for block, args, kwargs in calls:
-        if text is not None and _text_of(args, kwargs) is None:
+        if text is not None and text_of(args, kwargs) is None:
             # From here on in one sequence. What stands after the image is among its tokens.
             tokens, text = dataclasses.replace(order, references=0).join(text, tokens), None
         args, kwargs = with_argument(args, kwargs, 0, "hidden_states", tokens)
@@ -74,18 +71,5 @@ def replayed_jointly(
     return tokens
 
 
-def passed_on(args: tuple, kwargs: dict[str, Any], gives_text: bool, gives_image_first: bool) -> Any:
-    """What a block gives that is called so and adds nothing.
-
-    Args:
-        gives_text: whether it returns text and image, or one sequence. gives_image_first: as in `replayed_jointly`.
-    """
-    tokens = args[0] if args else kwargs["hidden_states"]
-    if not gives_text:
-        return tokens
-    text = _text_of(args, kwargs)
-    return (tokens, text) if gives_image_first else (text, tokens)
-
-
-def _text_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+def text_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     return args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")

@@ -31,6 +31,7 @@ from .of_tokens import of_representatives
 from .reducer import NetworkReducer
 from .replay import call_without_tokens, replayed_jointly
 from .rotary import Rotary, at_centroids
+from .skipping import with_kept
 from .stacks import CROSS_ATTENTION_ON, other_cross_processor, self_attentions, takes_mask
 from .token_order import IMAGE_FIRST, TokenOrder
 
@@ -108,7 +109,8 @@ class TransformerReducer(NetworkReducer):
             self.hooks.pre_forward(block, self.enter_block)
         if not self.config.has_scope("blocks"):
             return
-        self.skip_between(self.stack.blocks[self.first_reduced(self.stack) :])
+        if self.config.between == "nothing":
+            self.skipping.install(self.stack.blocks[self.first_reduced(self.stack) :])
         following = self._following()
         if not following:
             # Prepended, so that hooks that were there before see all N tokens.
@@ -349,7 +351,7 @@ class TransformerReducer(NetworkReducer):
             self.keep(running, running.token_order.split(tokens, running.kept.shape[1])[1] - running.kept)
         if running.skipped and running.kept is not None:
             others = running.token_order.split(tokens, running.kept.shape[1])[0]
-            return self._joined(running, others, self.with_kept(running))
+            return self._joined(running, others, with_kept(forward, running))
         if running.clusters is None or running.start is None:
             return None
         if self.declared.unmerge_before_each and tokens.shape[1] == math.prod(running.grid):

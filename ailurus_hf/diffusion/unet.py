@@ -23,6 +23,7 @@ from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState, key_bias
 from .reducer import NetworkReducer
 from .replay import call_without_tokens
+from .skipping import with_kept
 from .stacks import BLOCK_MASK_POSITION, CROSS_ATTENTION_ON, Stack, other_cross_processor, self_attentions, takes_mask
 
 
@@ -46,7 +47,8 @@ class UNetReducer(NetworkReducer):
             self.hooks.post_forward(stack.norm, self.give_merged_map)
             self.hooks.post_forward(stack.module, self.unmerge_map)
             return
-        self.skip_between(stack.blocks)
+        if self.config.between == "nothing":
+            self.skipping.install(stack.blocks)
         self.hooks.pre_forward(stack.blocks[0], self.merge_tokens)
         for block in stack.blocks:
             self.hooks.pre_forward(block, self.add_bias)
@@ -169,13 +171,14 @@ class UNetReducer(NetworkReducer):
 
     @eager_in_compiled_blocks
     def unmerge_tokens(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        running = self.running().stack
+        forward = self.running()
+        running = forward.stack
         if running is not None and running.whole:
             assert running.kept is not None
             self.keep(running, output - running.kept)
             return None
         if running is not None and running.skipped:
-            return self.with_kept(running)
+            return with_kept(forward, running)
         return None if running is None or running.clusters is None else self.unmerged(running, output)
 
     # projections="merged"

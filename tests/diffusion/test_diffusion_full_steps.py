@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusion_models import NETWORKS, SETTINGS, generate, latents, make_network, predict, text
 from diffusion_pipelines import PIPELINES, Tiles, text_to_image
+from diffusion_steps import STEPS, additions, check, distance, picture, plain_run, run, same
 from diffusion_ways import far_apart, on_networks_with_full_steps, sample
-from traces import traces
 from transformer_pipelines import generate_with_guidance, make_transformer_pipeline
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
@@ -17,50 +17,6 @@ from ailurus_hf.diffusion import denoising
 from ailurus_hf.diffusion.apply import reducers_of
 
 on_some_networks = pytest.mark.parametrize("name", ["UNet", "PixArt", "SD3.5", "Flux", "Wan"])
-STEPS = (9, 8, 7, 6)
-
-
-def picture(name, step, seed=0, batch=2):
-    """Latents that change a little from step to step."""
-    return sample(name, batch=batch, seed=seed) + 0.05 * step * sample(name, batch=batch, seed=seed + 7)
-
-
-def run(network, name, seed=0, batch=2, steps=STEPS, **kwargs):
-    """What a network predicts in each step of a picture."""
-    with denoising(network):
-        return [predict(network, name, picture(name, n, seed, batch), t, **kwargs) for n, t in enumerate(steps)]
-
-
-def plain_run(network, name, **kwargs):
-    return [predict(network, name, picture(name, n), t, **kwargs) for n, t in enumerate(STEPS)]
-
-
-def same(got, want, tolerance=1e-5):
-    return all(
-        torch.allclose(a, b, rtol=tolerance, atol=tolerance * b.abs().max()) for a, b in zip(got, want, strict=True)
-    )
-
-
-def distance(one, other):
-    return ((one - other).norm() / other.norm()).item()
-
-
-def check(name, **way):
-    """Full steps are plain, those between nearer to it than without; another picture leaves nothing, undone all is."""
-    network = make_network(name)
-    plain, before = plain_run(network, name), traces(network)
-    every_step = {n: v for n, v in way.items() if n not in {"extrapolate", "between"}}
-    alone = run(apply_ailurus(network, **SETTINGS, **every_step), name)
-    apply_ailurus(network, **SETTINGS, **way, full_every=2)
-    kept = run(network, name)
-    assert same(kept[::2], plain[::2]) and not same(alone[::2], plain[::2], 1e-3)
-    assert all(x.isfinite().all() for x in kept) and not same(kept[1::2], plain[1::2], 1e-4)
-    assert all(distance(kept[n], plain[n]) < distance(alone[n], plain[n]) for n in (1, 3))
-    run(network, name, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(run(network, name), kept, strict=True))
-    remove_ailurus(network)
-    assert all(torch.equal(a, b) for a, b in zip(plain_run(network, name), plain, strict=True))
-    assert traces(network) == before
 
 
 @on_networks_with_full_steps
@@ -81,15 +37,6 @@ def test_the_same_where_projections_are_merged(name):
 )
 def test_the_same_in_other_ways(name, way):
     check(name, **way)
-
-
-@on_networks_with_full_steps
-def test_the_same_where_nothing_runs_between(name):
-    check(name, between="nothing")
-    network = apply_ailurus(make_network(name), **SETTINGS, full_every=2, between="nothing")
-    run(network, name)
-    status = ailurus_status(network)
-    assert {p.num_clusters for p in status.locations} == {0} and not any(p.clusterings for p in status.locations)
 
 
 @on_networks_with_full_steps
@@ -114,17 +61,6 @@ def test_an_image_gives_the_same_alone_and_in_a_batch(name):
     with denoising(network):
         alone = [predict(network, name, x[n], t) for n, t in enumerate(STEPS)]
     assert same([each[:1] for each in alone], [each[:1] for each in together], far_apart(name))
-
-
-def additions(network, name, **fields):
-    """What the first stack adds to each token in each step."""
-    path = {"UNet": "down_blocks.0.attentions.0.", "SDXL UNet": "down_blocks.1.attentions.0.", "PixArt": ""}[name]
-    blocks, seen = network.get_submodule(f"{path}transformer_blocks"), []
-    # Hooks that were there before see all tokens.
-    blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
-    run(apply_ailurus(network, **{**SETTINGS, **fields}), name)
-    return [after - before for before, after in zip(seen[::2], seen[1::2], strict=True)]
 
 
 def clusters_of_first(network):
@@ -153,33 +89,6 @@ def test_the_correction_token_by_token(name, extrapolate):
             want[image, token] = kept + gained_since
     torch.testing.assert_close(added[3], want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
     assert distance(added[3], added[2]) > 1e-3 and distance(added[3], representatives[3]) > 1e-3
-
-
-@pytest.mark.parametrize("extrapolate", [False, True])
-@pytest.mark.parametrize("name", ["UNet", "SDXL UNet", "PixArt"])
-def test_what_is_added_where_nothing_runs_between(name, extrapolate):
-    added = additions(make_network(name), name, full_every=2, between="nothing", extrapolate=extrapolate)
-    torch.testing.assert_close(added[1], added[0])
-    want = added[2] + (added[2] - added[0]) / 2 if extrapolate else added[2]
-    torch.testing.assert_close(added[3], want)
-    assert distance(added[2], added[0]) > 1e-3
-
-
-def test_nothing_is_said_where_blocks_were_skipped(caplog):
-    # Grids of 24 tokens are smaller than min_tokens, those of 96 are skipped.
-    network = apply_ailurus(make_network("UNet"), keep_ratio=0.5, min_tokens=90, full_every=2, between="nothing")
-    with caplog.at_level("WARNING", "ailurus_hf"):
-        run(network, "UNet")
-    assert {p.num_clusters for p in ailurus_status(network).locations} == {0, 24} and not caplog.text
-
-
-def test_a_line_is_not_drawn_on_through_full_steps_that_are_near():
-    # Steps 0 and 1 are full ones at the beginning, 3 the first that is two steps after another.
-    way = {"full_every": 2, "between": "nothing", "unreduced_first_steps": 2}
-    for extrapolate in (False, True):
-        added = additions(make_network("PixArt"), "PixArt", **way, extrapolate=extrapolate)
-        torch.testing.assert_close(added[2], added[1])
-        assert distance(added[3], added[1]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["UNet", "SD3.5", "Flux", "Wan"])
