@@ -225,13 +225,11 @@ def pictures_of_transformer() -> str:
     endings = ("", "_steps", "_first_steps", "_first_steps_of_few")
     rows = [row for ending in endings for row in load(f"cpu/diffusion_quality_sd3_text{ending}-fp32")["rows"]]
     peers = [row["method"] for row in rows if row["method"] in peers_of("transformers")]
-    columns = {
-        key: head for key, head in diffusion_quality.AGAINST.items() if not key.startswith(("full_size", "by_speed"))
-    }
+    timed = ("full_size", "by_speed")
+    columns = {key: head for key, head in diffusion_quality.AGAINST.items() if not key.startswith(timed)}
     line = "Each peer beside ours, of all these tables, that is nearest to the plain pictures at no more FLOPs:"
-    return pictures(
-        "sd3_text_steps", line, markdown(diffusion_quality.against(peers, rows, {}), {**columns, "method": "peer"})
-    )
+    compared = diffusion_quality.against(peers, rows, {})
+    return pictures("sd3_text_steps", line, markdown(compared, {**columns, "method": "peer"}))
 
 
 def pictures(task: str, line: str, against: str) -> str:
