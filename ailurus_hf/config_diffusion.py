@@ -117,7 +117,7 @@ class AiluRusDiffusionConfig(Config):
                 "balanced": keys and values alone in the largest grid, blocks in the next, 1.48x, 29.5 dB.
                 "faithful": keys and values alone in the largest grid, by k-means, 1.35x, 36.2 dB.
             network: "unet", or "transformer" for those on patches, of which a small one was measured (docs/results.md,
-                "pictures of a transformer"): every fifth, third or second step, and the first three, run on all
+                "pictures of a trained transformer"): every fifth, third or second step, and the first three, run on all
                 tokens, and nothing runs between. "fast", fewer FLOPs by 3.30x, 39.1 dB from the plain pictures;
                 "balanced" 2.48x, 46.1 dB; "faithful" 1.81x, 52.5 dB. They need a pipeline or `denoising`.
             overrides: fields that replace the preset's.

@@ -95,7 +95,7 @@ class KeptAdditions:
         self._of_stacks[stack] = _Addition(self.step, apart, added if self.extrapolate else None, growth)
 
     def has(self, stack: str) -> bool:
-        """Whether something is kept of a stack: it ran in the last full step."""
+        """Whether something is kept of a stack: a full step reached it."""
         return stack in self._of_stacks
 
     def apart(self, stack: str) -> Tensor | None:

@@ -17,9 +17,10 @@ log = logging.getLogger(__name__)
 
 def check_levels(reducer: NetworkReducer) -> None:
     """Raises AiluRusError where keep_ratio is by levels, and the network has none of them."""
-    ratios, levels = reducer.config.keep_ratio, set(reducer.last_levels.values())
-    if not isinstance(ratios, Mapping) or not levels:
+    ratios = reducer.config.keep_ratio
+    if not isinstance(ratios, Mapping) or not reducer.last_levels:
         return
+    levels = set(reducer.last_levels.values())
     named = ratios.keys() | {n for n, level in (reducer.config.levels or {}).items() if level.keep_ratio is not None}
     if not levels & named:
         raise AiluRusError(

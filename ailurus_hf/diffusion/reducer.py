@@ -241,7 +241,7 @@ class NetworkReducer:
     def runs_nothing(self, forward: ForwardState, running: StackState) -> bool:
         """Whether a stack that would run on representatives shall not run at all, as what it adds was kept.
 
-        What a full step did not reach, as skip-layer guidance leaves it out, is not kept; it runs on all tokens.
+        What no full step reached, as skip-layer guidance leaves it out, is not kept; it runs on all tokens.
         """
         if self.config.between != "nothing" or running.scope != "blocks" or not forward.reduce:
             return False
