@@ -50,13 +50,18 @@ class AiluRusDiffusionConfig(Config):
             much more or less its representative adds now than then (in full steps the blocks run on representatives,
             too). For whole blocks, in pipelines of diffusers and within `denoising`; not compiled as a whole, and not
             beside a cache of diffusers. 1: every step runs on all tokens. None: none do for this.
+        inner_every: k, of UNets and their ControlNets: all layers run in every k-th denoising step (and in those of
+            unreduced_first_steps and unreduced_last_steps), in the others the first convolution and the last layer
+            alone; what comes to that layer from below is that of the last step in which all ran. That is a cache over
+            steps, as DeepCache (arXiv:2312.00858); in layers that run, tokens are reduced as ever. In pipelines of
+            diffusers and within `denoising`; not compiled as a whole, not beside full_every, nor a cache of diffusers.
         between: with full_every, what stacks run on in the steps between: "representatives", or "nothing": stacks are
             skipped, and a token adds what was kept alone, of whole blocks at the keep ratios below 1. That is a cache
             over steps and no token reduction; where it is nearer than representatives are, the tables say (presets of
             transformers). Not with projections="merged".
-        extrapolate: with full_every, what was kept (beside representatives, what sets tokens apart from them) is drawn
-            on in a straight line through the last two full steps, once these are full_every steps apart, as TaylorSeer
-            (arXiv:2503.06923) draws on features.
+        extrapolate: with full_every or inner_every, what was kept (beside representatives, what sets tokens apart from
+            them) is drawn on in a straight line through the last two steps that it was kept in, once these are that
+            many steps apart, as TaylorSeer (arXiv:2503.06923) draws on features.
         step_factors: in so many equal parts of a generation's steps, what keep_ratio is multiplied by (up to 1):
             (2, 1, 0.5) keeps most tokens early. Needs a pipeline, which knows how many steps there are. With full_every
             it changes in full steps.
@@ -95,6 +100,7 @@ class AiluRusDiffusionConfig(Config):
     projections: Projections = "all"
     refresh_every: int = 1
     full_every: int | None = None
+    inner_every: int | None = None
     between: Between = "representatives"
     extrapolate: bool = False
     step_factors: tuple[float, ...] | None = None
@@ -183,6 +189,12 @@ class AiluRusDiffusionConfig(Config):
 
     def _check_full_steps(self) -> None:
         """What every k-th step on all tokens needs."""
+        if self.inner_every is not None:
+            check_at_least(1, inner_every=self.inner_every)
+            if self.full_every is not None:
+                raise AiluRusError(
+                    f"full_every={self.full_every} and inner_every={self.inner_every} are two rhythms: give one of them"
+                )
         if self.full_every is not None:
             check_at_least(1, full_every=self.full_every)
             if not self.has_scope("blocks"):
@@ -190,8 +202,8 @@ class AiluRusDiffusionConfig(Config):
                     f"full_every={self.full_every} keeps what stacks of blocks add: use scope='blocks', got "
                     f"{self.scope!r}"
                 )
-        elif self.extrapolate:
-            raise AiluRusError("extrapolate draws on from steps on all tokens: give full_every, got None")
+        elif self.extrapolate and self.inner_every is None:
+            raise AiluRusError("extrapolate draws on what steps kept: give full_every or inner_every, got None")
         elif self.between == "nothing":
             raise AiluRusError("between='nothing' adds what steps on all tokens kept: give full_every, got None")
         if self.between == "nothing" and self.projections == "merged":
@@ -241,4 +253,10 @@ class AiluRusDiffusionConfig(Config):
     def counts_steps(self) -> bool:
         """Whether a forward depends on those before it."""
         unreduced = self.unreduced_first_steps > 0 or self.unreduced_last_steps > 0
-        return self.refresh_every > 1 or unreduced or (self.full_every or 1) > 1 or self.step_factors is not None
+        every = max(self.refresh_every, self.full_every or 1, self.inner_every or 1)
+        return every > 1 or unreduced or self.step_factors is not None
+
+    @property
+    def builds_on_steps(self) -> bool:
+        """Whether a step builds on what an earlier one kept."""
+        return self.full_every is not None or self.inner_every is not None

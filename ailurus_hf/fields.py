@@ -42,6 +42,7 @@ class AiluRusDiffusionFields(TypedDict, total=False):
     projections: Projections
     refresh_every: int
     full_every: int | None
+    inner_every: int | None
     between: Between
     extrapolate: bool
     step_factors: tuple[float, ...] | None

@@ -4,6 +4,7 @@
     python examples/train_text_to_image.py --output run --unet-minutes 120 # for longer
     python examples/train_text_to_image.py --output run --export shapes    # half-precision folder for diffusers
     python examples/train_text_to_image.py --output run --network sd3      # a transformer as SD3's, a rectified flow
+    python examples/train_text_to_image.py --output run --begin-with shapes # goes on from what another run exported
 
 The pictures are made while it trains (shape_scenes.py), so it needs no data. The folder loads as any other:
 
@@ -42,6 +43,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from shape_models import (
     GUIDANCE,
     make_sd3,
@@ -206,7 +208,11 @@ def export(stage: Controlling | Flowing, folder: Path, args: argparse.Namespace)
     """Writes the pipeline, with its ControlNet if it has one, in half precision with a model card, and scores it."""
     names = ("vae", "sd3") if isinstance(stage, Flowing) else ("vae", "unet", "controlnet")
     states = {name: torch.load(path) for name in names if (path := Path(args.output) / f"{name}.pt").exists()}
-    spent = {n: {"steps": state["step"], "minutes": round(state["minutes"], 1)} for n, state in states.items()}
+    spent = trained_before(args.begin_with)
+    for name, state in states.items():
+        before = spent.get(name, {"steps": 0, "minutes": 0.0})
+        minutes = round(before["minutes"] + state["minutes"], 1)
+        spent[name] = {"steps": before["steps"] + state["step"], "minutes": minutes}
     written = write_sd3(stage, folder) if isinstance(stage, Flowing) else write_unet(stage, folder, args)
     result: dict[str, Any] = {"training": spent, "pictures": args.look_at}
     for name, pipe in written.items():
@@ -263,8 +269,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     vae = make_vae(args.vae_width)
-    # Exporting trains for no time: it takes the averages as they are.
-    train(Autoencoding(vae, args.batch_size), "vae", 0.0 if args.export else args.vae_minutes, args)
+    start_from(args.begin_with, vae=vae)
+    # Exporting trains for no time: it takes the averages as they are. So does an autoencoder that is trained already.
+    trained = args.export or args.begin_with
+    train(Autoencoding(vae, args.batch_size), "vae", 0.0 if trained else args.vae_minutes, args)
     set_scaling_factor(vae)
     stage = trained_sd3(vae, args) if args.network == "sd3" else trained_unet(vae, args)
     if args.export:
@@ -274,6 +282,7 @@ def main() -> None:
 def trained_unet(vae: AutoencoderKL, args: argparse.Namespace) -> Controlling:
     text_encoder = make_text_encoder(make_tokenizer(), args.text_width)
     unet = make_unet(tuple(args.widths), args.text_width)
+    start_from(args.begin_with, text_encoder=text_encoder, unet=unet)
     minutes = (0.0, 0.0) if args.export else (args.unet_minutes, args.controlnet_minutes)
     train(Denoising(vae, text_encoder, unet, args, args.half_share), "unet", minutes[0], args)
     controlling = Controlling(vae, text_encoder, unet, args)
@@ -283,15 +292,32 @@ def trained_unet(vae: AutoencoderKL, args: argparse.Namespace) -> Controlling:
 
 def trained_sd3(vae: AutoencoderKL, args: argparse.Namespace) -> Flowing:
     text_encoder = make_text_encoder(make_tokenizer(), args.text_width, pooled=True)
-    stage = Flowing(vae, text_encoder, make_sd3(args.layers, args.width, args.text_width), args)
+    transformer = make_sd3(args.layers, args.width, args.text_width)
+    start_from(args.begin_with, text_encoder=text_encoder, transformer=transformer)
+    stage = Flowing(vae, text_encoder, transformer, args)
     train(stage, "sd3", 0.0 if args.export else args.sd3_minutes, args)
     return stage
+
+
+def start_from(folder: str | None, **networks: nn.Module) -> None:
+    """The weights of an exported folder, if there is one, by its parts' names."""
+    for name, network in networks.items() if folder else ():
+        (weights,) = Path(folder, name).glob("*.safetensors")
+        network.load_state_dict(load_file(weights))
+
+
+def trained_before(folder: str | None) -> dict[str, dict[str, float]]:
+    """Steps and minutes of each stage that what an exported folder has took."""
+    return json.loads(Path(folder, "metrics.json").read_text())["training"] if folder else {}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", required=True, help="folder of the run; training goes on from what is there")
     parser.add_argument("--export", metavar="FOLDER", help="write the run's averaged models in half precision and stop")
+    parser.add_argument(
+        "--begin-with", metavar="FOLDER", help="an exported one to go on from; give it to --export as well"
+    )
     parser.add_argument("--network", choices=("unet", "sd3"), default="unet", help="what denoises")
     parser.add_argument("--vae-minutes", type=float, default=8)
     parser.add_argument("--unet-minutes", type=float, default=65)

@@ -34,6 +34,7 @@ AILURUS_FIELDS = (
     "compile_clustering",
     "refresh_every",
     "full_every",
+    "inner_every",
     "between",
     "extrapolate",
     "unreduced_first_steps",
@@ -96,8 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("compile-clustering", **COMPILE_CLUSTERING)
     add("refresh-every", type=positive, metavar="N", help="steps that share an assignment")
     add("full-every", type=positive, metavar="K", help="every K-th step on all tokens; those between build on it")
+    add("inner-every", type=positive, metavar="K", help="of a UNet, all layers in every K-th step; else the outermost")
     add("between", choices=BETWEEN, help="with --full-every: what blocks run on in the steps between")
-    extrapolated = "with --full-every: what was kept is drawn on in a line through the last two full steps"
+    extrapolated = "with --full-every or --inner-every: what was kept is drawn on in a line through its last two steps"
     add("extrapolate", action="store_true", default=None, help=extrapolated)
     add("unreduced-first-steps", type=int, metavar="N", help="steps on all tokens at the beginning")
     add("unreduced-last-steps", type=int, metavar="N", help="steps on all tokens at the end")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
 
 
@@ -21,3 +22,15 @@ def refuse_caches(blocks: Iterable[nn.Module], because: str) -> None:
             for name, hook in getattr(registry, "hooks", {}).items():
                 if getattr(hook, "_is_stateful", False):
                     raise AiluRusError(f"the cache {name!r} of diffusers {because}")
+
+
+def reason_beside_steps(config: AiluRusDiffusionConfig) -> str:
+    """Why none can be on where steps build on one another."""
+    if config.full_every is None:
+        return (
+            f"counts steps in which blocks run, not all with inner_every={config.inner_every}: switch one of them off"
+        )
+    return (
+        "would give representatives what is of all tokens in full steps, or the other way round, with "
+        f"full_every={config.full_every}: switch one of them off"
+    )

@@ -8,15 +8,13 @@ and whether the first steps of a picture are over is told by the timesteps, whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeGuard
-from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import AiluRusDiffusionConfig
 from ..errors import AiluRusError
@@ -24,24 +22,20 @@ from ..per_thread import PerThread
 from .cache_contexts import CacheContexts
 from .calls import NetworkCall, calling_pipeline, guides_by_halves
 from .frames import Assignments
+from .generation import (
+    CallPart,
+    Generation,
+    Scheduler,
+    Timestep,
+    step_of,
+    step_of_pipeline,
+    told_by_timesteps,
+    value_of,
+)
 from .kept_additions import KeptAdditions
+from .kept_layers import KeptLayers
 
 log = logging.getLogger(__name__)
-
-
-class Scheduler(Protocol):
-    """What the clock reads of diffusers' schedulers; those that count steps have `step_index`, too."""
-
-    timesteps: Tensor
-
-
-# As networks take it: a tensor on the schedulers' device, or a number.
-Timestep = Tensor | float
-# Which of several calls in one step: the shape of the latents, and which frames of a video they are.
-CallPart = tuple[tuple[int, ...], tuple[int, ...] | None]
-# The calls of one kind, one in each step: their part, their cache context, and which of the step's such calls they are:
-# where guidance has no context of diffusers, it is the order of its calls that tells them apart.
-CallKind = tuple[CallPart, str | None, int]
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,7 @@ class Tick:
         assignments: those that the call may use and adds to.
         additions: with `full_every`, what stacks added in the last full step; in a full step where to keep it, and None
             where nothing will be made of it.
+        layers: with `inner_every`, what inner layers gave; None where nothing is or will be made of it.
         factor: what the keep ratio is multiplied by.
     """
 
@@ -61,77 +56,8 @@ class Tick:
     share_cfg: bool
     assignments: Assignments
     additions: KeptAdditions | None = None
+    layers: KeptLayers | None = None
     factor: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A step of a schedule: its number, 0 the first, and the timesteps of the generation, None if unknown."""
-
-    number: int
-    schedule: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Generation:
-    """Where one thread stands in the denoising of one picture or batch.
-
-    Args:
-        schedule: the timesteps of the scheduler; every generation makes its own.
-        scheduler: the one that the user gave.
-        given: whether the user says where the generation begins and ends.
-        known: whether the number of the step is known, or only told by whether timesteps rise or fall.
-        step: the number of the step.
-        refreshed_at: the step that the assignments are of.
-        timestep: the last one, where no schedule has it. rises: whether they rise, as in an inversion.
-        calls: the latents that each part was called with in this step.
-        alone: whether each part was called with one tensor a step, and so for one picture.
-        halves: whether a batch of so many is two halves of the same latents.
-        additions: what stacks added, by the kind of call.
-        counted: how many calls there were of each part and cache context in this step.
-    """
-
-    schedule: Tensor | None = None
-    scheduler: Scheduler | None = None
-    given: bool = False
-    known: bool = True
-    step: int = 0
-    refreshed_at: int = 0
-    timestep: float | None = None
-    rises: bool | None = None
-    assignments: Assignments = field(default_factory=dict)
-    calls: dict[CallPart, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
-    alone: bool = True
-    halves: dict[CallPart, bool] = field(default_factory=dict)
-    additions: dict[CallKind, KeptAdditions] = field(default_factory=dict)
-    counted: dict[tuple[CallPart, str | None], int] = field(default_factory=dict)
-
-    def move_to(self, step: int) -> None:
-        """Another step, or the same one."""
-        if step != self.step:
-            self.step = step
-            self.calls.clear()
-            self.counted.clear()
-
-    def additions_of(self, part: CallPart, context: str | None, new: Callable[[], KeptAdditions]) -> KeptAdditions:
-        """Those of the next call of a part, in a cache context. new: makes the first."""
-        number = self.counted.get((part, context), 0)
-        self.counted[part, context] = number + 1
-        kept = self.additions.pop((part, context, number), None) or new()
-        if self.schedule is None or self.step < len(self.schedule) - 1:
-            # After the last step nothing comes, and their memory is not held.
-            self.additions[part, context, number] = kept
-        return kept
-
-    def forget(self) -> None:
-        """A forward broke off: what it has clustered and kept is not used again."""
-        self.assignments, self.additions = {}, {}
-
-    def note(self, part: CallPart, latents: Tensor) -> None:
-        """A call of this step; two for one part that differ are of different pictures, such as tiles."""
-        version = 0 if latents.is_inference() else latents._version
-        before = self.calls.setdefault(part, (ref(latents), version))
-        self.alone &= before[0]() is latents and before[1] == version
 
 
 class Clock:
@@ -171,25 +97,36 @@ class Clock:
             return Tick(True, share, {})
         if config.full_every is not None:
             return self._tick_full_steps(self._known(generation, part, call.latents), part, share)
+        layers = None
+        if (config.inner_every or 1) > 1:
+            layers = self._layers(self._known(generation, part, call.latents), part)
         reduce, factor = self._reduces(generation), self._factor(generation)
-        return Tick(reduce, share, self._assignments(generation, part, call.latents), factor=factor)
+        return Tick(reduce, share, self._assignments(generation, part, call.latents), layers=layers, factor=factor)
 
     def _tick_full_steps(self, generation: Generation, part: CallPart, share: bool) -> Tick:
         """With `full_every`: what earlier steps kept for this kind of call, and whether it builds on it."""
         config = self.config
         new = partial(KeptAdditions, config.full_every or 1, config.refresh_every, config.extrapolate)
-        kept = generation.additions_of(part, self.contexts.current, new)
+        kept: KeptAdditions = generation.kept_of(part, self.contexts.current, new)
         reduce = kept.begin(generation.step, self._reduces(generation), self._factor(generation))
         used = reduce or self._is_built_on(generation)
-        return Tick(reduce, share, kept.assignments, kept if used else None, kept.factor)
+        return Tick(reduce, share, kept.assignments, kept if used else None, factor=kept.factor)
+
+    def _layers(self, generation: Generation, part: CallPart) -> KeptLayers | None:
+        """With `inner_every`: what inner layers gave for this kind of call, where it is or will be used."""
+        new = partial(KeptLayers, self.config.inner_every or 1, self.config.extrapolate)
+        kept: KeptLayers = generation.kept_of(part, self.contexts.current, new)
+        kept.begin(generation.step, whole=not self._reduces(generation))
+        return kept if kept.skips or self._is_built_on(generation) else None
 
     def _tick_compiled(self) -> Tick:
         """What is said of a call that the compiler traces, for all that will run its graph."""
         config = self.config
-        if config.unreduced_first_steps or config.unreduced_last_steps or config.full_every or config.step_factors:
+        unreduced = config.unreduced_first_steps or config.unreduced_last_steps
+        if unreduced or config.builds_on_steps or config.step_factors:
             raise AiluRusError(
-                "a compiled network does not count steps: leave none of them unreduced, and full_every and "
-                "step_factors out"
+                "a compiled network does not count steps: leave none of them unreduced, and full_every, inner_every "
+                "and step_factors out"
             )
         return Tick(True, bool(config.share_cfg), {})
 
@@ -217,26 +154,26 @@ class Clock:
         if state is not None and state.given:
             self._move_given(state, timestep)
             return state
-        step = _step_of_pipeline(pipeline, timestep, call.network)
+        step = step_of_pipeline(pipeline, timestep, call.network)
         if step is not None:
             if state is None or state.schedule is not step.schedule or step.number < state.step:
                 known = step.schedule is not None
                 state = Generation(step.schedule, known=known, step=step.number, refreshed_at=step.number)
             state.move_to(step.number)
         elif self.config.unreduced_first_steps:
-            state = _told_by_timesteps(state, _value_of(timestep))
+            state = told_by_timesteps(state, value_of(timestep))
         else:
             return None
         self._generations.set(state)
         return state
 
     def _move_given(self, state: Generation, timestep: Timestep) -> None:
-        step = None if state.scheduler is None else _step_of(state.scheduler, timestep)
+        step = None if state.scheduler is None else step_of(state.scheduler, timestep)
         if step is not None:
             state.schedule = step.schedule
             state.move_to(step.number)
             return
-        value = _value_of(timestep)
+        value = value_of(timestep)
         if state.timestep is not None and value != state.timestep:
             state.move_to(state.step + 1)
         state.timestep = value
@@ -274,18 +211,19 @@ class Clock:
         return len(generation.schedule)
 
     def _known(self, generation: Generation | None, part: CallPart, latents: Tensor) -> Generation:
-        """The generation of a call with `full_every`; AiluRusError where its step or its picture cannot be told."""
-        every = self.config.full_every
+        """The generation of a call that builds on steps; AiluRusError where its step or picture cannot be told."""
+        name = "inner_every" if self.config.full_every is None else "full_every"
+        every = f"{name}={getattr(self.config, name)}"
         if generation is None or not generation.known:
             raise AiluRusError(
-                f"full_every={every} cannot tell which step this is: no pipeline of diffusers makes this call, or its "
+                f"{every} cannot tell which step this is: no pipeline of diffusers makes this call, or its "
                 "scheduler has not this timestep. In a loop of your own: with denoising(network, scheduler)"
             )
         if not generation.given:
             generation.note(part, latents)
             if not generation.alone:
                 raise AiluRusError(
-                    f"full_every={every} cannot tell pictures apart: this pipeline calls {self.name} several times a "
+                    f"{every} cannot tell pictures apart: this pipeline calls {self.name} several times a "
                     "step, for tiles or pictures that differ. Leave it out"
                 )
         return generation
@@ -325,76 +263,3 @@ class Clock:
             # Shapes alone have no values; diffusers' pipelines double the latents.
             generation.halves[part] = latents.is_meta or torch.equal(*latents.chunk(2))
         return generation.halves[part]
-
-
-def _step_of_pipeline(pipeline: object, timestep: Timestep, network: nn.Module) -> Step | None:
-    """The step at which a pipeline makes a call, by its schedulers, or by the cache context that is set."""
-    found = [] if pipeline is None else [part for part in vars(pipeline).values() if _is_scheduler(part)]
-    for scheduler in found:
-        number = index_among(scheduler.timesteps, timestep)
-        if number is not None:
-            return Step(number, scheduler.timesteps)
-    # Some pipelines scale the timestep, so that it is no view of the schedule any more; their scheduler counts steps.
-    step = _counted_step(found[0]) if len(found) == 1 else None
-    if step is None and pipeline is not None:
-        number = _number_in_cache_context(network)
-        step = None if number is None else Step(number, found[0].timesteps if len(found) == 1 else None)
-    return step
-
-
-def _is_scheduler(part: object) -> TypeGuard[Scheduler]:
-    return not isinstance(part, nn.Module) and hasattr(part, "timesteps") and hasattr(part, "step")
-
-
-def _step_of(scheduler: Scheduler, timestep: Timestep) -> Step | None:
-    number = index_among(scheduler.timesteps, timestep)
-    return _counted_step(scheduler) if number is None else Step(number, scheduler.timesteps)
-
-
-def _counted_step(scheduler: Scheduler) -> Step | None:
-    """The step that a scheduler has counted to, where it counts."""
-    if not hasattr(scheduler, "step_index") or not isinstance(scheduler.timesteps, Tensor):
-        return None
-    number: int | None = scheduler.step_index
-    if number is None:
-        number = getattr(scheduler, "begin_index", None) or 0
-    return Step(int(number), scheduler.timesteps) if number < len(scheduler.timesteps) else None
-
-
-def _number_in_cache_context(network: nn.Module) -> int | None:
-    """The step in the cache context that a pipeline calls in; there is one where a cache of diffusers is enabled."""
-    for module in network.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in getattr(registry, "hooks", {}).values():
-            for manager in vars(hook).values():
-                number = getattr(getattr(manager, "_context", None), "step_index", None)
-                if number is not None:
-                    return int(number)
-    return None
-
-
-def _told_by_timesteps(state: Generation | None, value: float) -> Generation:
-    """Without a schedule: within a generation timesteps only rise or only fall."""
-    if state is None or state.timestep is None:
-        return Generation(known=False, timestep=value)
-    if value != state.timestep:
-        rises = value > state.timestep
-        if state.rises is not None and rises != state.rises:
-            return Generation(known=False, timestep=value)
-        state.rises, state.timestep = rises, value
-        state.move_to(state.step + 1)
-    return state
-
-
-def _value_of(timestep: Timestep) -> float:
-    # Of timesteps for each token, those of a given first frame are 0 in every step.
-    return float(timestep.max() if isinstance(timestep, Tensor) else timestep)
-
-
-def index_among(timesteps: object, timestep: object) -> int | None:
-    """Which of a scheduler's timesteps this is a view of, without asking the device for its value; None: of none."""
-    if not isinstance(timesteps, Tensor) or not isinstance(timestep, Tensor) or timesteps.ndim != 1:
-        return None
-    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
-        return None
-    return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)

@@ -17,6 +17,7 @@ from ..per_thread import PerThread
 from .calls import NetworkCall
 from .frames import Assignments, Clusters
 from .kept_additions import KeptAdditions
+from .kept_layers import KeptLayers
 from .replay import BlockCall
 from .rotary import Rotary
 from .stacks import Stack
@@ -92,8 +93,9 @@ class ForwardState:
         recomputing: whether a gradient checkpoint runs a part of the forward again.
         traced: whether the compiler traces the whole forward.
         additions: with `full_every`, what stacks added in the last full step; in a full step where to keep it.
+        layers: with `inner_every`, what inner layers gave, or where to keep it.
         factor: what the keep ratio is multiplied by in this step.
-        skips: whether a stack was skipped in it.
+        skips: whether a stack was skipped in it, or inner layers.
         arrived: the names of the stacks between convolutions that ran.
     """
 
@@ -106,6 +108,7 @@ class ForwardState:
     recomputing: bool = False
     traced: bool = False
     additions: KeptAdditions | None = None
+    layers: KeptLayers | None = None
     factor: float = 1.0
     skips: bool = False
     arrived: set[str] = dataclasses.field(default_factory=set)

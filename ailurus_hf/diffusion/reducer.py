@@ -22,7 +22,7 @@ from ..errors import AiluRusError, UnsupportedModelError
 from ..hooks import Hooks
 from ..status import Record
 from .backend import modules_of
-from .caches import refuse_caches
+from .caches import reason_beside_steps, refuse_caches
 from .calls import NetworkCall, argument_names, is_running
 from .checkpointing import drop_state_in_checkpoints
 from .clock import Clock
@@ -30,6 +30,7 @@ from .cluster_tokens import cluster_tokens, cluster_videos
 from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import Forwards, ForwardState, StackState, key_bias
 from .frames import Clusters, JointClusters
+from .inner_layers import inner_layers
 from .networks import DiffusionNetwork
 from .notices import check_levels, notice_lost_processors, say_that_nothing_was_reduced
 from .processor import AiluRusProcessor, Assigned, SharedClusters
@@ -93,9 +94,11 @@ class NetworkReducer:
 
     def install(self) -> None:
         """Puts the hooks on the network; subclasses add those of its stacks."""
+        if self.config.inner_every is not None:
+            inner_layers(self.network)
         self.hooks.pre_forward(self.network, self.begin)
         self.hooks.post_forward(self.network, self.end, always_call=True)
-        if self.config.full_every is not None and hasattr(self.network, "cache_context"):
+        if self.config.builds_on_steps and hasattr(self.network, "cache_context"):
             # Some pipelines guide by two calls a step, and tell them apart by diffusers' cache contexts.
             self.hooks.replace_method(self.network, "cache_context", self.clock.contexts.entered)
         log.debug("%s: %d stacks are reduced", type(self.network).__name__, len(self.stacks))
@@ -117,6 +120,10 @@ class NetworkReducer:
     def first_reduced(self, stack: Stack) -> int:
         """Which of its blocks is the first on representatives."""
         return 0 if self.declared.layout == "maps" else self.config.cluster_location
+
+    def runs_in_some_steps(self, stack: Stack) -> bool:
+        """Whether it is among the inner layers of a UNet, and these do not run in all steps."""
+        return False
 
     def set_processor(self, processor: Processor, layers: Mapping[str, AttentionLayer]) -> None:
         """Runs layers of self-attention on one processor; `remove` puts back what was there."""
@@ -170,10 +177,8 @@ class NetworkReducer:
             self.left_whole.clear()
         frames = frames_of(self.stacks[0])
         tick = self.clock.tick(call, self.declared.guides_by_halves, None if frames is None else frames.numbers)
-        if tick.additions is not None:
-            blocks = (block for stack in self.stacks for block in stack.blocks)
-            reason = "would give representatives what is of all tokens in full steps, or the other way round, with"
-            refuse_caches(blocks, f"{reason} full_every={self.config.full_every}: switch one of them off")
+        if tick.additions is not None or tick.layers is not None:
+            refuse_caches((block for stack in self.stacks for block in stack.blocks), reason_beside_steps(self.config))
         self.forwards.begin(
             ForwardState(
                 max(call.latents.shape[-2:]),
@@ -182,6 +187,7 @@ class NetworkReducer:
                 tick.assignments,
                 traced=torch.compiler.is_compiling(),
                 additions=tick.additions,
+                layers=tick.layers,
                 factor=tick.factor,
             )
         )

@@ -54,6 +54,8 @@ def _location(path: str, reducer: NetworkReducer, number: int, stack: Stack) -> 
         around = config.projections == "merged" and stack.on_maps
         steps = "" if config.full_every is None else f", all tokens in 1 of {config.full_every} steps"
         restored = f"{'around the stack' if around else 'after the last block'} (residual{steps})"
+    if reducer.runs_in_some_steps(stack):
+        restored += f", in 1 of {config.inner_every} steps"
     whole, reduced = _flops(reducer, stack, scope == "attention", level)
     where = ".".join(filter(None, (path, stack.name))) or type(reducer.network).__name__
     return record.location_status(where, number, restored, whole, reduced)
@@ -70,7 +72,7 @@ def _flops(
     if record.last_tokens is None or record.last_clusters_count is None:
         return None, None
     sizes, config = {(record.last_tokens, record.last_clusters_count): 1}, reducer.config
-    if config.full_every is not None or config.step_factors is not None or config.block_factors is not None:
+    if config.builds_on_steps or config.step_factors is not None or config.block_factors is not None:
         sizes = dict(record.sizes)
     whole = reduced = 0.0
     for (tokens, clusters), times in sizes.items():
@@ -91,6 +93,7 @@ def _flops_of(
     """FLOPs of a stack with so many tokens and clusters: without and with reduction, and of what runs on clusters."""
     record, config, flops = reducer.records[stack.name], reducer.config, reducer.declared.flops
     text = TEXT_TOKENS if reducer.text_tokens is None else reducer.text_tokens
+    skipped = not clusters and reducer.runs_in_some_steps(stack)
     others = tokens if attention_alone else clusters
     queries = config.queries_for(tokens, level, clusters) if attention_alone and level else clusters
     projected = clusters if not attention_alone and config.projections == "merged" else tokens
@@ -101,6 +104,8 @@ def _flops_of(
     reduced = [flops(block, queries, clusters, others, record.attended, text) for block in ran]
     before, after = (projection_flops(stack, num_tokens) for num_tokens in (tokens, projected))
     merged_maps = after if projected == clusters else 0.0
+    if skipped:
+        return sum(full) + before, 0.0, 0.0
     return sum(full) + before, sum(full[:first]) + sum(reduced) + after, sum(reduced) + merged_maps
 
 

@@ -21,6 +21,7 @@ from .calls import NetworkCall, with_argument
 from .checkpointing import keep_state_in_checkpoints
 from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import ForwardState, StackState, key_bias
+from .inner_layers import InnerLayers
 from .reducer import NetworkReducer
 from .replay import call_without_tokens
 from .skipping import with_kept
@@ -41,6 +42,25 @@ class UNetReducer(NetworkReducer):
             self.hooks.post_forward(stack.module, self.depart, always_call=True)
         if self.config.has_scope("attention"):
             self.reduce_self_attention()
+        self.inner = InnerLayers(self.network, self.hooks, self.forwards) if self.config.inner_every else None
+
+    def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
+        super().begin(network, args, kwargs)
+        for stack in self.stacks if self._skips_inner() else ():
+            record = self.records[stack.name]
+            if self._is_skipped(stack) and record.last_tokens is not None:
+                self.running().skips = True
+                record.skipped(record.last_tokens)
+
+    def _skips_inner(self) -> bool:
+        layers = self.running().layers
+        return layers is not None and layers.skips
+
+    def _is_skipped(self, stack: Stack) -> bool:
+        return self.runs_in_some_steps(stack) and self._skips_inner()
+
+    def runs_in_some_steps(self, stack: Stack) -> bool:
+        return self.inner is not None and self.inner.has(stack.name)
 
     def _install_on_blocks(self, stack: Stack) -> None:
         if self._merges_maps(stack):
@@ -74,6 +94,8 @@ class UNetReducer(NetworkReducer):
         # Plain numbers also where torch.compile would keep sizes symbolic.
         height, width = (int(side) // stack.patch for side in hidden_states.shape[-2:])
         grid, forward.stack = (height, width), None
+        if self._is_skipped(stack):
+            return None
         level = self.level_of(forward, grid)
         scope = self.config.scope_at(level)
         if not torch.compiler.is_compiling():

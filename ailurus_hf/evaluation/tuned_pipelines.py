@@ -21,6 +21,7 @@ PRESETS: tuple[DiffusionPreset, ...] = ("fast", "balanced", "faithful")
 KEEP_RATIOS = (0.75, 0.5, 0.35, 0.25)
 REFRESH = (1, 2, 4)
 FULL_EVERY = (3, 5)
+INNER_EVERY = (2, 3)
 
 
 class PipelineSubject:
@@ -76,15 +77,21 @@ class PipelineSubject:
         return [Candidate(config, label_of(config)) for config in configs] + named
 
     def variants(self, candidate: Candidate) -> list[Candidate]:
-        """Other levels, attention alone, clusters by resolution, other refreshes, full steps, tokens early or late."""
+        """Other levels, attention alone, clusters by resolution, other refreshes, full or inner steps, tokens early or
+        late.
+        """
         config: Any = candidate.config
         keep = config.keep_ratio
         changes: dict[str, dict[str, Any]] = {f"refresh every {n}": {"refresh_every": n} for n in REFRESH}
-        alone = {"scope": "attention", "full_every": None, "extrapolate": False, "between": "representatives"}
+        drawn_on = config.extrapolate and config.inner_every is not None
+        alone = {"scope": "attention", "full_every": None, "extrapolate": drawn_on, "between": "representatives"}
         changes |= {"attention": alone, "by resolution": {"cluster_per": "resolution"}}
         changes |= {"first steps": {"unreduced_first_steps": 2}, "last steps": {"unreduced_last_steps": 2}}
         changes |= {"more early": {"step_factors": (1.5, 1.0, 0.5)}, "more late": {"step_factors": (0.5, 1.0, 1.5)}}
-        if config.has_scope("blocks"):
+        if getattr(self.target, "unet", None) is not None:
+            inner = {"full_every": None, "between": "representatives", "extrapolate": True, "unreduced_first_steps": 3}
+            changes |= {f"inner layers every {n}": {"inner_every": n, **inner} for n in INNER_EVERY}
+        if config.has_scope("blocks") and config.inner_every is None:
             kept_alone = {"between": "nothing", "extrapolate": True}
             changes |= {f"full every {n}": {"full_every": n} for n in FULL_EVERY}
             if config.projections == "all":

@@ -154,6 +154,15 @@ def test_full_steps_beside_a_preset(capsys: pytest.CaptureFixture[str], tmp_path
     assert reduced and {p["clusterings"] for p in reduced} == {2}
 
 
+def test_inner_layers_in_every_second_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    call = [*MODEL, "--video", "square.mp4", "--frames", "3", "--keep-ratio", "0.25", "--min-tokens", "16"]
+    options = ["--inner-every", "2", "--extrapolate", "--steps", "4", "--output", str(tmp_path / "out.gif")]
+    found = run_json(capsys, *call, *options)["ailurus"]
+    wanted = {"inner_every": 2, "extrapolate": True, "full_every": None}
+    assert {name: found["config"][name] for name in wanted} == wanted
+    assert {p["clusterings"] for p in found["locations"] if p["num_clusters"] == 0} == {2}
+
+
 def test_settings_reach_ailurus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ["--ailurus-frames", "joint", "--ailurus-refresh-every", "2", "--ailurus-unreduced-first-steps", "1"]
     settings = run_json(capsys, *SHORT, *options, "--output", str(tmp_path / "out.gif"))["ailurus"]["config"]
@@ -264,7 +273,8 @@ def test_progress_with_time_left_where_someone_watches(
         ([*SHORT, "--clip-length", "2"], "clip_length must be at least 3"),
         ([*SHORT, "--ailurus-keep-ratio", "1.5"], "got 1.5"),
         ([*SHORT, "--ailurus-unreduced-first-steps", "-1"], "got -1"),
-        ([*SHORT, "--extrapolate"], "give full_every"),
+        ([*SHORT, "--extrapolate"], "give full_every or inner_every"),
+        ([*SHORT, "--inner-every", "2", "--full-every", "2"], "two rhythms"),
         ([*SHORT, "--between", "nothing"], "give full_every"),
         ([*SHORT, "--no-ailurus"], "--no-ailurus and --ailurus-keep-ratio"),
         ([*MODEL, "--video", "square.mp4", "--no-ailurus", "--compare"], "--no-ailurus and --compare"),

@@ -114,10 +114,12 @@ def test_full_steps_go_with_skipping_as_deepcache_and_refuse_what_is_kept_within
     assert (skipped - whole).norm() < (reduced - whole).norm()
     pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
     broadcast(pipe, 2)
-    with pytest.raises(
-        AiluRusError, match=r"the cache 'pyramid_attention_broadcast' of diffusers.*full_every=2: switch"
-    ):
-        run(pipe)
+    for every in ("full_every", "inner_every"):
+        apply_ailurus(pipe, **SETTINGS, **{every: 2})
+        with pytest.raises(
+            AiluRusError, match=rf"the cache 'pyramid_attention_broadcast' of diffusers.*{every}=2: switch"
+        ):
+            run(pipe)
 
 
 # Transformers

@@ -19,6 +19,7 @@ WAYS = {
     "attention": {"scope": "attention"},
     "reused": {"refresh_every": 2},
     "full steps": {"full_every": 2},
+    "inner layers": {"inner_every": 2, "clustering": "kmeans"},
 }
 # What they give is added between the blocks of a transformer, where there are all tokens with scope="attention" only.
 ADDED_TO_TOKENS = [name for name, network in NETWORKS.items() if network.each]
@@ -49,7 +50,13 @@ def test_every_supported_network_has_a_pipeline():
 
 @pytest.mark.parametrize(
     "name, way",
-    [(name, way) for name in KINDS for way in WAYS if (way, name in ADDED_TO_TOKENS) != ("full steps", True)],
+    [
+        (name, way)
+        for name in KINDS
+        for way in WAYS
+        if not (way == "full steps" and name in ADDED_TO_TOKENS)
+        and (way != "inner layers" or (NETWORKS[name].maps and name != "ControlNet-XS"))
+    ],
 )
 def test_a_generation_on_and_off(name, way):
     pipe, plain, plain_of_two = pipeline_and_plain(name)
@@ -82,7 +89,9 @@ def clustered_as_often_as_said(status, way):
         at_grid = [p for p in status.locations if (p.where.split(".")[0], p.num_tokens) == grid]
         # The last step is full.
         assert way == "full steps" or all(p.num_tokens == 4 * p.num_clusters for p in at_grid)
-        assert all({"reused": 7, "full steps": 4}.get(way, 11) <= p.clusterings <= 22 for p in at_grid)
+        assert all(
+            {"reused": 7, "full steps": 4, "inner layers": 7}.get(way, 11) <= p.clusterings <= 22 for p in at_grid
+        )
 
 
 @on_every_pipeline

@@ -151,14 +151,12 @@ def test_guidance_by_two_calls_keeps_two(name, contexts):
         lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
         with_kwargs=True,
     )
-    pipe.transformer.register_forward_hook(
-        lambda *_: kinds.update(kind[1:] for kind in clock._generations.get().additions)
-    )
+    pipe.transformer.register_forward_hook(lambda *_: kinds.update(kind[1:] for kind in clock._generations.get().kept))
     generate_with_guidance(pipe, steps=5)
     tokens = ailurus_status(pipe).locations[0].num_tokens
     assert [n == tokens for n in seen[:: len(contexts)]] == [True, False, False, True, False]
     assert kinds == {(context, 0) for context in contexts}
-    assert not clock._generations.get().additions
+    assert not clock._generations.get().kept
 
 
 @pytest.mark.parametrize(
@@ -207,7 +205,7 @@ def test_full_steps_run_on_representatives_too_where_a_step_builds_on_it(fields,
     for _, reducer in reducers_of(pipe):
         first = reducer.records[reducer.stacks[0].name]
         assert (first.again, first.clusterings) == ({(96, 24): twice}, clusterings)
-        assert not reducer.clock._generations.get().additions, "held after the last step"
+        assert not reducer.clock._generations.get().kept, "held after the last step"
 
 
 def test_a_forward_that_broke_off_is_followed_by_a_full_one():
@@ -308,7 +306,7 @@ def test_what_cannot_be_known_is_refused():
     [
         ({"full_every": 0}, "full_every must be at least 1, got 0"),
         ({"full_every": 2, "scope": "attention"}, "full_every=2.*scope='blocks', got 'attention'"),
-        ({"extrapolate": True}, "give full_every, got None"),
+        ({"extrapolate": True}, "give full_every or inner_every, got None"),
         ({"between": "nothing"}, "give full_every, got None"),
         ({"between": "nothing", "full_every": 2, "projections": "merged"}, "use projections='all', got 'merged'"),
     ],

@@ -235,7 +235,23 @@ def test_a_pipeline_is_searched_over_levels_and_steps():
     for change in ("unreduced_first_steps 2", "unreduced_last_steps 2", "full_every 3", nothing):
         assert f"refresh_every 2, {change}" in labels
     assert "refresh_every 2, step_factors (0.5, 1.0, 1.5)" in labels
+    assert "refresh_every 2, inner_every 3, extrapolate True, unreduced_first_steps 3" in labels
     assert "refresh_every 4" in labels
+
+
+def test_variants_of_inner_layers_keep_to_them():
+    subject = PipelineSubject(make_pipeline(StableDiffusionPipeline), ["a street"], {}, None)
+    config = AiluRusDiffusionConfig(inner_every=2, extrapolate=True, unreduced_first_steps=3)
+    variants = {each.way: each.config for each in subject.variants(Candidate(config, ""))}
+    assert variants["inner layers every 3"].inner_every == 3 and not any("full" in way for way in variants)
+    assert variants["attention"].extrapolate and variants["attention"].inner_every == 2
+    of_full = subject.variants(Candidate(AiluRusDiffusionConfig(full_every=3, between="nothing"), ""))
+    assert next(each for each in of_full if each.way == "inner layers every 2").config.full_every is None
+
+
+def test_inner_layers_are_no_variants_where_there_is_no_unet():
+    subject = PipelineSubject(make_transformer_pipeline("PixArt"), ["a street"], {}, None)
+    assert not any("inner" in each.way for each in subject.variants(Candidate(AiluRusDiffusionConfig(), "")))
 
 
 def test_full_steps_are_left_out_of_variants_of_attention_alone():

@@ -90,6 +90,8 @@ FULL = {
     "joint, merged projections": {"full_every": 2, "frames": "joint", "projections": "merged"},
 }
 on_full_steps = pytest.mark.parametrize("way", FULL.values(), ids=FULL)
+BUILT = {**FULL, "inner layers": {"inner_every": 2, "unreduced_first_steps": 1, "extrapolate": True}}
+on_steps_that_build_on_others = pytest.mark.parametrize("way", BUILT.values(), ids=BUILT)
 # Key frames 0, 2 and 4: as many as either clip has frames.
 LONG = {"frames": clip(5), "num_inference_steps": 4, "clip_length": 3}
 
@@ -110,7 +112,7 @@ def test_every_second_step_on_all_tokens(frames):
     assert torch.equal(video(remove_ailurus(pipe), **options), plain)
 
 
-@on_full_steps
+@on_steps_that_build_on_others
 @pytest.mark.parametrize("changed", [1, 3], ids=["first clip", "last clip"])
 def test_clips_of_a_long_video_know_nothing_of_one_another(way, changed):
     pipe = apply_ailurus(make_pipeline(), **SETTINGS, **way)
@@ -120,7 +122,7 @@ def test_clips_of_a_long_video_know_nothing_of_one_another(way, changed):
     assert [n for n in range(5) if not torch.equal(one[n], two[n])] == [changed]
 
 
-@on_full_steps
+@on_steps_that_build_on_others
 def test_a_video_leaves_nothing_for_the_next_of_other_frames(way):
     pipe, options = apply_ailurus(make_pipeline(), **SETTINGS, **way), {"num_inference_steps": 4}
     want = video(pipe, latents=noise(), **options)
@@ -132,7 +134,7 @@ def test_a_video_leaves_nothing_for_the_next_of_other_frames(way):
     video(pipe, latents=noise(seed=6), callback_on_step_end=stop, **options)
     assert torch.equal(video(pipe, latents=noise(), **options), want)
     clocks = [reducer.clock for _, reducer in reducers_of(pipe)]
-    assert len(clocks) == 2 and not any(clock._generations.get().additions for clock in clocks)
+    assert len(clocks) == 2 and not any(clock._generations.get().kept for clock in clocks)
 
 
 @on_full_steps
