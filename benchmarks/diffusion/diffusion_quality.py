@@ -47,13 +47,12 @@ from examples.shape_scenes import draw, edge_adherence, edges, random_scene, rea
 from ..harness import environment, interleaved, log, markdown, measured_columns, model_flops, save, switched
 from ..harness.bootstrap import called, drawn_weights, interval, resampled_scores
 from ..methods.diffusion import (
-    FULL_EVERY,
     METHODS,
     METHODS_OF_TRANSFORMERS,
-    OURS,
-    OURS_OF_TRANSFORMERS,
     TOMESD,
     add_full_every,
+    add_inner_every,
+    is_ours,
     switch_on,
     with_full_steps,
 )
@@ -238,7 +237,7 @@ def against(others: Sequence[str], rows: list[dict[str, Any]], full_size: Mappin
         "by_flops": {row["method"]: row["gflops"] for row in rows},
         "by_speed": {name: 1 / speed_up for name, speed_up in full_size.items()},
     }
-    of_ours = [row for row in rows if row["method"].partition(FULL_EVERY)[0] in OURS | OURS_OF_TRANSFORMERS]
+    of_ours = [row for row in rows if is_ours(row["method"])]
     compared = []
     for row in rows:
         name = row["method"]
@@ -302,6 +301,7 @@ def main() -> None:
     known = {*METHODS, *METHODS_OF_TRANSFORMERS}
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help="default: all for the network")
     add_full_every(parser)
+    add_inner_every(parser)
     parser.add_argument(
         "--shown",
         nargs="+",
@@ -347,12 +347,12 @@ def main() -> None:
     for name in args.tasks or [task for task in TASKS if task == "text" or (folder / "controlnet").exists()]:
         controlled = name == "control"
         task = Scenes(load(args.model, controlled), args.prompts, args.seeds, args.steps)
-        measured, pictures = measure(task, with_full_steps(methods, args.full_every), args.repeats)
+        measured, pictures = measure(task, with_full_steps(methods, args.full_every, args.inner_every), args.repeats)
         ending = f"_{args.name}" if args.name else ""
         path = output / f"{folder.name}-{name}-reduced{ending}.png"
         sheet(task, pictures, [method for method in args.shown if method in pictures]).save(path)
         log.info("wrote %s", path)
-        others = [method for method in methods if method not in {"plain", *OURS, *OURS_OF_TRANSFORMERS}]
+        others = [method for method in methods if method != "plain" and not is_ours(method)]
         compared = markdown(against(others, measured, speeds), {**AGAINST, "method": "peer"})
         print(f"\n{name}\n\n{measured_columns(measured, COLUMNS)}\n\n{compared}")
         kind = "sd3_" * is_transformer

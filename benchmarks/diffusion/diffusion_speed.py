@@ -35,7 +35,7 @@ from ailurus_hf.diffusion.cluster_tokens import cluster_tokens
 from ailurus_hf.evaluation.timing import wait_for
 
 from ..harness import DTYPES, environment, interleaved, log, measured_columns, methods_in_turn, model_flops, save
-from ..methods.diffusion import METHODS, OURS, add_full_every, counts_steps, switch_on, with_full_steps
+from ..methods.diffusion import METHODS, OURS, add_full_every, add_inner_every, counts_steps, switch_on, with_full_steps
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -312,6 +312,7 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", type=int, help="image sides in pixels, multiples of 64")
     parser.add_argument("--methods", nargs="+", default=SHOWN, choices=METHODS, metavar="METHOD")
     add_full_every(parser)
+    add_inner_every(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="2 is one image with guidance")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
@@ -324,7 +325,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="by torch.compile; no memory, no fidelity")
     parser.add_argument("--name", help="of the result file (default: diffusion_speed_MODEL and what was asked for)")
     args = parser.parse_args()
-    methods = with_full_steps(args.methods, args.full_every)
+    methods = with_full_steps(args.methods, args.full_every, args.inner_every)
     if (over_steps := list(filter(counts_steps, methods))) and (args.compile or not args.steps):
         parser.error(f"{over_steps[0]!r} is for whole generations that are not compiled: --steps, without --compile")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

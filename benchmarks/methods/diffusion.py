@@ -51,6 +51,7 @@ EVERY: dict[str, dict[str, Any]] = {
 }
 # Fields of AiluRusDiffusionConfig.
 OURS: dict[str, dict[str, Any]] = {
+    "all tokens": {"keep_ratio": 1.0},
     **{
         f"{name} {keep}": {"keep_ratio": keep, **fields}
         for name, (keeps, fields) in {
@@ -153,6 +154,8 @@ METHODS_OF_TRANSFORMERS = ("plain", *peers_of("transformers"), *OURS_OF_TRANSFOR
 # Ends the name of a method of ours whose every k-th step runs on all tokens; k follows, and what may end it then.
 FULL_EVERY = ", full every "
 EXTRAPOLATED, NOTHING = ", extrapolated", ", nothing between"
+# The same of the inner layers of UNets, with ", first N" for so many whole steps at the beginning.
+INNER_EVERY, FIRST = ", inner layers every ", ", first "
 
 
 def networks_of(target: Any) -> list[nn.Module]:
@@ -179,24 +182,40 @@ def switch_on(name: str, target: Any, latent_tokens: int, **more: Any) -> Callab
     if name in PEERS:
         offs = [PEERS[name].on(network, latent_tokens) for network in networks_of(target)]
         return lambda: [off() for off in offs]
-    ours, _, every = name.partition(FULL_EVERY)
-    full: dict[str, Any] = {}
-    if every:
-        full = {"full_every": int(every.partition(",")[0]), "extrapolate": EXTRAPOLATED in every}
-        full |= {"between": "nothing"} if NOTHING in every else {}
-    apply_ailurus(target, **{**(OURS | OURS_OF_TRANSFORMERS)[ours], **full, **more})
+    apply_ailurus(target, **{**fields_of(name), **more})
     return lambda: remove_ailurus(target)
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """The fields of AiluRusDiffusionConfig of a method of ours."""
+    ours = OURS | OURS_OF_TRANSFORMERS
+    for ending, field in ((FULL_EVERY, "full_every"), (INNER_EVERY, "inner_every")):
+        base, _, every = name.partition(ending)
+        if not every:
+            continue
+        number, *_ = every.split(",")
+        fields = {**ours[base], field: int(number), "extrapolate": EXTRAPOLATED in every}
+        if NOTHING in every:
+            fields["between"] = "nothing"
+        if FIRST in every:
+            fields["unreduced_first_steps"] = int(every.partition(FIRST)[2].split(",")[0])
+        return fields
+    return ours[name]
+
+
+def is_ours(name: str) -> bool:
+    """Whether `fields_of` knows a method."""
+    return name.partition(FULL_EVERY)[0].partition(INNER_EVERY)[0] in OURS | OURS_OF_TRANSFORMERS
 
 
 def needs_pipeline(name: str) -> bool:
     """Whether a method of ours has to know how many steps a generation has, so that a network alone cannot take it."""
-    fields = (OURS | OURS_OF_TRANSFORMERS).get(name.partition(FULL_EVERY)[0], {})
-    return bool({"unreduced_last_steps", "step_factors"} & fields.keys())
+    return is_ours(name) and bool({"unreduced_last_steps", "step_factors"} & fields_of(name).keys())
 
 
 def counts_steps(name: str) -> bool:
     """Whether a method does in a step what depends on which step of a generation it is, and gains over steps alone."""
-    return FULL_EVERY in name or (name in PEERS and PEERS[name].remembers)
+    return FULL_EVERY in name or INNER_EVERY in name or (name in PEERS and PEERS[name].remembers)
 
 
 def add_full_every(parser: argparse.ArgumentParser) -> None:
@@ -205,15 +224,27 @@ def add_full_every(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-every", nargs="+", default=[], metavar="K", help=words)
 
 
-def with_full_steps(methods: Sequence[str], every: Sequence[str]) -> list[str]:
+def add_inner_every(parser: argparse.ArgumentParser) -> None:
+    """The option whose values `with_full_steps` takes, of UNets alone."""
+    words = 'beside ours, all layers in each K-th step; also "K, first N" and "K, first N, extrapolated"'
+    parser.add_argument("--inner-every", nargs="+", default=[], metavar="K", help=words)
+
+
+def with_full_steps(methods: Sequence[str], every: Sequence[str], inner: Sequence[str] = ()) -> list[str]:
     """The methods, and after each of ours that reduces whole blocks the same with every k-th step on all tokens.
 
-    every: k each, as a user gives it: "3", "3, extrapolated", "3, nothing between", "3, extrapolated, nothing between".
+    Args:
+        methods: names.
+        every: k each, as a user gives it: "3", "3, extrapolated", "3, nothing between", "3, extrapolated, nothing
+            between".
+        inner: after each of ours the same with all layers in every k-th step, of UNets: "3", "3, first 3",
+            "3, first 3, extrapolated".
     """
     named, ours = [], OURS | OURS_OF_TRANSFORMERS
     for name in methods:
         reduces_blocks = name in ours and AiluRusDiffusionConfig(**ours[name]).has_scope("blocks")
         named += [name, *(f"{name}{FULL_EVERY}{steps}" for steps in every if reduces_blocks)]
+        named += [f"{name}{INNER_EVERY}{steps}" for steps in inner if name in OURS]
     return named
 
 

@@ -56,7 +56,8 @@ def test_every_method_of_the_registry_runs_and_is_undone(monkeypatch):
             off = diffusion_methods.switch_on(name, unet, 32 * 32, min_tokens=256)
             changes = not torch.equal(diffusion_speed.step_of(unet, step), plain)
             peer = diffusion_methods.PEERS.get(name)
-            assert changes != (" steps whole" in name or (peer is not None and peer.remembers)), name
+            whole = name == "all tokens" or " steps whole" in name
+            assert changes != (whole or (peer is not None and peer.remembers)), name
             off()
             assert traces(unet) == before, name
         assert torch.equal(diffusion_speed.step_of(unet, step), plain)
@@ -91,7 +92,11 @@ def test_caches_over_steps_are_for_whole_generations(monkeypatch, capsys):
     _, cached = diffusion_speed.measure("sd15", 256, ["DeepCache 3"], 1, unet=unet, steps=3)
     # Of generations: the first step of each is that of the plain UNet.
     assert cached["cosine"] < 0.9999999
-    for more in (["--methods", "DeepCache 3"], ["--methods", "blocks 0.25", "--full-every", "2"]):
+    for more in (
+        ["--methods", "DeepCache 3"],
+        ["--methods", "blocks 0.25", "--full-every", "2"],
+        ["--methods", "keys 0.25", "--inner-every", "2"],
+    ):
         monkeypatch.setattr(sys, "argv", ["diffusion_speed", *more])
         with pytest.raises(SystemExit):
             diffusion_speed.main()
@@ -181,6 +186,22 @@ def test_full_steps_beside_the_methods_that_take_them(monkeypatch):
     ideal = {row["method"]: row.get("ideal") for row in rows}
     always, second, fourth = (1 - 1 / ideal[name] for name in methods[2:])
     assert 0 < second < 0.5 * always < fourth < 0.75 * always
+
+
+def test_inner_layers_beside_what_is_reduced():
+    unet = UNet2DConditionModel(**UNET, **UP, attention_head_dim=2)
+    every = ["2", "3, first 5, extrapolated"]
+    methods = diffusion_methods.with_full_steps(["keys 0.25", "DeepCache 3"], [], every)
+    assert methods == ["keys 0.25", *(f"keys 0.25, inner layers every {k}" for k in every), "DeepCache 3"]
+    for method, wanted in zip(methods[1:3], ((2, 0, False), (3, 5, True)), strict=True):
+        assert diffusion_methods.is_ours(method) and diffusion_methods.counts_steps(method)
+        off = diffusion_methods.switch_on(method, unet, 32 * 32, min_tokens=1)
+        ((_, reducer),) = reducers_of(unet)
+        config = reducer.config
+        assert (config.inner_every, config.unreduced_first_steps, config.extrapolate) == wanted
+        assert config.scope == "attention" and config.keep_ratio == 0.25
+        off()
+    assert not diffusion_methods.is_ours("DeepCache 3")
 
 
 def test_full_steps_can_be_extrapolated():
