@@ -25,12 +25,15 @@ GUIDANCE = 3.0
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer in which each of WORDS is one token."""
+    """A CLIPTokenizer in which each of WORDS is one token, of the same number wherever it is made."""
     special = ["<|startoftext|>", "<|endoftext|>"]
+    # Left to the trainer, they would get numbers in the order of a hash, and decide which of two equal pairs is merged.
+    last_letters = sorted({f"{word[-1]}</w>" for word in WORDS})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=special[1]))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.train_from_iterator(
-        WORDS, trainers.BpeTrainer(special_tokens=special, end_of_word_suffix="</w>", min_frequency=1)
+        WORDS,
+        trainers.BpeTrainer(special_tokens=[*special, *last_letters], end_of_word_suffix="</w>", min_frequency=1),
     )
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]

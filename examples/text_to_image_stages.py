@@ -23,6 +23,7 @@ from shape_scenes import SIDE, Scene, draw, edges, random_scene
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTokenizer
 
 
 def scene_batch(rng: np.random.Generator, number: int, side: int = SIDE) -> tuple[list[Scene], Tensor, Tensor]:
@@ -61,6 +62,12 @@ def compiled_forward(network: nn.Module, args: argparse.Namespace) -> Callable[.
     return torch.compile(network.forward, dynamic=False) if args.compile else None
 
 
+def tokenizer_of(args: argparse.Namespace) -> CLIPTokenizer:
+    """That of the folder that is gone on from, whose words have other numbers, or a new one."""
+    folder = getattr(args, "begin_with", None)
+    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer") if folder else make_tokenizer()
+
+
 class OnLatents(nn.Module):
     """What the stages on latents share. half_share: the share of the budget that sees pictures at half size.
 
@@ -73,7 +80,7 @@ class OnLatents(nn.Module):
         super().__init__()
         self.text_encoder, self.vae = text_encoder, vae.requires_grad_(False)
         self.batch_size, self.half_share, self.scenes = args.batch_size, half_share, args.scenes
-        self.tokenizer, self.scheduler = make_tokenizer(), scheduler
+        self.tokenizer, self.scheduler = tokenizer_of(args), scheduler
         self.known: dict[tuple[int, int], tuple[str, Tensor, Tensor]] = {}
 
     def loss(self, rng: np.random.Generator, done: float) -> Tensor:

@@ -48,7 +48,6 @@ from shape_models import (
     GUIDANCE,
     make_sd3,
     make_text_encoder,
-    make_tokenizer,
     make_unet,
     make_vae,
     model_card,
@@ -63,6 +62,7 @@ from text_to_image_stages import (
     OnLatents,
     control_picture,
     scene_batch,
+    tokenizer_of,
 )
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -280,7 +280,7 @@ def main() -> None:
 
 
 def trained_unet(vae: AutoencoderKL, args: argparse.Namespace) -> Controlling:
-    text_encoder = make_text_encoder(make_tokenizer(), args.text_width)
+    text_encoder = make_text_encoder(tokenizer_of(args), args.text_width)
     unet = make_unet(tuple(args.widths), args.text_width)
     start_from(args.begin_with, text_encoder=text_encoder, unet=unet)
     minutes = (0.0, 0.0) if args.export else (args.unet_minutes, args.controlnet_minutes)
@@ -291,7 +291,7 @@ def trained_unet(vae: AutoencoderKL, args: argparse.Namespace) -> Controlling:
 
 
 def trained_sd3(vae: AutoencoderKL, args: argparse.Namespace) -> Flowing:
-    text_encoder = make_text_encoder(make_tokenizer(), args.text_width, pooled=True)
+    text_encoder = make_text_encoder(tokenizer_of(args), args.text_width, pooled=True)
     transformer = make_sd3(args.layers, args.width, args.text_width)
     start_from(args.begin_with, text_encoder=text_encoder, transformer=transformer)
     stage = Flowing(vae, text_encoder, transformer, args)
@@ -307,8 +307,9 @@ def start_from(folder: str | None, **networks: nn.Module) -> None:
 
 
 def trained_before(folder: str | None) -> dict[str, dict[str, float]]:
-    """Steps and minutes of each stage that what an exported folder has took."""
-    return json.loads(Path(folder, "metrics.json").read_text())["training"] if folder else {}
+    """Steps and minutes of each stage of an exported folder, but a ControlNet's, which begins anew."""
+    stages = json.loads(Path(folder, "metrics.json").read_text())["training"] if folder else {}
+    return {name: spent for name, spent in stages.items() if name != "controlnet"}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -143,24 +143,25 @@ def test_options(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: li
     assert found["fps"] == clip.fps == fps
 
 
-def test_full_steps_beside_a_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    call = [*MODEL, "--video", "square.mp4", "--frames", "3", "--preset", "fast", "--min-tokens", "16"]
+def test_full_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    call = [*MODEL, "--video", "square.mp4", "--frames", "3", "--keep-ratio", "0.25", "--min-tokens", "16"]
     options = ["--full-every", "2", "--extrapolate", "--between", "representatives", "--steps", "4", "--compare"]
     found = run_json(capsys, *call, *options, "--output", str(tmp_path / "out.gif"))
-    wanted = AiluRusDiffusionConfig.preset("fast", min_tokens=16, full_every=2, extrapolate=True)
+    wanted = AiluRusDiffusionConfig(keep_ratio=0.25, min_tokens=16, full_every=2, extrapolate=True)
     assert found["ailurus"]["config"] == wanted.to_dict() and found["speedup"] > 0
     # Steps 0 and 2 and no other make clusters.
     reduced = [p for p in found["ailurus"]["locations"] if p["num_clusters"] < p["num_tokens"]]
     assert reduced and {p["clusterings"] for p in reduced} == {2}
 
 
-def test_inner_layers_in_every_second_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    call = [*MODEL, "--video", "square.mp4", "--frames", "3", "--keep-ratio", "0.25", "--min-tokens", "16"]
-    options = ["--inner-every", "2", "--extrapolate", "--steps", "4", "--output", str(tmp_path / "out.gif")]
-    found = run_json(capsys, *call, *options)["ailurus"]
-    wanted = {"inner_every": 2, "extrapolate": True, "full_every": None}
-    assert {name: found["config"][name] for name in wanted} == wanted
-    assert {p["clusterings"] for p in found["locations"] if p["num_clusters"] == 0} == {2}
+def test_inner_layers_beside_a_preset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    call = [*MODEL, "--video", "square.mp4", "--frames", "3", "--preset", "fast", "--min-tokens", "16"]
+    options = ["--inner-every", "2", "--unreduced-first-steps", "1", "--steps", "5"]
+    found = run_json(capsys, *call, *options, "--output", str(tmp_path / "out.gif"))["ailurus"]
+    wanted = AiluRusDiffusionConfig.preset("fast", min_tokens=16, inner_every=2, unreduced_first_steps=1)
+    assert found["config"] == wanted.to_dict() and wanted.extrapolate
+    # All layers run in steps 0, 2 and 4.
+    assert any(p["num_clusters"] and p["num_clusters"] < p["num_tokens"] for p in found["locations"])
 
 
 def test_settings_reach_ailurus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

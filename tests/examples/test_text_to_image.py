@@ -5,6 +5,7 @@ Its benchmark runs on that folder, here of a model that has learned nothing.
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -90,6 +93,11 @@ def test_a_word_is_a_token():
     tokens = tokenizer(longest, padding="max_length").input_ids
     assert len(tokens) == 16 and tokens.count(tokenizer.eos_token_id) == 16 - len(longest.split()) - 1
     assert tokenizer.decode(tokens, skip_special_tokens=True) == longest
+
+
+def test_a_word_has_the_same_number_wherever_the_tokenizer_is_made():
+    first, *others = (make_tokenizer().get_vocab() for _ in range(8))
+    assert all(other == first for other in others)
 
 
 def test_the_last_timestep_is_noise_and_the_weights_are_bounded():
@@ -188,6 +196,29 @@ def test_the_folder_shaped_as_sd3_is_diffusers_own(sd3_folder):
     assert metrics["training"]["sd3"]["steps"] == 2 and "control" not in metrics
     card = (sd3_folder / "README.md").read_text()
     assert "2 steps" in card and "max_sequence_length=0" in card and "ControlNet" not in card
+
+
+@pytest.mark.parametrize("more", [[], ["--network", "sd3"]], ids=["unet", "sd3"])
+def test_a_run_begins_with_what_another_exported(more, tmp_path, request):
+    before = request.getfixturevalue("sd3_folder" if more else "folder")
+    vocabulary = before / "tokenizer" / "tokenizer.json"
+    kept = vocabulary.read_text()
+    try:
+        # Of an older script, in which two words had each other's numbers.
+        swap = {'"red</w>"': '"blue</w>"', '"blue</w>"': '"red</w>"'}
+        vocabulary.write_text(re.sub("|".join(swap), lambda found: swap[found[0]], kept))
+        swapped = make_tokenizer().convert_tokens_to_ids("blue</w>")
+        after = exported(tmp_path, "--begin-with", str(before), *more)
+    finally:
+        vocabulary.write_text(kept)
+    assert CLIPTokenizer.from_pretrained(after / "tokenizer").convert_tokens_to_ids("red</w>") == swapped
+    of, began = (json.loads((folder / "metrics.json").read_text())["training"] for folder in (after, before))
+    name = "sd3" if more else "unet"
+    assert of["vae"] == began["vae"] and of[name]["steps"] == 4 == 2 * began[name]["steps"]
+    # Another is made from the new UNet.
+    assert more or of["controlnet"]["steps"] == 2 == began["controlnet"]["steps"]
+    weights = [load_file(next((folder / "vae").glob("*.safetensors"))) for folder in (after, before)]
+    assert all(torch.equal(weights[0][key], weight) for key, weight in weights[1].items())
 
 
 def test_the_folder_is_diffusers_own(folder):
