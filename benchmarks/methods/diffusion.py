@@ -208,6 +208,14 @@ def is_ours(name: str) -> bool:
     return name.partition(FULL_EVERY)[0].partition(INNER_EVERY)[0] in OURS | OURS_OF_TRANSFORMERS
 
 
+def method_of_unets(name: str) -> str:
+    """Of the command line: one of METHODS, or one of ours with an ending of "full every" or "inner layers every"."""
+    base = name.partition(FULL_EVERY)[0].partition(INNER_EVERY)[0]
+    if name not in METHODS and base not in OURS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(map(repr, METHODS))}")
+    return name
+
+
 def needs_pipeline(name: str) -> bool:
     """Whether a method of ours has to know how many steps a generation has, so that a network alone cannot take it."""
     return is_ours(name) and bool({"unreduced_last_steps", "step_factors"} & fields_of(name).keys())

@@ -89,18 +89,25 @@ def test_caches_over_steps_are_for_whole_generations(monkeypatch, capsys):
     fields = {**UNET, **UP, "attention_head_dim": 2, "cross_attention_dim": 768}
     monkeypatch.setitem(diffusion_speed.MODELS, "sd15", fields)
     unet = diffusion_speed.make_unet("sd15", torch.device("cpu"), torch.float32)
-    _, cached = diffusion_speed.measure("sd15", 256, ["DeepCache 3"], 1, unet=unet, steps=3)
+    inner = "keys 0.25, inner layers every 2"
+    _, cached, of_ours = diffusion_speed.measure("sd15", 256, ["DeepCache 3", inner], 1, unet=unet, steps=3)
+    assert of_ours["cosine"] < 0.9999999 and "ideal" not in of_ours
     # Of generations: the first step of each is that of the plain UNet.
     assert cached["cosine"] < 0.9999999
     for more in (
         ["--methods", "DeepCache 3"],
         ["--methods", "blocks 0.25", "--full-every", "2"],
         ["--methods", "keys 0.25", "--inner-every", "2"],
+        ["--methods", "keys 0.25, inner layers every 2"],
     ):
         monkeypatch.setattr(sys, "argv", ["diffusion_speed", *more])
         with pytest.raises(SystemExit):
             diffusion_speed.main()
         assert "whole generations" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["diffusion_speed", "--methods", "keys 0.2"])
+    with pytest.raises(SystemExit):
+        diffusion_speed.main()
+    assert "'keys 0.2' is none of 'plain'" in capsys.readouterr().err
 
 
 def test_compiled_unets_of_their_own_share_weights(monkeypatch):
