@@ -36,25 +36,20 @@ PRESET_OF_CLASS: Mapping[str, VisionPreset] = {
 }
 HALF: Mapping[str, Any] = {"cluster_location": 2, "keep_ratio": 0.5}
 
-# docs/results.md, "pictures from text" and "settings in half precision".
+FEW_KEYS: Mapping[str, Any] = {
+    "keep_ratio": {1: 0.0625},
+    "scope": "attention",
+    "reduce": "kv",
+    "clustering": "kmeans",
+    "refresh_every": 4,
+    "extrapolate": True,
+}
+# docs/results.md, "pictures from text, inner layers" and "generations": "keys 0.0625 at full size, k-means, inner
+# layers every 5, first 3, extrapolated" and so on.
 DIFFUSION_PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # "blocks of each stack 0.25"
-    "fast": {"keep_ratio": 0.25, "scope": "blocks", "refresh_every": 2},
-    # "keys 0.0625 at full size, blocks 0.35 at half, halves apart"
-    "balanced": {
-        "keep_ratio": {1: 0.0625, 2: 0.35},
-        "levels": {1: {"scope": "attention", "reduce": "kv"}},
-        "refresh_every": 2,
-        "share_cfg": False,
-    },
-    # "keys 0.0625 at full size, k-means"
-    "faithful": {
-        "keep_ratio": {1: 0.0625},
-        "scope": "attention",
-        "reduce": "kv",
-        "clustering": "kmeans",
-        "refresh_every": 4,
-    },
+    "fast": {"inner_every": 5, "unreduced_first_steps": 3, **FEW_KEYS},
+    "balanced": {"inner_every": 3, "unreduced_first_steps": 3, **FEW_KEYS},
+    "faithful": {"inner_every": 2, "unreduced_first_steps": 5, **FEW_KEYS},
 }
 
 KEPT_ALONE: Mapping[str, Any] = {

@@ -264,13 +264,11 @@ def presets_table() -> str:
     row, plain = row_of(small, pairs), row_of(small, "plain")["accuracy"]
     where = "6-layer classifier, CIFAR-10"
     lines.append(('`"classification"`', where, row["speed_up"], f"{plain:.2f} → {row['accuracy']:.2f} % accuracy"))
-    for preset, method in (
-        ("fast", "blocks of each stack 0.25"),
-        ("balanced", "keys 0.0625 at full size, blocks 0.35 at half, halves apart"),
-        ("faithful", "keys 0.0625 at full size, k-means"),
-    ):
-        speed = row_of("cpu/diffusion_speed_methods_sd15-bf16", method)["speed_up"]
-        psnr = row_of("cpu/diffusion_quality_text-fp32", method)["psnr"]
+    generations = "cpu/diffusion_generations_sd15-bf16"
+    for preset, every in {"fast": "5, first 3", "balanced": "3, first 3", "faithful": "2, first 5"}.items():
+        method = f"keys 0.0625 at full size, k-means, inner layers every {every}, extrapolated"
+        speed = row_of(generations, method)["speed_up"]
+        psnr = row_of("cpu/diffusion_quality_text_inner-fp32", method)["psnr"]
         lines.append(
             (f'`"{preset}"`', "Stable Diffusion 1.5, 512²", speed, f"PSNR {psnr:.1f} dB to the plain pictures ¹")
         )
@@ -278,8 +276,8 @@ def presets_table() -> str:
     rows = [dict(zip(heads, (*line[:2], f"{line[2]:.2f}×", line[3]))) for line in lines]
     result = load(ours)
     note = (
-        f"\n{result['device']}; fp32, Stable Diffusion bf16. ¹ The pictures are of a small Stable Diffusion "
-        "that was trained here; a higher PSNR is nearer."
+        f"\n{result['device']}, fp32; Stable Diffusion {load(generations)['device']}, bf16, whole generations of 20 "
+        "steps. ¹ The pictures are of a small Stable Diffusion that was trained here; a higher PSNR is nearer."
     )
     return markdown(rows, {head: head for head in heads}) + "\n" + note
 
@@ -317,12 +315,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "diffusion in half precision": rows_as_measured("cpu/diffusion_speed_sd15-bf16", diffusion_speed.COLUMNS),
     "settings in half precision": rows_as_measured("cpu/diffusion_speed_methods_sd15-bf16", diffusion_speed.COLUMNS),
     "large ones compiled in half precision": rows_as_measured("cpu/compiled_speed_large-bf16", compiled_speed.COLUMNS),
-    **{
-        f"compiled diffusion{name}": rows_as_measured(
-            f"cpu/diffusion_speed_sd15_compiled-{end}", diffusion_speed.COLUMNS
-        )
-        for name, end in {"": "fp32", " in half precision": "bf16"}.items()
-    },
+    "compiled diffusion": rows_as_measured("cpu/diffusion_speed_sd15_compiled-fp32", diffusion_speed.COLUMNS),
+    "compiled diffusion in half precision": rows_as_measured(
+        "cpu/diffusion_speed_sd15_compiled-bf16", diffusion_speed.COLUMNS
+    ),
+    "generations": rows_as_measured("cpu/diffusion_generations_sd15-bf16", diffusion_speed.COLUMNS),
     "diffusion at 1024": rows_as_measured("cpu/diffusion_speed_1024_sd15-fp32", diffusion_speed.COLUMNS),
     "SDXL": rows_as_measured("cpu/diffusion_speed_sdxl-bf16", diffusion_speed.COLUMNS),
     "pictures from text": pictures_table("text"),
@@ -332,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
         name: rows_as_measured(f"cpu/diffusion_quality_{task}-fp32", diffusion_quality.COLUMNS)
         for name, task in {
             "pictures from text over steps": "text_steps",
+            "pictures from text, inner layers": "text_inner",
             "pictures of a transformer": "sd3_text",
             "pictures of a transformer, first steps whole": "sd3_text_first_steps",
             "pictures of a transformer, few tokens": "sd3_text_first_steps_of_few",

@@ -2,9 +2,9 @@
 
 "Keys": self-attention alone, of all tokens to fewer keys and values. "Of each stack", and where sizes are told apart:
 each stack clusters its own tokens, every second step where nothing else is said; else the first stack of a resolution
-clusters for the later ones, in every step. "k-means": over the whole image, every fourth step. "Halves apart": with and
-without the prompt, each has its own clusters. "All": tomesd merges cross-attention and MLP too. The peers written from
-their papers are in diffusion_peers.py.
+clusters for the later ones, in every step. "K-means", "density peaks", "pairs", "Ward": these instead of local k-means,
+every fourth step. "Halves apart": with and without the prompt, each has its own clusters. "All": tomesd merges
+cross-attention and MLP too. The peers written from their papers are in diffusion_peers.py.
 """
 
 from __future__ import annotations
@@ -81,6 +81,11 @@ OURS: dict[str, dict[str, Any]] = {
             **{f"keys {keys} at full size": {**KEYS, "keep_ratio": {1: keys}} for keys in (0.125, 0.0625, 0.03125)},
             "keys 0.0625 at full size, 0.25 at half": {**KEYS, "keep_ratio": {1: 0.0625, 2: 0.25}},
         }.items()
+    },
+    **{
+        f"keys {keys} at full size, {name}": {**KEYS, **ANYWHERE, "keep_ratio": {1: keys}, "clustering": clustering}
+        for name, clustering in (("density peaks", "density_peaks"), ("pairs", "pairs"), ("Ward", "ward"))
+        for keys in (0.25, 0.125)
     },
     **{
         f"{name}, halves apart": {**fields, "share_cfg": False}

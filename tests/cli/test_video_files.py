@@ -183,4 +183,4 @@ def test_presets_reach_the_pipeline(capsys: pytest.CaptureFixture[str], tmp_path
     arguments = [*RUN, "--preset", "fast", "--refresh-every", "3", "--output", str(tmp_path / "out.gif"), "--json"]
     assert main(arguments) == 0
     config = json.loads(capsys.readouterr().out)["ailurus"]["config"]
-    assert (config["keep_ratio"], config["scope"], config["refresh_every"]) == (0.25, "blocks", 3)
+    assert (config["inner_every"], config["scope"], config["refresh_every"]) == (5, "attention", 3)
