@@ -115,17 +115,17 @@ class AiluRusDiffusionConfig(Config):
 
     @classmethod
     def preset(cls, name: DiffusionPreset, network: NetworkKind = "unet", **overrides: Any) -> AiluRusDiffusionConfig:
-        """Settings that were measured, as a start: SD 1.5 at 512² in half precision (docs/results.md, "settings in half
-        precision") for time, a small Stable Diffusion for how near its pictures are ("pictures from text").
+        """Settings that were measured, as a start, on a small Stable Diffusion (docs/results.md, "pictures from text,
+        inner layers"). They need a pipeline or `denoising`, and a network that is not compiled as a whole.
 
         Args:
-            name: "fast": whole blocks on a quarter of the tokens, 1.69x, 25.4 dB from the plain pictures.
-                "balanced": keys and values alone in the largest grid, blocks in the next, 1.48x, 29.5 dB.
-                "faithful": keys and values alone in the largest grid, by k-means, 1.35x, 36.2 dB.
+            name: of UNets, a sixteenth of the keys and values in the largest grid; all layers in the first three steps
+                and "fast": every fifth, 3.20x fewer FLOPs, 31.1 dB from the plain pictures; "balanced": every third,
+                2.57x, 35.1 dB; "faithful": the first five and every second, 1.79x, 40.9 dB.
             network: "unet", or "transformer" for those on patches, of which a small one was measured (docs/results.md,
                 "pictures of a trained transformer"): every fifth, third or second step, and the first three, run on all
                 tokens, and nothing runs between. "fast", fewer FLOPs by 3.30x, 39.1 dB from the plain pictures;
-                "balanced" 2.48x, 46.1 dB; "faithful" 1.81x, 52.5 dB. They need a pipeline or `denoising`.
+                "balanced" 2.48x, 46.1 dB; "faithful" 1.81x, 52.5 dB.
             overrides: fields that replace the preset's.
         """
         if network not in NETWORK_KINDS:

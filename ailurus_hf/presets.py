@@ -44,8 +44,8 @@ FEW_KEYS: Mapping[str, Any] = {
     "refresh_every": 4,
     "extrapolate": True,
 }
-# docs/results.md, "pictures from text, inner layers" and "generations": "keys 0.0625 at full size, k-means, inner
-# layers every 5, first 3, extrapolated" and so on.
+# docs/results.md, "pictures from text, inner layers": "keys 0.0625 at full size, k-means, inner layers every 5, first
+# 3, extrapolated" and so on.
 DIFFUSION_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"inner_every": 5, "unreduced_first_steps": 3, **FEW_KEYS},
     "balanced": {"inner_every": 3, "unreduced_first_steps": 3, **FEW_KEYS},

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import AiluRusError
 from ..hooks import Hooks
 from .calls import argument_names, with_argument
+from .compiled_blocks import eager_in_compiled_blocks
 from .forward_state import Forwards
 from .kept_layers import KeptLayers
 
@@ -54,9 +55,22 @@ class InnerLayers:
 
     def run_or_give(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What an inner layer gives, or gave."""
-        kept = self._kept()
-        return kept.outputs[path] if kept is not None and kept.skips else forward(*args, **kwargs)
+        return self.given(path) if self.is_skipping() else forward(*args, **kwargs)
 
+    @eager_in_compiled_blocks
+    def is_skipping(self) -> bool:
+        """Whether the inner layers do not run in this step."""
+        kept = self._kept()
+        return kept is not None and kept.skips
+
+    @eager_in_compiled_blocks
+    def given(self, path: str) -> Any:
+        """What an inner layer gave in the last step in which it ran."""
+        kept = self._kept()
+        assert kept is not None
+        return kept.outputs[path]
+
+    @eager_in_compiled_blocks
     def keep(self, path: str, module: nn.Module, args: tuple, output: Any) -> None:
         """After an inner layer."""
         kept = self._kept()
@@ -69,7 +83,7 @@ class InnerLayers:
             )
         kept.outputs[path] = output
 
-    @torch.no_grad()
+    @eager_in_compiled_blocks
     def join(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the last layer, which gets what comes from below and, behind it, what the skip connection brings."""
         kept = self._kept()
@@ -78,7 +92,8 @@ class InnerLayers:
         name = argument_names(module)[0]
         both: Tensor = args[0] if args else kwargs[name]
         if not kept.skips:
-            kept.keep(both[:, : -self.skip_channels].clone())
+            with torch.no_grad():
+                kept.keep(both[:, : -self.skip_channels].clone())
             return None
         joined = torch.cat([kept.now(), both[:, -self.skip_channels :]], dim=1)
         return with_argument(args, kwargs, 0, name, joined)

@@ -42,7 +42,8 @@ class UNetReducer(NetworkReducer):
             self.hooks.post_forward(stack.module, self.depart, always_call=True)
         if self.config.has_scope("attention"):
             self.reduce_self_attention()
-        self.inner = InnerLayers(self.network, self.hooks, self.forwards) if self.config.inner_every else None
+        skips = (self.config.inner_every or 1) > 1
+        self.inner = InnerLayers(self.network, self.hooks, self.forwards) if skips else None
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         super().begin(network, args, kwargs)

@@ -139,8 +139,10 @@ def test_pipelines(make, way):
 def test_blocks_that_are_compiled_one_by_one():
     network = apply_ailurus(make_network("UNet"), **SETTINGS, inner_every=2)
     want = run(network, "UNet")
-    for stack in (network.down_blocks[0].attentions[0], network.up_blocks[-1].attentions[-1]):
-        stack.transformer_blocks[0].compile(backend="eager", dynamic=False)
+    last = network.up_blocks[-1]
+    stacks = (network.down_blocks[0].attentions[0], last.attentions[-1])
+    for block in (*(stack.transformer_blocks[0] for stack in stacks), last.resnets[0], last.resnets[-1]):
+        block.compile(backend="eager", dynamic=False)
     assert same(run(network, "UNet"), want)
     torch.compiler.reset()
 
