@@ -287,17 +287,18 @@ def test_blocks_compiled_one_by_one(between):
     torch.compiler.reset()
 
 
-def test_what_cannot_be_known_is_refused():
-    network, x = apply_ailurus(make_network("UNet"), **SETTINGS, full_every=3), sample("UNet")
-    with pytest.raises(AiluRusError, match=r"full_every=3 cannot tell which step.*denoising\(network, scheduler\)"):
+@pytest.mark.parametrize("every", ["full_every", "inner_every"])
+def test_what_cannot_be_known_is_refused(every):
+    network, x = apply_ailurus(make_network("UNet"), **SETTINGS, **{every: 3}), sample("UNet")
+    with pytest.raises(AiluRusError, match=rf"{every}=3 cannot tell which step.*denoising\(network, scheduler\)"):
         predict(network, "UNet", x)
     with pytest.raises(Exception, match="does not count steps"):
         predict(torch.compile(network, backend="eager", fullgraph=True), "UNet", x)
     torch.compiler.reset()
 
-    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, full_every=2)
+    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, **{every: 2})
     tiles = Tiles(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(AiluRusError, match=r"full_every=2 cannot tell pictures apart.*several times a step"):
+    with pytest.raises(AiluRusError, match=rf"{every}=2 cannot tell pictures apart.*several times a step"):
         tiles(latents((4, 8, 12)).split(1))
 
 

@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from diffusion_models import NETWORKS, SETTINGS, generate, latents, make_network, predict
-from diffusion_pipelines import PIPELINES, Tiles, text_to_image
+from diffusion_models import NETWORKS, SETTINGS, generate, make_network
+from diffusion_pipelines import PIPELINES, text_to_image
 from diffusion_steps import distance, plain_run, run, same
-from diffusion_ways import sample
 from traces import traces
 
 from ailurus_hf import AiluRusDiffusionConfig, AiluRusError, ailurus_status, apply_ailurus, remove_ailurus
@@ -145,19 +144,6 @@ def test_blocks_that_are_compiled_one_by_one():
         block.compile(backend="eager", dynamic=False)
     assert same(run(network, "UNet"), want)
     torch.compiler.reset()
-
-
-def test_what_cannot_be_known_is_refused():
-    network, x = apply_ailurus(make_network("UNet"), **SETTINGS, inner_every=3), sample("UNet")
-    with pytest.raises(AiluRusError, match=r"inner_every=3 cannot tell which step.*denoising\(network, scheduler\)"):
-        predict(network, "UNet", x)
-    with pytest.raises(Exception, match="does not count steps"):
-        predict(torch.compile(network, backend="eager", fullgraph=True), "UNet", x)
-    torch.compiler.reset()
-    pipe = apply_ailurus(text_to_image()[0], **SETTINGS, inner_every=2)
-    tiles = Tiles(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(AiluRusError, match=r"inner_every=2 cannot tell pictures apart.*several times a step"):
-        tiles(latents((4, 8, 12)).split(1))
 
 
 @pytest.mark.parametrize("name", ["PixArt", "SD3.5", "Wan", "ControlNet-XS"])
