@@ -50,8 +50,8 @@ class InnerLayers:
             hooks.pre_forward(self.last, self.join)
 
     def has(self, path: str) -> bool:
-        """Whether a module of the network is in inner layers."""
-        return any(path == inner or path.startswith(f"{inner}.") for inner in self.paths)
+        """Whether a module of the network, by path, is in inner layers."""
+        return f"{path}.".startswith(tuple(f"{inner}." for inner in self.paths))
 
     def run_or_give(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What an inner layer gives, or gave."""

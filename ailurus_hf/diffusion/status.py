@@ -93,19 +93,19 @@ def _flops_of(
     """FLOPs of a stack with so many tokens and clusters: without and with reduction, and of what runs on clusters."""
     record, config, flops = reducer.records[stack.name], reducer.config, reducer.declared.flops
     text = TEXT_TOKENS if reducer.text_tokens is None else reducer.text_tokens
-    skipped = not clusters and reducer.runs_in_some_steps(stack)
     others = tokens if attention_alone else clusters
     queries = config.queries_for(tokens, level, clusters) if attention_alone and level else clusters
     projected = clusters if not attention_alone and config.projections == "merged" else tokens
     full = [flops(block, tokens, tokens, tokens, record.attended, text) for block in stack.blocks]
+    before, after = (projection_flops(stack, num_tokens) for num_tokens in (tokens, projected))
+    if not clusters and reducer.runs_in_some_steps(stack):
+        # Its projections do not run either.
+        return sum(full) + before, 0.0, 0.0
     first = reducer.first_reduced(stack)
     # In a step in which nothing runs, not text either.
     ran = stack.blocks[first:] if clusters else []
     reduced = [flops(block, queries, clusters, others, record.attended, text) for block in ran]
-    before, after = (projection_flops(stack, num_tokens) for num_tokens in (tokens, projected))
     merged_maps = after if projected == clusters else 0.0
-    if skipped:
-        return sum(full) + before, 0.0, 0.0
     return sum(full) + before, sum(full[:first]) + sum(reduced) + after, sum(reduced) + merged_maps
 
 

@@ -42,26 +42,25 @@ class UNetReducer(NetworkReducer):
             self.hooks.post_forward(stack.module, self.depart, always_call=True)
         if self.config.has_scope("attention"):
             self.reduce_self_attention()
-        skips = (self.config.inner_every or 1) > 1
-        self.inner = InnerLayers(self.network, self.hooks, self.forwards) if skips else None
+        self.inner_stacks: set[str] = set()
+        if (self.config.inner_every or 1) > 1:
+            layers = InnerLayers(self.network, self.hooks, self.forwards)
+            self.inner_stacks = {stack.name for stack in self.stacks if layers.has(stack.name)}
 
     def begin(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         super().begin(network, args, kwargs)
-        for stack in self.stacks if self._skips_inner() else ():
+        for stack in filter(self._is_skipped, self.stacks):
             record = self.records[stack.name]
-            if self._is_skipped(stack) and record.last_tokens is not None:
+            if record.last_tokens is not None:
                 self.running().skips = True
                 record.skipped(record.last_tokens)
 
-    def _skips_inner(self) -> bool:
-        layers = self.running().layers
-        return layers is not None and layers.skips
+    def runs_in_some_steps(self, stack: Stack) -> bool:
+        return stack.name in self.inner_stacks
 
     def _is_skipped(self, stack: Stack) -> bool:
-        return self.runs_in_some_steps(stack) and self._skips_inner()
-
-    def runs_in_some_steps(self, stack: Stack) -> bool:
-        return self.inner is not None and self.inner.has(stack.name)
+        layers = self.running().layers
+        return layers is not None and layers.skips and self.runs_in_some_steps(stack)
 
     def _install_on_blocks(self, stack: Stack) -> None:
         if self._merges_maps(stack):

@@ -208,15 +208,19 @@ def fields_of(name: str) -> dict[str, Any]:
     return ours[name]
 
 
+def without_ending(name: str) -> str:
+    """What a method is called without "full every" or "inner layers every"."""
+    return name.partition(FULL_EVERY)[0].partition(INNER_EVERY)[0]
+
+
 def is_ours(name: str) -> bool:
     """Whether `fields_of` knows a method."""
-    return name.partition(FULL_EVERY)[0].partition(INNER_EVERY)[0] in OURS | OURS_OF_TRANSFORMERS
+    return without_ending(name) in OURS | OURS_OF_TRANSFORMERS
 
 
 def method_of_unets(name: str) -> str:
     """Of the command line: one of METHODS, or one of ours with an ending of "full every" or "inner layers every"."""
-    base = name.partition(FULL_EVERY)[0].partition(INNER_EVERY)[0]
-    if name not in METHODS and base not in OURS:
+    if name not in METHODS and without_ending(name) not in OURS:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(map(repr, METHODS))}")
     return name
 
