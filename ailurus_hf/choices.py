@@ -15,6 +15,8 @@ ClusterPer = Literal["resolution", "stack"]
 FrameClusters = Literal["each", "joint"]
 NetworkKind = Literal["unet", "transformer"]
 Kernel = Literal["torch", "triton"]
+# A level of a UNet, whatever its number: that of the largest grid with tokens.
+Largest = Literal["largest"]
 
 # The clusterings that come with the package. `clustering_names()` has the registered ones, too.
 CLUSTERINGS: tuple[str, ...] = get_args(ClusteringName)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_at_least, check_ratios
-from .choices import NETWORK_KINDS, Between, ClusterPer, FrameClusters, NetworkKind, Projections, Reduce, Scope
+from .choices import NETWORK_KINDS, Between, ClusterPer, FrameClusters, Largest, NetworkKind, Projections, Reduce, Scope
 from .config_base import Config, check_clustering, rounded_share
 from .errors import AiluRusError
 from .level import Level
@@ -28,6 +28,7 @@ class AiluRusDiffusionConfig(Config):
     Args:
         keep_ratio: M = round(keep_ratio * N) at every resolution; or a mapping from levels (how many times smaller than
             the latents a resolution's sides are: 1, 2, 4, 8) to ratios: levels that it leaves out run unreduced.
+            "largest" is the level of the largest grid with tokens: 1 in Stable Diffusion 1.5, 2 in SDXL.
         min_tokens: grids of fewer tokens run unreduced.
         scope: "blocks" (whole stacks of transformer blocks run on M tokens: self-attention with counts, cross-attention
             and MLP; each token then adds what its representative gained) or "attention" (self-attention alone).
@@ -89,7 +90,7 @@ class AiluRusDiffusionConfig(Config):
         ('attention', 'blocks')
     """
 
-    keep_ratio: float | Mapping[int, float] = 0.5
+    keep_ratio: float | Mapping[int | Largest, float] = 0.5
     min_tokens: int = 1024
     scope: Scope = "blocks"
     reduce: Reduce = "qkv"
@@ -119,9 +120,10 @@ class AiluRusDiffusionConfig(Config):
         inner layers"). They need a pipeline or `denoising`, and a network that is not compiled as a whole.
 
         Args:
-            name: of UNets, a sixteenth of the keys and values in the largest grid; all layers in the first three steps
-                and "fast": every fifth, 3.20x fewer FLOPs, 31.1 dB from the plain pictures; "balanced": every third,
-                2.57x, 35.1 dB; "faithful": the first five and every second, 1.79x, 40.9 dB.
+            name: of UNets, few keys and values in the largest grid (a sixteenth, or an eighth that are clustered by
+                pairs), and all layers in the first steps and every k-th. "fast": three and every fifth, 3.20x fewer
+                FLOPs, 31.1 dB from the plain pictures; "balanced": three and every third, 2.46x, 37.4 dB; "faithful":
+                five and every second, 1.74x, 46.5 dB.
             network: "unet", or "transformer" for those on patches, of which a small one was measured (docs/results.md,
                 "pictures of a trained transformer"): every fifth, third or second step, and the first three, run on all
                 tokens, and nothing runs between. "fast", fewer FLOPs by 3.30x, 39.1 dB from the plain pictures;
@@ -151,7 +153,8 @@ class AiluRusDiffusionConfig(Config):
     def _check(self) -> None:
         for name in ("keep_ratio", "levels"):
             if isinstance(levels := getattr(self, name), Mapping):
-                wrong = sorted(level for level in levels if level < 1 or level & (level - 1))
+                numbers = [level for level in levels if level != "largest"]
+                wrong = sorted(level for level in numbers if level < 1 or level & (level - 1))
                 if wrong or not levels:
                     raise AiluRusError(f"{name}'s keys must be of 1, 2, 4, 8, ..., got {wrong or 'none'}")
         check_ratios(
@@ -209,16 +212,19 @@ class AiluRusDiffusionConfig(Config):
         if self.between == "nothing" and self.projections == "merged":
             raise AiluRusError("between='nothing' skips blocks alone: use projections='all', got 'merged'")
 
-    def clusters_for(self, num_tokens: int, level: int, factor: float = 1.0) -> int:
+    def clusters_for(self, num_tokens: int, level: int, factor: float = 1.0, *, largest: bool = False) -> int:
         """M for a grid of N tokens with sides `level` times smaller than the latents'; N where it runs unreduced.
 
-        factor: of the step and of the block, see `step_factors` and `block_factors`.
+        factor: of the step and of the block, see `step_factors` and `block_factors`. largest: whether the network has
+        no tokens at a larger grid.
         """
         if num_tokens < self.min_tokens:
             return num_tokens
-        ratio = self._at(level).keep_ratio
-        if ratio is None:
-            ratio = self.keep_ratio.get(level) if isinstance(self.keep_ratio, Mapping) else self.keep_ratio
+        ratio, ratios = self._at(level).keep_ratio, self.keep_ratio
+        if ratio is None and isinstance(ratios, Mapping):
+            ratio = ratios.get(level, ratios.get("largest") if largest else None)
+        elif not isinstance(ratios, Mapping):
+            ratio = ratio or ratios
         return num_tokens if ratio is None else rounded_share(ratio * factor, num_tokens)
 
     def block_factor(self, number: int, count: int) -> float:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .choices import Between, ClusteringName, ClusterPer, FrameClusters, Projections, Reduce, Restore, RestoreAt, Scope
+from .choices import (
+    Between,
+    ClusteringName,
+    ClusterPer,
+    FrameClusters,
+    Largest,
+    Projections,
+    Reduce,
+    Restore,
+    RestoreAt,
+    Scope,
+)
 
 if TYPE_CHECKING:
     from .clustering import Clustering
@@ -31,7 +42,7 @@ class AiluRusFields(TypedDict, total=False):
 class AiluRusDiffusionFields(TypedDict, total=False):
     """The fields of `AiluRusDiffusionConfig`."""
 
-    keep_ratio: float | Mapping[int, float]
+    keep_ratio: float | Mapping[int | Largest, float]
     min_tokens: int
     scope: Scope
     reduce: Reduce

@@ -20,6 +20,13 @@ from .base import Clustering, register_clustering
 from .boruvka import merged, united
 from .neighbors import Grid, check_input
 
+# Clusters along a side of a tile of costs: 1 MB in fp32 on a CPU, where more leaves the cache, 64 MB elsewhere, where
+# launches count.
+SMALL_TILE, TILE = 512, 4096
+
+# What joining each cluster's partner costs, Tensor[B, n], and which that is, LongTensor[B, n].
+Partners = tuple[Tensor, Tensor]
+
 
 @register_clustering("pairs")
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ def pairs(features: Tensor, grid: Sequence[int], num_clusters: int, *, check_fin
     """Joins tokens to the ones that are cheapest to join, cheapest first, in rounds until M clusters are left.
 
     Joining clusters of means a and b and of m and n tokens costs |a - b|² * sqrt(m n / (m + n)). All pairs are
-    compared, in O(N²) memory.
+    compared, in tiles, so that memory does not grow as N² does.
 
     Args:
         features: Tensor[B, N, C] of any float type; the arithmetic is fp32. No gradient flows through the choice.
@@ -104,7 +111,7 @@ def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
     while count > num_clusters:
         # Edges to cheapest partners are at least half as many as the clusters, and make no cycle.
         left = max(num_clusters, count - count // 2)
-        cost, partner = _costs(means, sizes).min(-1)
+        cost, partner = _cheapest(means, sizes)
         step = united(cost, partner, count - left)
         assignment, count = step.gather(1, assignment), left
         if count > num_clusters:
@@ -112,17 +119,48 @@ def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
     return assignment
 
 
+def _cheapest(means: Tensor, sizes: Tensor) -> Partners:
+    """Each cluster's cheapest partner, the lower at ties."""
+    small = means.device.type == "cpu" and not torch.compiler.is_compiling()
+    # As wide for one image as for many, or a batch would round otherwise.
+    width = SMALL_TILE if small else TILE
+    tiles = list(zip(means.split(width, 1), sizes.split(width, 1), strict=True))
+    found: list[Partners | None] = [None] * len(tiles)
+    for row, rows in enumerate(tiles):
+        for column, columns in enumerate(tiles[row:], start=row):
+            # One cost for both, or rounding could make three clusters each other's cheapest in a cycle.
+            cost = _costs(*rows, *columns, itself=row == column)
+            found[row] = _cheaper(found[row], cost.min(2), column * width)
+            if row != column:
+                found[column] = _cheaper(found[column], cost.min(1), row * width)
+    costs, partners = zip(*(each for each in found if each is not None), strict=True)
+    return torch.cat(costs, 1), torch.cat(partners, 1)
+
+
+def _cheaper(before: Partners | None, found: Partners, first: int) -> Partners:
+    """Of the partners before and those found now, which are counted from `first` on; those before at ties."""
+    cost, partner = found
+    partner = partner + first if first else partner
+    if before is None:
+        return cost, partner
+    wins = cost < before[0]
+    return torch.where(wins, cost, before[0]), torch.where(wins, partner, before[1])
+
+
 @without_autocast
-def _costs(means: Tensor, sizes: Tensor) -> Tensor:
-    """The cost of joining any two clusters, Tensor[B, n, n]: infinite with itself, 0 with an empty one."""
-    norms = means.square().sum(-1)
-    scale = norms[:, :, None] + norms[:, None]
-    squared = torch.baddbmm(scale, means, means.transpose(1, 2), alpha=-2).clamp_min(0)
-    # Exactly symmetric, or rounding could make three clusters each other's cheapest in a cycle.
-    squared = torch.minimum(squared, squared.transpose(1, 2))
-    inverse = 1 / sizes
-    cost = squared * (inverse[:, :, None] + inverse[:, None]).rsqrt()
+def _costs(rows: Tensor, row_sizes: Tensor, columns: Tensor, column_sizes: Tensor, itself: bool) -> Tensor:
+    """The cost of joining any two clusters of a tile, Tensor[B, r, c]: 0 with an empty one.
+
+    itself: rows and columns are the same clusters: the costs are infinite with itself, and exactly symmetric.
+    """
+    scale = rows.square().sum(-1)[:, :, None] + columns.square().sum(-1)[:, None]
+    squared = torch.baddbmm(scale, rows, columns.transpose(1, 2), alpha=-2).clamp_min(0)
+    if itself:
+        squared = torch.minimum(squared, squared.transpose(1, 2))
+    cost = squared * ((1 / row_sizes)[:, :, None] + (1 / column_sizes)[:, None]).rsqrt()
     # NaN is dearest.
     cost = cost.nan_to_num(torch.finfo(cost.dtype).max)
+    if not itself:
+        return cost
     number = torch.arange(cost.shape[1], device=cost.device)
     return cost.masked_fill(number[:, None] == number, torch.inf)

@@ -7,6 +7,7 @@ exception.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,11 @@ class ForwardState:
     factor: float = 1.0
     skips: bool = False
     arrived: set[str] = dataclasses.field(default_factory=set)
+
+    def level_of(self, grid: tuple[int, ...]) -> int:
+        """How many times smaller a grid's sides are than the latents'."""
+        # Sides are halved and rounded up, so a level is known by its nearest power of two.
+        return int(2 ** round(math.log2(self.latent_side / max(grid))))
 
     def arrive_at(self, stack: Stack) -> bool:
         """A stack begins; whether it is the first time in this forward, or a checkpoint runs it again."""

@@ -22,7 +22,7 @@ def check_levels(reducer: NetworkReducer) -> None:
         return
     levels = set(reducer.last_levels.values())
     named = ratios.keys() | {n for n, level in (reducer.config.levels or {}).items() if level.keep_ratio is not None}
-    if not levels & named:
+    if "largest" not in named and not levels & named:
         raise AiluRusError(
             f"keep_ratio is given for the levels {sorted(named)}, but {type(reducer.network).__name__} has tokens at "
             f"{sorted(levels)} alone, and none would be reduced: give it for one of these, or one number for all"

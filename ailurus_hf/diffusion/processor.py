@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..choices import Largest
 from ..clustering.compiled import clustering_of
 from ..config import AiluRusDiffusionConfig
 from ..config_base import refuse_moved_fields
@@ -210,7 +211,7 @@ class AiluRusProcessor(RebuildableProcessor):
 
     def __init__(
         self,
-        keep_ratio: float | Mapping[int, float] = 0.5,
+        keep_ratio: float | Mapping[int | Largest, float] = 0.5,
         grid: Sequence[int] | None = None,
         *,
         source: ClusterSource | None = None,

@@ -36,7 +36,7 @@ from .notices import check_levels, notice_lost_processors, say_that_nothing_was_
 from .processor import AiluRusProcessor, Assigned, SharedClusters
 from .replay import replayed
 from .skipping import Skipping
-from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, self_attentions, takes_mask
+from .stacks import AttentionLayer, Processor, Stack, find_stacks, frames_of, largest_level, self_attentions, takes_mask
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class NetworkReducer:
     ) -> None:
         self.network, self.declared, self.config, self.clustering = network, declared, config, clustering
         self.stacks = find_stacks(network)
+        self.largest_level = largest_level(network, self.stacks)
         self.records = {stack.name: Record() for stack in self.stacks}
         self.hooks, self.forwards = Hooks(), Forwards()
         self.skipping = Skipping(self.hooks, self.forwards, declared.gives_image_first)
@@ -220,11 +221,6 @@ class NetworkReducer:
 
     # Clusters
 
-    def level_of(self, forward: ForwardState, grid: tuple[int, ...]) -> int:
-        """How many times smaller a grid's sides are than the latents'."""
-        # Sides are halved and rounded up, so a level is known by its nearest power of two.
-        return int(2 ** round(math.log2(forward.latent_side / max(grid))))
-
     @property
     def parts(self) -> int:
         """How many parts there are whose keep ratios may differ: stacks here, blocks in a transformer on patches."""
@@ -236,7 +232,9 @@ class NetworkReducer:
 
     def _reduced_to(self, forward: ForwardState, running: StackState) -> int:
         factor = forward.factor * self.config.block_factor(running.number, self.parts)
-        return self.config.clusters_for(math.prod(running.grid), self.level_of(forward, running.grid), factor)
+        level = forward.level_of(running.grid)
+        is_largest = self.largest_level in (None, level)
+        return self.config.clusters_for(math.prod(running.grid), level, factor, largest=is_largest)
 
     def keeps_additions(self, forward: ForwardState, running: StackState) -> bool:
         """Whether a stack runs on all tokens in this forward, and what it adds serves in later ones."""
@@ -308,7 +306,7 @@ class NetworkReducer:
             self.leave(forward, running.stack, num_tokens)
             return None
         clusters = self.assign(forward, running, tokens)
-        num_queries = self.config.queries_for(num_tokens, self.level_of(forward, running.grid), num_clusters)
+        num_queries = self.config.queries_for(num_tokens, forward.level_of(running.grid), num_clusters)
         if num_queries in (num_clusters, num_tokens):
             return Assigned(clusters, clusters if num_queries == num_clusters else None)
         return Assigned(clusters, self._clusters(forward, running, tokens, num_queries)[0])

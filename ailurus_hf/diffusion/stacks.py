@@ -93,6 +93,19 @@ def find_stacks(network: nn.Module) -> list[Stack]:
     return stacks
 
 
+def largest_level(network: Any, stacks: list[Stack]) -> int | None:
+    """The level of a UNet's largest grid with tokens; None of networks on one grid."""
+    reached = [int(stack.name.split(".")[1]) for stack in stacks if stack.name.startswith("down_blocks.")]
+    if not reached:
+        return None
+    # Those of ControlNet-XS have a downsampler in each of two networks, which other names begin.
+    halved = (
+        any(name.endswith("downsamplers") for name, part in block.named_children() if part)
+        for block in network.down_blocks[: min(reached)]
+    )
+    return int(2 ** sum(halved))
+
+
 def _stacks_on_maps(network: nn.Module) -> list[Stack]:
     stacks = []
     for name, module in network.named_modules():

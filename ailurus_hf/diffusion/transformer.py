@@ -133,9 +133,9 @@ class TransformerReducer(NetworkReducer):
         super().begin(network, args, kwargs)
         forward = self.running()
         forward.latent_side = self.stack.patch * max(grid)
-        scope = self.config.scope_at(self.level_of(forward, grid))
+        scope = self.config.scope_at(forward.level_of(grid))
         if not torch.compiler.is_compiling():
-            self.last_levels[self.stack.name] = self.level_of(forward, grid)
+            self.last_levels[self.stack.name] = forward.level_of(grid)
         if reason := self._runs_whole(scope):
             # Some layers would not weigh the representatives, so none runs on them.
             self.leave(forward, self.stack, math.prod(grid), reason)

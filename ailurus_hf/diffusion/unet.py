@@ -96,7 +96,7 @@ class UNetReducer(NetworkReducer):
         grid, forward.stack = (height, width), None
         if self._is_skipped(stack):
             return None
-        level = self.level_of(forward, grid)
+        level = forward.level_of(grid)
         scope = self.config.scope_at(level)
         if not torch.compiler.is_compiling():
             self.last_levels[stack.name] = level

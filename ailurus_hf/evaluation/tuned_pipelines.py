@@ -98,7 +98,7 @@ class PipelineSubject:
                 changes |= {f"full every {n}, nothing between": {"full_every": n, **kept_alone} for n in FULL_EVERY}
         if isinstance(keep, float):  # only where there are most tokens, and fewer of these than of the next level's
             changes |= {
-                "one level": {"keep_ratio": {1: keep}},
+                "one level": {"keep_ratio": {"largest": keep}},
                 "two levels": {"keep_ratio": {1: keep, 2: min(1.0, 2 * keep)}},
             }
         every = {way: dataclasses.replace(config, **change) for way, change in changes.items()}

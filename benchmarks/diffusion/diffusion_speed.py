@@ -244,6 +244,7 @@ def measure(
         images=batch,
         timed=runner(target, given, steps),
         beside=None if steps else lambda: clustering_steps(unet),
+        whole=bool(steps),
     )
     for name, row in rows.items():
         if INNER_EVERY in name:

@@ -1,12 +1,14 @@
-"""Whole generations of SD3's transformer: ours beside ToMA and ClusCa, by time and by FLOPs, over SDPA.
+"""Whole generations of SD3's and Flux's transformers: ours beside ToMA, ClusCa and TaylorSeer, over SDPA.
 
     python -m benchmarks.diffusion.joint_generations --size 512 --steps 20       # a few layers of the true width
     python -m benchmarks.diffusion.joint_generations --layers 24 --device cuda --dtype bf16
+    python -m benchmarks.diffusion.joint_generations --model flux --layers 6 --dtype bf16
 
 As joint_speed: random weights, so a few layers, which cost alike; the pipeline's text encoders and autoencoder are left
 out, and so is guidance. What a method does in a step does not depend on the weights, but for FirstBlockCache, which
 looks at how much a step changes and so cannot be timed here. Quality is measured on a trained model
-(diffusion_quality); the cosine to the plain latents is of noise, a lower bound.
+(diffusion_quality); the cosine to the plain latents is of noise, a lower bound. Of the peers TaylorSeer alone is
+written for Flux.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ailurus_hf import ailurus_status
 from ailurus_hf.diffusion import denoising
+from ailurus_hf.diffusion.stacks import find_stacks
 
 from ..harness import DTYPES, environment, interleaved, log, markdown, model_flops, save, switched
 from ..methods.diffusion import (
     METHODS_OF_TRANSFORMERS,
     add_full_every,
+    is_ours,
     needs_pipeline,
     switch_on,
     with_full_steps,
@@ -38,6 +42,7 @@ from .joint_speed import MODELS, inputs, make, num_tokens
 METHODS = tuple(
     name for name in METHODS_OF_TRANSFORMERS if not name.startswith("FirstBlockCache") and not needs_pipeline(name)
 )
+METHODS_OF_FLUX = tuple(name for name in METHODS if name == "plain" or name.startswith("TaylorSeer") or is_ours(name))
 SHOWN = (
     "plain",
     "ToMA 0.5",
@@ -69,9 +74,11 @@ def generation(network: Any, arguments: dict[str, Any], steps: int) -> Tensor:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps, device=arguments["hidden_states"].device)
     latents = arguments["hidden_states"]
+    # Flux is told times from 0 to 1, as its pipeline does.
+    unit = 1000 if isinstance(network, FluxTransformer2DModel) else 1
     with denoising(network, scheduler) if ailurus_status(network).active else nullcontext():
         for timestep in scheduler.timesteps:
-            moving = {"hidden_states": latents, "timestep": timestep.expand(len(latents))}
+            moving = {"hidden_states": latents, "timestep": timestep.expand(len(latents)) / unit}
             latents = scheduler.step(network(**{**arguments, **moving})[0], timestep, latents, return_dict=False)[0]
     return latents
 
@@ -83,7 +90,7 @@ def measure(
     """One row a method, plain first; each is on during its own turn only."""
     dtype = next(network.parameters()).dtype
     given = [inputs(network, model, size, device, dtype, number) for number in range(2)]
-    tokens, layers = num_tokens(given[0], model), len(network.transformer_blocks)
+    tokens, layers = num_tokens(given[0], model), sum(len(stack.blocks) for stack in find_stacks(network))
     names = ["plain", *(name for name in methods if name != "plain")]
     rows: dict[str, dict[str, Any]] = {}
     plain: Tensor | None = None
@@ -99,7 +106,7 @@ def measure(
     seconds = interleaved(
         dict.fromkeys(names, lambda number: generation(network, given[number % 2], steps)),
         repeats,
-        warmup=1,
+        warmup=0,
         device=device,
         around=lambda name: switched(lambda: switch_on(name, network, tokens)),
     )
@@ -112,7 +119,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd3", choices=[name for name in MODELS if name.startswith("sd3")])
+    parser.add_argument("--model", default="sd3", choices=[name for name in MODELS if not name.startswith("wan")])
     parser.add_argument("--size", nargs="+", type=int, default=[512], help="picture sides in pixels, multiples of 128")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
@@ -121,15 +128,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--name", default="joint_generations", help="of the result file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    network, rows = make(args.model, args.layers, args.device, DTYPES[args.dtype]), []
     methods = with_full_steps(args.methods, args.full_every)
+    if args.model == "flux" and (others := {*args.methods} - {*METHODS_OF_FLUX}):
+        parser.error(f"not written for Flux: {sorted(others)}")
+    network, rows = make(args.model, args.layers, args.device, DTYPES[args.dtype]), []
     for size in args.size:
         new = measure(network, args.model, size, methods, args.steps, args.repeats, args.device)
         log.info(markdown(new, COLUMNS))
         rows += new
-    save("joint_generations", rows, environment(args.device, args.dtype))
+    save(args.name, rows, environment(args.device, args.dtype))
     print(markdown(rows, COLUMNS))
 
 

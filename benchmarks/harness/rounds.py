@@ -79,6 +79,7 @@ def methods_in_turn(
     images: int = 1,
     timed: Callable[[int], Any] | None = None,
     beside: Callable[[], Callable[[], Any]] | None = None,
+    whole: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """A row a method, each on for its turn alone: seconds, speed-up, memory, cosine, and for ours what the FLOPs allow.
 
@@ -87,16 +88,20 @@ def methods_in_turn(
     step: the prediction for inputs of a number. full: its FLOPs, of so many `images`, when plain.
     timed: what is timed, if not `step`.
     beside: while ours is on, makes the call that does again what ours does beside the network; timed as well.
+    whole: what is timed are whole generations, which need no warm-up of their own.
     """
     rows: dict[str, dict[str, Any]] = {}
     works: dict[str, Callable[[], Any]] = {}
     plain: Tensor | None = None
     for name, on in methods.items():
         with switched(on):
-            # The first run also makes what depends on sizes alone, which would count as memory of the step.
-            output = step(0).float().flatten(1)
+            outputs: list[Tensor] = []
+            if not whole:
+                # The first run also makes what depends on sizes alone, which would count as memory of the step.
+                step(0)
+            peak = peak_bytes(lambda outputs=outputs: outputs.append(step(0)), device)
+            output = outputs[0].float().flatten(1)
             plain = output if plain is None else plain
-            peak = peak_bytes(lambda: step(0), device)
             row: dict[str, Any] = {"method": name, "peak_mib": None if peak is None else peak / 2**20}
             if (status := ailurus_status(target)).active:
                 row["ideal"] = full / (full - images * status.saved_flops)
@@ -108,7 +113,7 @@ def methods_in_turn(
     seconds = interleaved(
         contenders,
         repeats,
-        warmup=1,
+        warmup=0 if whole else 1,
         device=device,
         around=lambda key: nullcontext() if key[1] else switched(methods[key[0]]),
     )

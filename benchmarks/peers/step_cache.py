@@ -62,14 +62,15 @@ def first_block_cache(transformer: Any, threshold: float) -> Callable[[], None]:
 
 
 def taylorseer(transformer: Any, every: int) -> Callable[[], None]:
-    """On a transformer whose blocks are `transformer_blocks`; returns the call that undoes it."""
+    """On a transformer as SD3's or Flux's; returns the call that undoes it."""
     config = TaylorSeerCacheConfig(cache_interval=every, taylor_factors_dtype=torch.float32, use_lite_mode=True)
     return _with_hooks_of_diffusers(transformer, apply_taylorseer_cache, config)
 
 
 def _with_hooks_of_diffusers(transformer: Any, apply: Callable[[Any, Any], None], config: Any) -> Callable[[], None]:
     """A cache of diffusers on blocks and last projection, which begins anew with each generation."""
-    hooks, blocks = Hooks(), list(transformer.transformer_blocks)
+    hooks = Hooks()
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
 
     def begin() -> None:
         HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()

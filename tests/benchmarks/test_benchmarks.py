@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusError, SegmenterImageProcessor, ailurus_status
 from ailurus_hf.evaluation.loading import load_model
-from benchmarks import harness, methods, report
+from benchmarks import harness, methods, report, report_tables
 from benchmarks.clustering import cluster_pictures, clustering_cost
 from benchmarks.harness import datasets
 from benchmarks.peers.controls import grid_pooling, random_centers
@@ -283,7 +283,7 @@ def test_every_table_has_a_place_in_the_documents_and_is_written_there(monkeypat
 
 def test_pictures_are_shown_by_task_and_beside_tomesd(tmp_path, monkeypatch):
     marked = "<!-- table: pictures from text -->\n\n<!-- end -->"
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report_tables, "RESULTS", tmp_path)
     assert report.rewritten(marked) == marked  # nobody measured it
     with pytest.raises(FileNotFoundError):
         report.rewritten(marked.replace("\n\n", "\n\nan old table\n\n"))

@@ -1,4 +1,4 @@
-"""Intervals over images: against a loop over resamples, a case worked by hand, and in the tables of `report`."""
+"""Intervals over images: against a loop over resamples, a case worked by hand, and in the tables of `report_tables`."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ailurus_hf.evaluation.comparison import mean_iou
-from benchmarks import report
+from benchmarks import report_tables
 from benchmarks.harness.bootstrap import called, drawn_weights, interval, resampled_scores
 from benchmarks.vision import quality, segmenter_quality
 
@@ -71,14 +71,17 @@ def test_tables_have_intervals_where_they_were_measured(tmp_path, monkeypatch):
     about = {"device": "a CPU", "precision": "fp32", "versions": {}, "date": "today", "command": "it", "images": 3}
     (tmp_path / "cpu").mkdir()
     file = tmp_path / "cpu/segmenter_quality-fp32.json"
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    whole = report.rows_as_measured("cpu/segmenter_quality-fp32", segmenter_quality.COLUMNS)
+    monkeypatch.setattr(report_tables, "RESULTS", tmp_path)
+    whole = report_tables.rows_as_measured("cpu/segmenter_quality-fp32", segmenter_quality.COLUMNS)
     file.write_text(json.dumps({**about, "rows": rows}))
-    assert "95 %" not in whole() and "| **59.8** (2.00×) |" in report.quality_table()
-    assert "+0.20 (L 2, M 9, 2.00×)" in report.equal_speed_table()
+    assert "95 %" not in whole() and "| **59.8** (2.00×) |" in report_tables.quality_table()
+    assert "+0.20 (L 2, M 9, 2.00×)" in report_tables.equal_speed_table()
     rows[1] |= {"score_between": [58.0, 61.25], "lost_between": [-0.3, 0.7], "lost_is": "may be chance"}
     file.write_text(json.dumps({**about, "rows": rows}))
     assert "| 59.80 | 58.00 to 61.25 | +0.20 | -0.30 to +0.70 | may be chance |" in whole()
     assert "| 60.00 | – | – | – | – |" in whole()
-    assert "| **59.8 ≈** (2.00×) |" in report.quality_table() and "≈: the loss may be chance" in report.quality_table()
-    assert "+0.20 [-0.30, +0.70], may be chance, (L 2, M 9, 2.00×)" in report.equal_speed_table()
+    assert (
+        "| **59.8 ≈** (2.00×) |" in report_tables.quality_table()
+        and "≈: the loss may be chance" in report_tables.quality_table()
+    )
+    assert "+0.20 [-0.30, +0.70], may be chance, (L 2, M 9, 2.00×)" in report_tables.equal_speed_table()

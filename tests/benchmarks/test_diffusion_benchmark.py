@@ -11,9 +11,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusion_models import UNET, UP
 from traces import traces
 
-from ailurus_hf import ailurus_status, apply_ailurus
+from ailurus_hf import AiluRusDiffusionConfig, ailurus_status, apply_ailurus
 from ailurus_hf.diffusion.reducer import reducers_of
-from benchmarks import harness
+from ailurus_hf.presets import DIFFUSION_PRESETS
+from benchmarks import harness, report_tables
 from benchmarks.diffusion import diffusion_speed
 from benchmarks.methods import diffusion as diffusion_methods
 from benchmarks.peers.todo import ToDoProcessor
@@ -44,6 +45,17 @@ def test_every_method_takes_its_turn_and_is_undone(monkeypatch):
     assert ideal["blocks 0.25"] > ideal["blocks 0.5"]
     assert ideal["blocks of each stack 0.25"] == ideal["blocks 0.25"]
     assert ideal["blocks 0.25"] > ideal["keys 0.0625 at full size, blocks 0.25 at half"] > ideal["keys 0.25"] > 1
+
+
+def test_methods_that_stand_for_presets_are_the_presets():
+    assert report_tables.METHODS_OF_PRESETS.keys() == DIFFUSION_PRESETS.keys()
+    for preset, (method, _) in report_tables.METHODS_OF_PRESETS.items():
+        fields = diffusion_methods.fields_of(method)
+        # At level 1, the largest in the models that were measured.
+        largest = {"largest": fields["keep_ratio"][1]}
+        assert AiluRusDiffusionConfig(**{**fields, "keep_ratio": largest}) == AiluRusDiffusionConfig.preset(preset), (
+            preset
+        )
 
 
 def test_every_method_of_the_registry_runs_and_is_undone(monkeypatch):
@@ -81,7 +93,7 @@ def test_whole_generations(model, monkeypatch):
     unet.register_forward_hook(lambda *args: calls.append(args[1][0].shape[0]))
     before = traces(unet)
     plain, ours = diffusion_speed.measure(model, 256, ["keys 0.25"], 1, unet=unet, steps=3)
-    assert traces(unet) == before and calls.count(2) == 3 * 2 * 2  # warmed up and timed; the others are single steps
+    assert traces(unet) == before and calls.count(2) == 3 * 2  # timed; the others are single steps
     assert plain["steps"] == ours["steps"] == 3 and ours["ideal"] > 1
 
 

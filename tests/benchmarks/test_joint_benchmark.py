@@ -40,18 +40,25 @@ def test_ways_take_turns_and_ideals_are_what_torch_counts(model, monkeypatch):
     assert counted == pytest.approx(model_flops(lambda: network(**arguments)) / rows[1]["ideal"], rel=1e-3)
 
 
-def test_whole_generations_of_sd3(monkeypatch):
-    kind, fields, _ = joint_speed.MODELS["sd35"]
-    monkeypatch.setitem(joint_speed.MODELS, "sd35", (kind, {**fields, **TINY["sd35"]}, 3))
+@pytest.mark.parametrize(
+    ("model", "methods"),
+    {
+        "sd35": ["ToMA 0.25, all", "ClusCa 3", "blocks 0.25 after layer 0, every 4 steps"],
+        "flux": ["TaylorSeer 2", "blocks 0.25 after layer 0, full every 2, extrapolated, nothing between"],
+    }.items(),
+)
+def test_whole_generations(model, methods, monkeypatch):
+    kind, fields, _ = joint_speed.MODELS[model]
+    monkeypatch.setitem(joint_speed.MODELS, model, (kind, {**fields, **TINY[model]}, 3))
     cpu = torch.device("cpu")
-    network = joint_speed.make("sd35", 3, cpu, torch.float32)
+    network = joint_speed.make(model, 3, cpu, torch.float32)
     before, calls = traces(network), []
     handle = network.register_forward_hook(lambda *args: calls.append(1))
-    methods = ["ToMA 0.25, all", "ClusCa 3", "blocks 0.25 after layer 0, every 4 steps"]
-    plain, *rows = joint_generations.measure(network, "sd35", 512, methods, 6, 1, cpu)
+    plain, *rows = joint_generations.measure(network, model, 512, methods, 6, 1, cpu)
     handle.remove()
     assert traces(network) == before and [row["method"] for row in rows] == methods
-    assert len(calls) == 4 * (1 + 3 * 6)  # a first step; a generation is counted, warmed up and timed
-    assert plain["speed_up"] == plain["fewer_flops"] == 1 and plain["cosine"] == pytest.approx(1)
+    assert len(calls) == (1 + len(methods)) * (1 + 2 * 6)  # a first step; a generation is counted, and one is timed
+    assert plain["layers"] == 3
+    assert plain["speed_up"] == plain["fewer_flops"] == 1 and plain["cosine"] == pytest.approx(1, rel=1e-5)
     assert all(row["fewer_flops"] > 1 and row["cosine"] < 0.999999 and row["speed_up"] > 0 for row in rows)
     assert all(row["share_of_ideal"] == pytest.approx(row["speed_up"] / row["fewer_flops"]) for row in rows)

@@ -1,16 +1,19 @@
 """Clustering by pairs against plain loops, its invariants on any tokens, and several locations in a row."""
 
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import GRIDS, partition, slow_unions
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ailurus_hf import TokenClusters
 from ailurus_hf.clustering import join_clusters, pairs
-from ailurus_hf.clustering.pairs import _costs
+from ailurus_hf.clustering.pairs import TILE, _cheapest, _costs
 
 
 def slow_pairs(points, num_clusters, clusters=None):
@@ -78,8 +81,37 @@ def test_what_is_unlike_all_else_stays_alone_and_what_is_alike_joins_wherever_it
 def test_costs_of_nearly_equal_tokens_are_symmetric_and_not_negative():
     generator = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(1, 1, 192, generator=generator) + 1e-4 * torch.randn(2, 196, 192, generator=generator)
-    costs = _costs(x, torch.ones(2, 196))
+    costs = _costs(x, torch.ones(2, 196), x, torch.ones(2, 196), itself=True)
     assert torch.equal(costs, costs.transpose(1, 2)) and costs.min() >= 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_tiles_find_what_one_tile_finds(data):
+    count, width = data.draw(st.integers(2, 40)), data.draw(st.integers(1, 41))
+    # Whole numbers: sums are exact, however they are added up, and ties are many.
+    values = data.draw(st.lists(st.integers(0, 3), min_size=4 * count, max_size=4 * count))
+    x = torch.tensor(values, dtype=torch.float32).view(2, count, 2)
+    sizes = torch.ones(2, count)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = _cheapest(x, sizes)
+        patch.setattr(sys.modules[_cheapest.__module__], "SMALL_TILE", width)
+        tiled = _cheapest(x, sizes)
+    assert torch.equal(tiled[0], whole[0]) and torch.equal(tiled[1], whole[1])
+
+
+def test_memory_does_not_grow_as_the_square():
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.elements = max([self.elements, *(each.numel() for each in tree_leaves(out) if torch.is_tensor(each))])
+            return out
+
+    with Largest() as largest:
+        pairs(torch.empty(2, 128 * 128, 8, device="meta"), (128, 128), 2048)
+    assert largest.elements == 2 * TILE**2
 
 
 def test_same_alone_and_in_a_batch_and_in_one_graph():

@@ -17,6 +17,7 @@ from ailurus_hf import (
 )
 from ailurus_hf.diffusion import denoising
 from ailurus_hf.diffusion.apply import reducers_of
+from ailurus_hf.presets import DIFFUSION_PRESETS
 
 # By step
 
@@ -44,6 +45,40 @@ def test_what_the_keep_ratio_by_step_needs():
     # Levels that are left out stay whole.
     config = AiluRusDiffusionConfig(keep_ratio={2: 0.5}, step_factors=(0.5,), min_tokens=1)
     assert [config.clusters_for(64, level, 0.5) for level in (1, 2)] == [64, 16]
+
+
+# By level
+
+
+@pytest.mark.parametrize("name", [name for name, network in NETWORKS.items() if network.maps])
+def test_the_largest_grid_whatever_its_level(name):
+    network = apply_ailurus(make_network(name), **{**SETTINGS, "keep_ratio": {"largest": 0.25}})
+    predict(network, name, sample(name))
+    largest = max(location.num_tokens for location in ailurus_status(network).locations)
+    for location in ailurus_status(network).locations:
+        assert location.num_clusters == location.num_tokens // (4 if location.num_tokens == largest else 1)
+
+
+def test_a_level_goes_before_the_largest():
+    config = AiluRusDiffusionConfig(keep_ratio={"largest": 0.5, 1: 0.25, "2": 0.75}, min_tokens=1)
+    assert config.keep_ratio == {"largest": 0.5, 1: 0.25, 2: 0.75}
+    assert AiluRusDiffusionConfig.from_json(config.to_json()) == config
+    assert [config.clusters_for(64, level, largest=True) for level in (1, 2, 4)] == [16, 48, 32]
+    assert config.clusters_for(64, 4) == 64
+    with pytest.raises(AiluRusError, match=r"keys must be of 1, 2, 4, 8, \.\.\., got \[3\]"):
+        AiluRusDiffusionConfig(keep_ratio={"largest": 0.5, 3: 0.5})
+    with pytest.raises(AiluRusError, match="whole numbers or one of 'largest'"):
+        AiluRusDiffusionConfig(keep_ratio={"smallest": 0.5})
+
+
+@pytest.mark.parametrize("preset", DIFFUSION_PRESETS)
+def test_presets_reduce_the_largest_grid_of_every_unet(preset):
+    for name in ("UNet", "SDXL UNet"):
+        every_step = {"inner_every": None, "unreduced_first_steps": 0, "extrapolate": False}
+        network = apply_ailurus(make_network(name), AiluRusDiffusionConfig.preset(preset, min_tokens=12, **every_step))
+        predict(network, name, sample(name))
+        first = ailurus_status(network).locations[0]
+        assert first.num_clusters < first.num_tokens
 
 
 # By stack, or block

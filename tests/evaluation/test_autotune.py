@@ -229,7 +229,12 @@ def test_a_pipeline_is_searched_over_levels_and_steps():
     subject = PipelineSubject(make_pipeline(StableDiffusionPipeline), ["a street"], {}, None)
     first = next(each for each in subject.first() if each.config.keep_ratio == 0.5)
     labels = {each.label for each in usable(subject.target, subject.variants(first))}
-    for change in ("keep_ratio {1: 0.5}", "keep_ratio {1: 0.5, 2: 1.0}", "scope attention", "cluster_per resolution"):
+    for change in (
+        "keep_ratio {'largest': 0.5}",
+        "keep_ratio {1: 0.5, 2: 1.0}",
+        "scope attention",
+        "cluster_per resolution",
+    ):
         assert f"{change}, refresh_every 2" in labels
     nothing = "full_every 3, between nothing, extrapolate True"
     for change in ("unreduced_first_steps 2", "unreduced_last_steps 2", "full_every 3", nothing):
