@@ -53,6 +53,7 @@ from ..methods.diffusion import (
     add_full_every,
     add_inner_every,
     is_ours,
+    method_of_any,
     switch_on,
     with_full_steps,
 )
@@ -298,8 +299,9 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=5, help="of whole generations, for the time of a step; 0: not timed"
     )
-    known = {*METHODS, *METHODS_OF_TRANSFORMERS}
-    parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help="default: all for the network")
+    parser.add_argument(
+        "--methods", nargs="+", type=method_of_any, metavar="METHOD", help="default: all for the network"
+    )
     add_full_every(parser)
     add_inner_every(parser)
     parser.add_argument(
@@ -321,7 +323,7 @@ def main() -> None:
             "blocks 0.5 after layer 1",
             "blocks 0.25 after layer 1",
         ],
-        choices=known,
+        type=method_of_any,
         metavar="METHOD",
         help="methods of the picture, of those measured",
     )

@@ -225,6 +225,11 @@ def method_of_unets(name: str) -> str:
     return name
 
 
+def method_of_any(name: str) -> str:
+    """Of the command line: one of UNets, as `method_of_unets` takes them, or the same of transformers."""
+    return name if name in METHODS_OF_TRANSFORMERS or is_ours(name) else method_of_unets(name)
+
+
 def needs_pipeline(name: str) -> bool:
     """Whether a method of ours has to know how many steps a generation has, so that a network alone cannot take it."""
     return is_ours(name) and bool({"unreduced_last_steps", "step_factors"} & fields_of(name).keys())
