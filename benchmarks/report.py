@@ -205,6 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "video steps of 8 frames": rows_as_measured("cpu/controlvideo_step_8x256-fp32", controlvideo_speed.COLUMNS),
     "video steps of 4 frames": rows_as_measured("cpu/controlvideo_step_4x512-bf16", controlvideo_speed.COLUMNS),
     "video generations": rows_as_measured("cpu/controlvideo_generations_sd15-bf16", controlvideo_generations.COLUMNS),
+    "video quality with presets": rows_as_measured("cpu/video_quality_presets-fp32", video_quality.COLUMNS),
     "video quality": rows_as_measured("cpu/video_quality-fp32", video_quality.COLUMNS),
     "joint flops": rows_as_measured("cpu/joint_flops-fp32", joint_speed.COLUMNS),
     "cost": rows_as_measured("cpu/clustering_cost-fp32", clustering_cost.COLUMNS),

@@ -4,13 +4,15 @@ python examples/controlvideo.py clip.mp4 "a red panda walking through snow" --ou
 """
 
 import argparse
+from typing import get_args
 
 import torch
 from diffusers import ControlNetModel, DDIMScheduler
 from PIL import ImageOps
 
-from ailurus_hf import ailurus_status, apply_ailurus
+from ailurus_hf import AiluRusDiffusionConfig, ailurus_status, apply_ailurus
 from ailurus_hf.pipelines import ControlVideoPipeline
+from ailurus_hf.presets import DiffusionPreset
 from ailurus_hf.video import load_condition, open_clip, write_video
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -22,7 +24,7 @@ parser.add_argument("--controlnet", default="lllyasviel/sd-controlnet-canny")
 parser.add_argument("--frames", type=int, default=15)
 parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("WIDTH", "HEIGHT"))
 parser.add_argument("--steps", type=int, default=50)
-parser.add_argument("--keep-ratio", type=float, default=0.25, help="share of the tokens to keep")
+parser.add_argument("--preset", default="balanced", choices=get_args(DiffusionPreset), help="of AiluRus (%(default)s)")
 args = parser.parse_args()
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +32,7 @@ dtype = torch.float16 if device.type == "cuda" else torch.float32
 controlnet = ControlNetModel.from_pretrained(args.controlnet)
 pipe = ControlVideoPipeline.from_pretrained(args.model, controlnet=controlnet).to(device, dtype)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-apply_ailurus(pipe, keep_ratio=args.keep_ratio)
+apply_ailurus(pipe, AiluRusDiffusionConfig.preset(args.preset))
 
 clip = open_clip(args.video, max_frames=args.frames, min_frames=2)
 draw_edges = load_condition("canny")

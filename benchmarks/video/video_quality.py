@@ -87,7 +87,7 @@ METHODS: dict[str, Switch] = {
     },
     **presets_and_full_steps(min_tokens=MIN_TOKENS),
 }
-SHOWN = ("plain", "each 0.25", "joint 0.25", "tomesd 0.75, all", "VidToMe")
+SHOWN = ("plain", "preset fast", "each 0.25", "joint 0.25", "tomesd 0.75, all", "VidToMe")
 COLUMNS = {
     "clips": "clips",
     "method": "method",
@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     parser.add_argument("--output", type=Path, help="folder of the pictures (default: where the model is)")
+    parser.add_argument("--name", default="video_quality", help="of the result file")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
@@ -294,7 +295,7 @@ def main() -> None:
         write_video(f"{path}.mp4", beside, 8)
         log.info("wrote %s.png and .mp4", path)
     about = {"frames": args.frames, "steps": args.steps}
-    save("video_quality", rows, {**environment(torch.device("cpu"), "fp32"), **about})
+    save(args.name, rows, {**environment(torch.device("cpu"), "fp32"), **about})
     print(markdown(rows, COLUMNS))
 
 
