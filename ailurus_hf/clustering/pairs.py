@@ -26,6 +26,8 @@ SMALL_TILE, TILE = 512, 4096
 
 # What joining each cluster's partner costs, Tensor[B, n], and which that is, LongTensor[B, n].
 Partners = tuple[Tensor, Tensor]
+# Clusters along a side of a tile: their means, Tensor[B, n, C], squared norms, and 1 / size, both Tensor[B, n].
+Side = tuple[Tensor, Tensor, Tensor]
 
 
 @register_clustering("pairs")
@@ -119,22 +121,24 @@ def _joined(means: Tensor, sizes: Tensor, num_clusters: int) -> Tensor:
     return assignment
 
 
+@without_autocast
 def _cheapest(means: Tensor, sizes: Tensor) -> Partners:
     """Each cluster's cheapest partner, the lower at ties."""
     small = means.device.type == "cpu" and not torch.compiler.is_compiling()
     # As wide for one image as for many, or a batch would round otherwise.
     width = SMALL_TILE if small else TILE
-    tiles = list(zip(means.split(width, 1), sizes.split(width, 1), strict=True))
+    parts = (each.split(width, 1) for each in (means, means.square().sum(-1), 1 / sizes))
+    tiles: list[Side] = list(zip(*parts, strict=True))
     found: list[Partners | None] = [None] * len(tiles)
     for row, rows in enumerate(tiles):
         for column, columns in enumerate(tiles[row:], start=row):
             # One cost for both, or rounding could make three clusters each other's cheapest in a cycle.
-            cost = _costs(*rows, *columns, itself=row == column)
+            cost = _costs(rows, columns)
             found[row] = _cheaper(found[row], cost.min(2), column * width)
             if row != column:
                 found[column] = _cheaper(found[column], cost.min(1), row * width)
     costs, partners = zip(*(each for each in found if each is not None), strict=True)
-    return torch.cat(costs, 1), torch.cat(partners, 1)
+    return (costs[0], partners[0]) if len(tiles) == 1 else (torch.cat(costs, 1), torch.cat(partners, 1))
 
 
 def _cheaper(before: Partners | None, found: Partners, first: int) -> Partners:
@@ -147,20 +151,20 @@ def _cheaper(before: Partners | None, found: Partners, first: int) -> Partners:
     return torch.where(wins, cost, before[0]), torch.where(wins, partner, before[1])
 
 
-@without_autocast
-def _costs(rows: Tensor, row_sizes: Tensor, columns: Tensor, column_sizes: Tensor, itself: bool) -> Tensor:
+def _costs(rows: Side, columns: Side) -> Tensor:
     """The cost of joining any two clusters of a tile, Tensor[B, r, c]: 0 with an empty one.
 
-    itself: rows and columns are the same clusters: the costs are infinite with itself, and exactly symmetric.
+    Of clusters with themselves it is exactly symmetric, and infinite for one with itself.
     """
-    scale = rows.square().sum(-1)[:, :, None] + columns.square().sum(-1)[:, None]
-    squared = torch.baddbmm(scale, rows, columns.transpose(1, 2), alpha=-2).clamp_min(0)
-    if itself:
+    (means, norms, inverse), (others, other_norms, other_inverse) = rows, columns
+    scale = norms[:, :, None] + other_norms[:, None]
+    squared = torch.baddbmm(scale, means, others.transpose(1, 2), alpha=-2).clamp_min(0)
+    if rows is columns:
         squared = torch.minimum(squared, squared.transpose(1, 2))
-    cost = squared * ((1 / row_sizes)[:, :, None] + (1 / column_sizes)[:, None]).rsqrt()
+    cost = squared * (inverse[:, :, None] + other_inverse[:, None]).rsqrt()
     # NaN is dearest.
     cost = cost.nan_to_num(torch.finfo(cost.dtype).max)
-    if not itself:
+    if rows is not columns:
         return cost
     number = torch.arange(cost.shape[1], device=cost.device)
     return cost.masked_fill(number[:, None] == number, torch.inf)
