@@ -77,13 +77,21 @@ OURS: dict[str, dict[str, Any]] = {
     **{
         f"{name}, k-means": {**fields, **ANYWHERE}
         for name, fields in {
-            "attention 0.25 at full size": {"scope": "attention", "keep_ratio": {1: 0.25}},
-            **{f"keys {keys} at full size": {**KEYS, "keep_ratio": {1: keys}} for keys in (0.125, 0.0625, 0.03125)},
+            "attention 0.25 at full size": {"scope": "attention", "keep_ratio": {"largest": 0.25}},
+            **{
+                f"keys {keys} at full size": {**KEYS, "keep_ratio": {"largest": keys}}
+                for keys in (0.125, 0.0625, 0.03125)
+            },
             "keys 0.0625 at full size, 0.25 at half": {**KEYS, "keep_ratio": {1: 0.0625, 2: 0.25}},
         }.items()
     },
     **{
-        f"keys {keys} at full size, {name}": {**KEYS, **ANYWHERE, "keep_ratio": {1: keys}, "clustering": clustering}
+        f"keys {keys} at full size, {name}": {
+            **KEYS,
+            **ANYWHERE,
+            "keep_ratio": {"largest": keys},
+            "clustering": clustering,
+        }
         for name, clustering in (("density peaks", "density_peaks"), ("pairs", "pairs"), ("Ward", "ward"))
         for keys in (0.25, 0.125)
     },
@@ -100,7 +108,7 @@ OURS: dict[str, dict[str, Any]] = {
         }.items()
     },
     **{
-        f"keys {keys} at full size{every}": {"keep_ratio": {1: keys}, **KEYS, **STACKS, **steps}
+        f"keys {keys} at full size{every}": {"keep_ratio": {"largest": keys}, **KEYS, **STACKS, **steps}
         for every, steps in EVERY.items()
         for keys in (0.25, 0.125, 0.0625, 0.03125)
     },

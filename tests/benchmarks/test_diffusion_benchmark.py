@@ -50,12 +50,8 @@ def test_every_method_takes_its_turn_and_is_undone(monkeypatch):
 def test_methods_that_stand_for_presets_are_the_presets():
     assert report_tables.METHODS_OF_PRESETS.keys() == DIFFUSION_PRESETS.keys()
     for preset, (method, _) in report_tables.METHODS_OF_PRESETS.items():
-        fields = diffusion_methods.fields_of(method)
-        # At level 1, the largest in the models that were measured.
-        largest = {"largest": fields["keep_ratio"][1]}
-        assert AiluRusDiffusionConfig(**{**fields, "keep_ratio": largest}) == AiluRusDiffusionConfig.preset(preset), (
-            preset
-        )
+        config = AiluRusDiffusionConfig(**diffusion_methods.fields_of(method))
+        assert config == AiluRusDiffusionConfig.preset(preset), preset
 
 
 def test_every_method_of_the_registry_runs_and_is_undone(monkeypatch):
