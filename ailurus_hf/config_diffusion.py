@@ -220,11 +220,9 @@ class AiluRusDiffusionConfig(Config):
         """
         if num_tokens < self.min_tokens:
             return num_tokens
-        ratio, ratios = self._at(level).keep_ratio, self.keep_ratio
-        if ratio is None and isinstance(ratios, Mapping):
-            ratio = ratios.get(level, ratios.get("largest") if largest else None)
-        elif not isinstance(ratios, Mapping):
-            ratio = ratio or ratios
+        given = self.keep_ratio
+        ratios: Mapping[int | Largest, float] = given if isinstance(given, Mapping) else {level: given}
+        ratio = self._at(level).keep_ratio or ratios.get(level, ratios.get("largest") if largest else None)
         return num_tokens if ratio is None else rounded_share(ratio * factor, num_tokens)
 
     def block_factor(self, number: int, count: int) -> float:

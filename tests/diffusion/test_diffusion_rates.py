@@ -72,7 +72,7 @@ def test_a_level_goes_before_the_largest():
 
 
 @pytest.mark.parametrize("preset", DIFFUSION_PRESETS)
-def test_presets_reduce_the_largest_grid_of_every_unet(preset):
+def test_presets_reduce_the_largest_grid_of_sdxl_as_well(preset):
     for name in ("UNet", "SDXL UNet"):
         every_step = {"inner_every": None, "unreduced_first_steps": 0, "extrapolate": False}
         network = apply_ailurus(make_network(name), AiluRusDiffusionConfig.preset(preset, min_tokens=12, **every_step))
